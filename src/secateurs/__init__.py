@@ -1,0 +1,3 @@
+"""Secateurs prunes, trains and runs sparse large language models."""
+
+__version__ = "0.1.0"
