@@ -10,10 +10,17 @@ import shutil
 from pathlib import Path
 
 import tyro
+
 from train_model import HELD_OUT
 
 DEMO = Path(__file__).parent.parent / "src/secateurs/demo"
-CARRIED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+CARRIED = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 def excerpt(book: Path, characters: int) -> str:
@@ -28,7 +35,9 @@ def main(model: Path, books: Path, demo: Path = DEMO) -> None:
     for name in (*CARRIED, "training.json"):
         shutil.copyfile(model / name, demo / "model" / name)
     trained_on = [book for book in sorted(books.glob("*.txt")) if book.name not in HELD_OUT][::2]
-    (demo / "calibration.txt").write_text("".join(excerpt(book, 25_000) for book in trained_on), encoding="utf-8")
+    (demo / "calibration.txt").write_text(
+        "".join(excerpt(book, 25_000) for book in trained_on), encoding="utf-8"
+    )
     (demo / "held_out.txt").write_text(excerpt(books / HELD_OUT[0], 120_000), encoding="utf-8")
 
 

@@ -1,10 +1,10 @@
 """Secateurs prunes, trains and runs sparse large language models.
 
-    import secateurs
+import secateurs
 
-    report = secateurs.prune("my-llama", output="my-llama-70", calibration="text.txt", pattern="70%")
-    for measurement in secateurs.evaluate("my-llama-70", text=["novel.txt"]):
-        print(measurement)
+report = secateurs.prune("my-llama", output="my-llama-70", calibration="text.txt", pattern="70%")
+for measurement in secateurs.evaluate("my-llama-70", text=["novel.txt"]):
+    print(measurement)
 """
 
 from secateurs.anatomy import UnsupportedArchitectureError, family_of

@@ -79,7 +79,8 @@ class BlockwiseModel:
                     f"'{stored}' has shape {checkpoint.shapes[stored]} in '{checkpoint.folder}', "
                     f"its config.json asks for {shape}"
                 )
-        first = self.block_tensors(0)[0]
+        # Not of any tensor in the block: old GPT-2 and NeoX files hold boolean masks there.
+        first = self.stored_name(f"{self.family.blocks}.0.{self.family.groups[0][0]}.weight")
         self.dtype: torch.dtype = self.config.dtype or checkpoint.load([first])[first].dtype
         self.calls: list[Call] = []
 

@@ -189,6 +189,7 @@ def copy_file(source: Path, target: Path) -> None:
 def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a killed run may have left one
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)

@@ -38,6 +38,18 @@ def test_error_is_the_lost_share_of_the_output():
     assert Statistics.from_inputs(torch.zeros(4, 12)).error(dense, sparse) == 0
 
 
+@pytest.mark.parametrize("width", [256, 257, 700])
+def test_moment_of_wide_inputs(width: int):
+    """Only one side of the diagonal is computed: the other must be its mirror image, also after reading."""
+    first, second = correlated_inputs(40, width), correlated_inputs(30, width, seed=1)
+    statistics = Statistics(width, dtype=torch.float64)
+    statistics.update(first)
+    np.testing.assert_allclose(statistics.moment, first.T @ first / 40, atol=1e-12)
+    statistics.update(second)
+    both = torch.cat([first, second])
+    np.testing.assert_allclose(statistics.moment, both.T @ both / 70, atol=1e-12)
+
+
 def test_factor_rebuilds_the_damped_moment():
     inputs = correlated_inputs(60, 20)
     inputs[:, 7] = 0

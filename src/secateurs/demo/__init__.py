@@ -77,4 +77,6 @@ def demo(*, pattern: str = "70%", device: str | None = None) -> None:
     console.print(table)
     for method, text in continuations.items():
         console.print(f"[bold]{method:>9}[/bold]  {text}", highlight=False)
-    console.print(f"\nPrune your own: secateurs prune MODEL --calibration TEXT --pattern {pattern} --output DIR")
+    console.print(
+        f"\nPrune your own: secateurs prune MODEL --calibration TEXT --pattern {pattern} --output DIR"
+    )

@@ -10,6 +10,9 @@ from torch import Tensor
 CHUNK = 4096
 """Tokens converted at a time where half-precision inputs must be converted."""
 
+PANEL = 256
+"""Rows of H computed at a time, from the diagonal to the right."""
+
 MOST_DAMPING = 1.0
 """Share of the mean of H's diagonal at which a factorisation that keeps failing is given up."""
 
@@ -32,6 +35,7 @@ class Statistics:
     ) -> None:
         self.tokens = 0
         self._moment = torch.zeros(width, width, dtype=dtype, device=device)
+        self._mirrored = True
         self._factors: dict[float, Tensor] = {}
         self._inverses: dict[float, Tensor] = {}
 
@@ -61,23 +65,34 @@ class Statistics:
         """
         self._factors.clear()
         self._inverses.clear()
-        moment = self._moment
-        tokens = inputs.reshape(-1, len(moment)).to(moment.device)
-        half = tokens.dtype in (torch.bfloat16, torch.float16)
-        if tokens.is_cuda and half and moment.dtype == torch.float32:
-            self.tokens += len(tokens)
-            share = len(tokens) / self.tokens
+        tokens = inputs.reshape(-1, len(self._moment)).to(self._moment.device)
+        if (
+            tokens.is_cuda
+            and tokens.dtype in (torch.bfloat16, torch.float16)
+            and self._moment.dtype == torch.float32
+        ):
             products = torch.mm(tokens.T, tokens, out_dtype=torch.float32)
-            moment.mul_(1 - share).add_(products, alpha=1 / self.tokens)
+            self.tokens += len(tokens)
+            self.moment.mul_(1 - len(tokens) / self.tokens).add_(products, alpha=1 / self.tokens)
             return
         for chunk in tokens.split(CHUNK):
-            chunk = chunk.to(moment.dtype)
+            chunk = chunk.to(self._moment.dtype)
             self.tokens += len(chunk)
-            moment.addmm_(chunk.T, chunk, beta=1 - len(chunk) / self.tokens, alpha=1 / self.tokens)
+            old, new = 1 - len(chunk) / self.tokens, 1 / self.tokens
+            # H is symmetric: what lies left of the diagonal is copied when it is asked for.
+            for start in range(0, len(self._moment), PANEL):
+                panel = slice(start, start + PANEL)
+                self._moment[panel, start:].addmm_(chunk[:, panel].T, chunk[:, start:], beta=old, alpha=new)
+        self._mirrored = False
 
     @property
     def moment(self) -> Tensor:
         """H, (in, in). The object's own storage: not to be modified."""
+        if not self._mirrored:
+            for start in range(PANEL, len(self._moment), PANEL):
+                panel = slice(start, start + PANEL)
+                self._moment[panel, :start] = self._moment[:start, panel].T
+            self._mirrored = True
         return self._moment
 
     @property
@@ -96,9 +111,9 @@ class Statistics:
             The share of the output's energy that is lost; 0 where the dense layer has no output.
         """
         dense, sparse = dense.to(self._moment.dtype), sparse.to(self._moment.dtype)
-        energy = _energy(dense, self._moment)
+        energy = _energy(dense, self.moment)
         # Rounding can take the lost energy below 0.
-        return max(_energy(dense - sparse, self._moment) / energy, 0.0) if energy > 0 else 0.0
+        return max(_energy(dense - sparse, self.moment) / energy, 0.0) if energy > 0 else 0.0
 
     def factor(self, damping: float) -> Tensor:
         """The upper triangular R, (in, in), with R R^T = H + damping * mean(diag H) I.
@@ -119,7 +134,7 @@ class Statistics:
     def _factorise(self, damping: float) -> Tensor:
         diagonal = self._finite_diagonal()
         while True:
-            damped = self._moment.flip(0, 1)
+            damped = self.moment.flip(0, 1)
             damped.diagonal().copy_((diagonal + (diagonal == 0) + damping * diagonal.mean()).flip(0))
             factor, failed = torch.linalg.cholesky_ex(damped)
             del damped
@@ -146,7 +161,7 @@ class Statistics:
         if ridge not in self._inverses:
             self._finite_diagonal()
             scale = 1 / live(self.norms)
-            scaled = self._moment * scale
+            scaled = self.moment * scale
             scaled.mul_(scale[:, None]).diagonal().add_(ridge)
             factor, failed = torch.linalg.cholesky_ex(scaled)
             del scaled

@@ -321,7 +321,7 @@ class _Walk:
         return LayerReport(
             name=name,
             pattern=str(pattern),
-            sparsity=1 - sparse.count_nonzero().item() / sparse.numel(),
+            sparsity=int((sparse == 0).sum()) / sparse.numel(),
             weights=sparse.numel(),
             error=error,
             seconds=round(time.monotonic() - start, 4),
