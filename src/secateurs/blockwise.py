@@ -66,7 +66,7 @@ class BlockwiseModel:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)  # type: ignore[assignment]
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
         self._prefix = self.model.base_model_prefix + "."
         # Everything under the base model: the head is never run, so it is never read.
         self._parameters = [

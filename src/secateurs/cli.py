@@ -4,6 +4,7 @@ A user's mistake is one line on standard error and exit status 2. An interrupted
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,7 +50,7 @@ def prune(
         device: cpu, cuda, cuda:1. By default a GPU if there is one.
         sequential: What a layer's inputs have seen when they are measured: the pruned blocks before it
             (block), also its own block's pruned attention (sublayer), or every pruned layer (linear).
-        batch_size: Sequences run at once. By default 4096 tokens' worth.
+        batch_size: Sequences run at once. By default 2048 tokens' worth.
     """
     from secateurs.prune.walk import prune as run
 
@@ -134,7 +135,7 @@ def demo(*, pattern: str = "70%", device: str | None = "cpu") -> None:
 
 def main() -> None:
     """Entry point of the `secateurs` command."""
-    commands = {"prune": prune, "eval": evaluate, "demo": demo}
+    commands: dict[str, Callable[..., None]] = {"prune": prune, "eval": evaluate, "demo": demo}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,

@@ -33,7 +33,7 @@ Group = tuple[str, ...]
 Advance = Callable[[str, float | None], None]
 """Told the name of each layer that is done, and its error if it was pruned now."""
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2048
 
 
 def prune(
@@ -73,7 +73,7 @@ def prune(
         sequential: which pruned layers the inputs of a layer have seen when they are measured: those of
             the blocks before ("block", as published), also this block's attention ("sublayer"), or all
             that come before it ("linear").
-        batch_size: sequences run at once; by default as many as make 4096 tokens.
+        batch_size: sequences run at once; by default as many as make 2048 tokens.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -315,7 +315,7 @@ class _Walk:
         sparse = solution.weight.to(weights[stored].dtype) + 0
         if not sparse.isfinite().all():
             raise FloatingPointError(f"pruning '{name}' gave values that {sparse.dtype} cannot hold")
-        error = moments.error(dense, sparse.float())
+        lost = moments.error(dense, sparse.float())
         weight.copy_(sparse)  # in float32 it shares its memory with `dense`, which is not needed any more
         weights[stored] = (sparse if weight is layer.weight else sparse.T).cpu()
         return LayerReport(
@@ -323,7 +323,7 @@ class _Walk:
             pattern=str(pattern),
             sparsity=int((sparse == 0).sum()) / sparse.numel(),
             weights=sparse.numel(),
-            error=error,
+            error=lost,
             seconds=round(time.monotonic() - start, 4),
             objective=list(solution.objective),
         )

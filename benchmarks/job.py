@@ -1,0 +1,211 @@
+"""One pruning run in a process of its own: ours, or a peer's.
+
+    python job.py '{"tool": "secateurs", "model": ..., "tokens": ..., "output": ..., ...}'
+
+The other scripts start it, with the interpreter of the tool's own environment. A tool reads a model's
+folder and calibration token ids (a safetensors file, `ids` (samples, length)) and writes the pruned model's
+folder. The clock runs from before loading to after saving; the imports come before it. The last line on
+stdout is JSON: seconds, phases where the tool can be split, and the most memory held, also by the imports
+alone.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common import Record, peak_bytes, versions
+
+
+def finish_imports(model: str) -> int:
+    """Import the model's code, which transformers puts off until the first use: two seconds, 200 MB.
+
+    Returns:
+        The most memory held by the imports.
+    """
+    import transformers
+
+    config = json.loads((Path(model) / "config.json").read_text())
+    getattr(transformers, config["architectures"][0])
+    return peak_bytes()
+
+
+def secateurs(
+    model: str, tokens: str, output: str, method: str, pattern: str, sequential: str = "sublayer"
+) -> Record:
+    """Ours, with its default settings."""
+    from safetensors.torch import load_file
+
+    import secateurs
+
+    imports = finish_imports(model)
+    start = time.perf_counter()
+    ids = load_file(tokens)["ids"]
+    report = secateurs.prune(
+        model,
+        output=output,
+        calibration=ids,
+        method=method,
+        pattern=pattern,
+        sequential=sequential,
+        device="cpu",
+    )
+    return {"seconds": time.perf_counter() - start, "phases": report.phases, "import_bytes": imports}
+
+
+def llmcompressor(
+    model: str, tokens: str, output: str, method: str, pattern: str, batch_size: int = 1
+) -> Record:
+    """Its defaults: 128 columns a block, dampening 0.01 of the mean diagonal, one decoder layer at a time.
+
+    Weights keep their dtype and are saved uncompressed. Its default batch is one sample.
+    """
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from safetensors.torch import load_file
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    imports = finish_imports(model)
+    start = time.perf_counter()
+    ids = load_file(tokens)["ids"]
+    samples = [{"input_ids": row} for row in ids]
+    if pattern.endswith("%"):
+        settings: Record = {"sparsity": float(pattern[:-1]) / 100, "mask_structure": "0:0"}
+    else:
+        keep, group = map(int, pattern.split(":"))  # its N is how many to prune
+        settings = {"sparsity": 1 - keep / group, "mask_structure": f"{group - keep}:{group}"}
+    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    oneshot(
+        model=network,
+        tokenizer=tokenizer,
+        dataset=DataLoader(samples, batch_size=batch_size),  # type: ignore[arg-type]
+        recipe=modifier(targets=["Linear"], ignore=["re:.*lm_head"], **settings),
+        num_calibration_samples=len(samples),
+        max_seq_length=ids.shape[1],
+        pipeline="sequential",
+        save_compressed=False,
+        output_dir=output,
+    )
+    return {"seconds": time.perf_counter() - start, "import_bytes": imports}
+
+
+def published(model: str, tokens: str, output: str, pattern: str, repository: str) -> Record:
+    """The SparseGPT class of a checkout of IST-DASLab/sparsegpt, on the CPU.
+
+    The loop around it is that of its llama.py (the default order: all linears of a block see the dense
+    block), which itself needs a transformers of 2023: catch the first block's inputs; per block, one sample
+    at a time, accumulate, prune, and run once more for the next block's inputs.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    # It calls both unconditionally.
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
+    sys.path.insert(0, repository)
+    from sparsegpt import SparseGPT
+
+    torch.set_grad_enabled(False)
+    imports = finish_imports(model)
+    phases = Phases()
+    ids = load_file(tokens)["ids"]
+    if pattern.endswith("%"):
+        settings: Record = {"sparsity": float(pattern[:-1]) / 100}
+    else:
+        keep, group = map(int, pattern.split(":"))
+        settings = {"sparsity": 0.0, "prunen": group - keep, "prunem": group}
+
+    with phases("load"):
+        network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    blocks = network.model.layers
+    inps = torch.zeros(*ids.shape, network.config.hidden_size, dtype=network.dtype)
+    kwargs: Record = {}
+
+    class Catcher(torch.nn.Module):
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block, self.seen = block, 0
+
+        def forward(self, hidden: torch.Tensor, **given: Any) -> None:
+            inps[self.seen] = hidden
+            self.seen += 1
+            kwargs.update(given)
+            raise StopIteration
+
+    with phases("forward"):
+        blocks[0] = Catcher(blocks[0])
+        for row in ids:
+            try:
+                network(row[None], use_cache=False)
+            except StopIteration:
+                continue
+        blocks[0] = blocks[0].block
+    outs = torch.zeros_like(inps)
+
+    for block in blocks:
+        linears = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        solvers = {n: SparseGPT(m) for n, m in linears.items()}
+
+        def accumulate(name: str, solvers: Record = solvers) -> Callable[..., None]:
+            def hook(_: Any, inp: Any, out: Any) -> None:
+                with phases("moments"):
+                    solvers[name].add_batch(inp[0], out)
+
+            return hook
+
+        handles = [m.register_forward_hook(accumulate(n)) for n, m in linears.items()]
+        with phases("forward"):
+            for j in range(len(inps)):
+                outs[j] = block(inps[j].unsqueeze(0), **kwargs)[0]
+        for handle in handles:
+            handle.remove()
+        with phases("solve"):
+            for solver in solvers.values():
+                solver.fasterprune(**settings, percdamp=0.01, blocksize=128)
+                solver.free()
+        with phases("forward"):
+            for j in range(len(inps)):
+                outs[j] = block(inps[j].unsqueeze(0), **kwargs)[0]
+        inps, outs = outs, inps
+
+    with phases("write"):
+        network.save_pretrained(output)
+    return {"seconds": phases.total(), "phases": phases.seconds, "import_bytes": imports}
+
+
+class Phases:
+    """Seconds by name; time inside an inner phase is not counted to the outer one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.inner = 0.0
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        outer, self.inner = self.inner, 0.0
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self.inner
+        self.inner = outer + elapsed
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    tools: dict[str, Callable[..., Record]] = {
+        "secateurs": secateurs,
+        "llmcompressor": llmcompressor,
+        "published": published,
+    }
+    result = tools[job.pop("tool")](**job)
+    print("\n" + json.dumps({**result, "peak_bytes": peak_bytes(), "versions": versions()}))

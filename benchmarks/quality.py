@@ -1,0 +1,126 @@
+"""Perplexity by method and pattern on real models, over several calibration samples.
+
+Every combination is pruned and saved, loaded back by transformers, searched for NaN and Inf, and measured
+on the first windows of each text. The tables show the mean over the seeds, and each method's margin over
+SparseGPT in log-perplexity (below zero is better), paired by seed: mean (least to most). A combination in
+the results is not repeated: interrupt at will, and run the same command again.
+
+    python benchmarks/quality.py --models ../out/llama ../out/opt --calibration ../data/wikitext-2/valid.txt \
+        --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
+"""
+
+import math
+import tempfile
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+import torch
+import tyro
+from transformers import AutoTokenizer
+
+import secateurs
+from common import RESULTS, Record, environment, load, perplexities, print_table, save
+from secateurs.text import calibration_blocks, evaluation_tokens
+
+Cell = tuple[str, str, int | None]  # method, pattern, calibration seed
+DENSE: Cell = ("dense", "0%", None)
+
+
+def grid(methods: tuple[str, ...], patterns: tuple[str, ...], seeds: tuple[int, ...]) -> list[Cell]:
+    """The dense model, then every method, pattern and seed; magnitude, which reads no text, only once."""
+    cells = [DENSE]
+    for pattern, method in product(patterns, methods):
+        cells += [(method, pattern, seed) for seed in ((None,) if method == "magnitude" else seeds)]
+    return cells
+
+
+def measure(
+    model: Path, cell: Cell, ids: dict[int | None, torch.Tensor], texts: dict[str, torch.Tensor], length: int
+) -> Record:
+    """Prune, save, load and evaluate one cell of the grid."""
+    if cell == DENSE:
+        return {"perplexity": perplexities(model, texts, length)}
+    method, pattern, seed = cell
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary) / "pruned"
+        report = secateurs.prune(
+            model, output=output, calibration=ids.get(seed), method=method, pattern=pattern
+        )
+        return {
+            "perplexity": perplexities(output, texts, length),
+            "sparsity": report.sparsity,
+            "seconds": report.seconds,
+            "error": mean(layer.error for layer in report.layers),
+        }
+
+
+def by_seed(scores: dict[Cell, float], method: str, pattern: str) -> dict[int | None, float]:
+    return {cell[2]: score for cell, score in scores.items() if cell[:2] == (method, pattern)}
+
+
+def margin(own: dict[int | None, float], base: dict[int | None, float]) -> str:
+    """Of log-perplexities, paired by seed; a method without seeds meets each of the other's."""
+    pairs = [(own.get(seed, own.get(None)), score) for seed, score in base.items()]
+    margins = [math.log(mine / other) for mine, other in pairs if mine is not None]
+    return f"{mean(margins):+.3f} ({min(margins):+.3f} to {max(margins):+.3f})" if margins else ""
+
+
+def print_tables(rows: list[Record], methods: tuple[str, ...], patterns: tuple[str, ...]) -> None:
+    """One for each model and text."""
+    rivals = [method for method in methods if method != "sparsegpt"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        for text in own[0]["perplexity"]:
+            scores = {(row["method"], row["pattern"], row["seed"]): row["perplexity"][text] for row in own}
+            table = []
+            for pattern in patterns:
+                found = {method: by_seed(scores, method, pattern) for method in methods}
+                means = [mean(found[method].values()) if found[method] else "" for method in methods]
+                margins = [margin(found[method], by_seed(scores, "sparsegpt", pattern)) for method in rivals]
+                table.append([pattern, *means, *margins])
+            print(f"\n{model} on {text}: perplexity {scores[DENSE]:.2f} dense\n")
+            print_table(["pattern", *methods, *(f"{method} - sparsegpt" for method in rivals)], table)
+
+
+def main(
+    models: tuple[Path, ...],
+    calibration: Path,
+    texts: tuple[Path, ...],
+    patterns: tuple[str, ...] = ("50%", "60%", "70%", "80%", "90%", "2:4", "4:8", "1:4"),
+    methods: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt", "admm"),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    samples: int = 64,
+    length: int = 512,
+    windows: int = 64,
+    results: Path = RESULTS / "quality.json",
+) -> None:
+    about = {
+        **environment(),
+        "calibration": calibration.name,
+        "samples": samples,
+        "length": length,
+        "windows": windows,
+    }
+    rows = load(results)
+    done = {(row["model"], row["method"], row["pattern"], row["seed"]) for row in rows}
+    for model in models:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        ids: dict[int | None, torch.Tensor] = {
+            seed: calibration_blocks(calibration, tokenizer, samples=samples, length=length, seed=seed)
+            for seed in seeds
+        }
+        evaluation = {text.stem: evaluation_tokens(text, tokenizer)[: windows * length] for text in texts}
+        for cell in grid(methods, patterns, seeds):
+            if (model.name, *cell) in done:
+                continue
+            row = {"model": model.name, **dict(zip(("method", "pattern", "seed"), cell, strict=True))}
+            rows.append(row | measure(model, cell, ids, evaluation, length))
+            save(results, about, rows)
+            scores = (f"{text} {score:.2f}" for text, score in rows[-1]["perplexity"].items())
+            print(*row.values(), *scores, flush=True)
+    print_tables(rows, methods, patterns)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
