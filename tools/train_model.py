@@ -13,7 +13,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -52,8 +52,8 @@ def train_tokenizer(books: list[Path]) -> PreTrainedTokenizerFast:
 
 def build(architecture: Literal["llama", "opt"]) -> PreTrainedModel:
     """5.5 M parameters as a Llama with grouped queries, 4.3 M as an OPT; all widths divide by 64."""
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    shared = {
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    shared: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": 256, "num_attention_heads": 8,
         "max_position_embeddings": LENGTH, "tie_word_embeddings": True, **special,
     }  # fmt: skip
@@ -136,7 +136,7 @@ def main(
             seconds = time.monotonic() - start
             print(f"step {step}/{steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
 
-    model = model.to(torch.bfloat16)
+    model.bfloat16()
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     record = {

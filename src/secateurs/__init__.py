@@ -9,16 +9,16 @@ for measurement in secateurs.evaluate("my-llama-70", text=["novel.txt"]):
 
 from secateurs.anatomy import UnsupportedArchitectureError, family_of
 from secateurs.checkpoint import Checkpoint
-from secateurs.evaluate import Measurement, evaluate, evaluate_tasks, perplexity
+from secateurs.evaluation import Measurement, evaluate, evaluate_tasks, perplexity
 from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
-from secateurs.prune.admm import ADMM
-from secateurs.prune.magnitude import Magnitude
-from secateurs.prune.report import LayerReport, Report
-from secateurs.prune.solver import Solution, Solver
-from secateurs.prune.sparsegpt import SparseGPT
-from secateurs.prune.statistics import Statistics
-from secateurs.prune.walk import prune
-from secateurs.prune.wanda import Wanda
+from secateurs.pruning.admm import ADMM
+from secateurs.pruning.magnitude import Magnitude
+from secateurs.pruning.report import LayerReport, Report
+from secateurs.pruning.solver import Solution, Solver
+from secateurs.pruning.sparsegpt import SparseGPT
+from secateurs.pruning.statistics import Statistics
+from secateurs.pruning.walk import prune
+from secateurs.pruning.wanda import Wanda
 from secateurs.text import calibration_blocks, evaluation_tokens
 from secateurs.version import __version__
 

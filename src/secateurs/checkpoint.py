@@ -88,6 +88,15 @@ class Checkpoint:
         """Size of all weight files together."""
         return sum((self.folder / file).stat().st_size for file in self.files)
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of all tensors together: of the files, less their headers (8 bytes of length and as many)."""
+        headers = 0
+        for file in self.files:
+            with open(self.folder / file, "rb") as handle:
+                headers += 8 + int.from_bytes(handle.read(8), "little")
+        return self.bytes - headers
+
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, on the CPU, in their stored dtypes.
 

@@ -52,7 +52,7 @@ def prune(
             (block), also its own block's pruned attention (sublayer), or every pruned layer (linear).
         batch_size: Sequences run at once. By default 2048 tokens' worth.
     """
-    from secateurs.prune.walk import prune as run
+    from secateurs.pruning.walk import prune as run
 
     report = run(
         model,
@@ -105,7 +105,7 @@ def evaluate(
         task_data: A folder with the tasks' data, where the hub is out of reach.
         limit: Documents per task. By default all.
     """
-    from secateurs.evaluate import evaluate as run
+    from secateurs.evaluation import evaluate as run
 
     for row in run(
         model,

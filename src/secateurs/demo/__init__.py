@@ -30,9 +30,9 @@ def demo(*, pattern: str = "70%", device: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from secateurs.evaluate import load_model, perplexity
-    from secateurs.prune.methods import METHODS
-    from secateurs.prune.walk import prune
+    from secateurs.evaluation import load_model, perplexity
+    from secateurs.pruning.methods import METHODS
+    from secateurs.pruning.walk import prune
     from secateurs.text import evaluation_tokens, load_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
@@ -52,7 +52,7 @@ def demo(*, pattern: str = "70%", device: str | None = None) -> None:
         ids = model.generate(  # type: ignore[operator]
             prompt.to(model.device), max_new_tokens=40, do_sample=True, temperature=0.7, top_k=40
         )
-        return f"{perplexity(model, tokens):.1f}", " ".join(tokenizer.decode(ids[0]).split())
+        return f"{perplexity(model, tokens):.1f}", " ".join(str(tokenizer.decode(ids[0])).split())
 
     continuations = {}
     figure, continuations["dense"] = measure(MODEL)

@@ -85,7 +85,7 @@ def calibration_blocks(
 def evaluation_tokens(
     source: str | Path, tokenizer: PreTrainedTokenizerBase, *, field: str = "text"
 ) -> Tensor:
-    """All tokens of a text, for `secateurs.evaluate.perplexity`.
+    """All tokens of a text, for `secateurs.evaluation.perplexity`.
 
     Args:
         source: see `load_text`. Of `c4` the first 1100 validation documents, cut to 524,288 tokens.

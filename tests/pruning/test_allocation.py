@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from secateurs import NM, Unstructured
-from secateurs.prune.allocation import allocate
+from secateurs.pruning.allocation import allocate
 
 LAYERS = {
     f"model.layers.{index}.{name}": width

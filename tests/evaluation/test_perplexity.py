@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import families
-from secateurs.evaluate import perplexity
+from secateurs.evaluation import perplexity
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateurs.checkpoint import INDEX, Checkpoint, copy_file, read_json, write_json, write_tensors
-from secateurs.prune.report import RECORD, LayerReport, Report
+from secateurs.pruning.report import RECORD, LayerReport, Report
 from secateurs.version import __version__
 
 MARGIN_BYTES = 16 * 2**20  # for the reports
@@ -34,7 +34,7 @@ class WorkFolder:
     Args:
         output: the folder that the run is to make.
         checkpoint: the model that it prunes.
-        blocks: how many blocks that has.
+        blocks: for each of its blocks, the names in the files of its tensors.
         settings: all that decides the resulting weights.
 
     Raises:
@@ -42,7 +42,9 @@ class WorkFolder:
         OSError: the disk has too little space for what is still to be written.
     """
 
-    def __init__(self, output: Path, checkpoint: Checkpoint, blocks: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, output: Path, checkpoint: Checkpoint, blocks: list[list[str]], settings: dict[str, Any]
+    ) -> None:
         # Through links: the last step is a rename, which would replace or trip over a link itself.
         self.output, self.checkpoint, self.settings = output.resolve(), checkpoint, settings
         if self.output.is_mount():
@@ -58,7 +60,10 @@ class WorkFolder:
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.model, self.progress = self.partial / "model", self.partial / "progress"
-        self.shards = [f"model-{i + 1:05}-of-{blocks + 1:05}.safetensors" for i in range(blocks + 1)]
+        inside = {name for names in blocks for name in names}
+        self.parts = [sorted(set(checkpoint.file_of) - inside), *blocks]
+        count = len(self.parts)
+        self.shards = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         self.phases = dict.fromkeys(("load", "run", "solve", "write"), 0.0)
         self.finished = self._is_finished()
         if self.finished:
@@ -112,6 +117,12 @@ class WorkFolder:
             torch.cuda.synchronize()
         self.phases[phase] += time.monotonic() - start
 
+    def write_outside(self) -> None:
+        """Copy what lies outside the blocks: first of all, so that NaN there is found before the work."""
+        shard = self.model / self.shards[0]
+        if not shard.exists():
+            write_tensors(shard, self.checkpoint.load(self.parts[0]))
+
     def block(self, index: int) -> dict[str, Tensor] | None:
         """A finished block's tensors by their names in the files, or None."""
         shard = self.model / self.shards[index + 1]
@@ -129,27 +140,23 @@ class WorkFolder:
     def _report(self, index: int) -> Path:
         return self.progress / f"block-{index:05}.json"
 
-    def finish(self, block_tensors: list[list[str]], seconds: float) -> Report:
-        """Write what lies outside the blocks and turn the working folder into the output.
+    def finish(self, seconds: float) -> Report:
+        """Turn the working folder, all of whose shards are there, into the output.
 
         Args:
-            block_tensors: for each block, the names in the files of its tensors.
             seconds: what the run took beside its blocks.
         """
-        inside = {name for names in block_tensors for name in names}
-        outside = sorted(set(self.checkpoint.file_of) - inside)
         with self.clock("write"):
-            write_tensors(self.model / self.shards[0], self.checkpoint.load(outside))
             for companion in self.checkpoint.companions():
                 copy_file(companion, self.model / companion.name)
             weight_map = {
-                name: shard
-                for shard, names in zip(self.shards, [outside, *block_tensors], strict=True)
-                for name in names
+                name: shard for shard, names in zip(self.shards, self.parts, strict=True) for name in names
             }
-            total = sum((self.model / shard).stat().st_size for shard in self.shards)
-            write_json(self.model / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        blocks = [read_json(self._report(index)) for index in range(len(block_tensors))]
+            write_json(
+                self.model / INDEX,
+                {"metadata": {"total_size": self.checkpoint.tensor_bytes}, "weight_map": weight_map},
+            )
+        blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
         record = {
             "run": self.run,
             "settings": self.settings,

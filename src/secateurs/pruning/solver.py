@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateurs.pattern import Pattern
-from secateurs.prune.statistics import Statistics
+from secateurs.pruning.statistics import Statistics
 
 
 class Solution(NamedTuple):

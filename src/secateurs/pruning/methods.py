@@ -3,11 +3,11 @@
 from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
-from secateurs.prune.admm import ADMM
-from secateurs.prune.magnitude import Magnitude
-from secateurs.prune.solver import Solver
-from secateurs.prune.sparsegpt import SparseGPT
-from secateurs.prune.wanda import Wanda
+from secateurs.pruning.admm import ADMM
+from secateurs.pruning.magnitude import Magnitude
+from secateurs.pruning.solver import Solver
+from secateurs.pruning.sparsegpt import SparseGPT
+from secateurs.pruning.wanda import Wanda
 
 METHODS: dict[str, type[Any]] = {
     "magnitude": Magnitude,

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import families
 from characters import characters
-from secateurs.evaluate import evaluate, load_model, perplexity
+from secateurs.evaluation import evaluate, load_model, perplexity
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,13 @@ from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.device import resolve_device
 from secateurs.pattern import Pattern
-from secateurs.prune.allocation import Allocation, allocate
-from secateurs.prune.magnitude import Magnitude
-from secateurs.prune.methods import describe_method, parse_method
-from secateurs.prune.report import LayerReport, Report
-from secateurs.prune.solver import Solver
-from secateurs.prune.statistics import Statistics
-from secateurs.prune.workfolder import WorkFolder
+from secateurs.pruning.allocation import Allocation, allocate
+from secateurs.pruning.magnitude import Magnitude
+from secateurs.pruning.methods import describe_method, parse_method
+from secateurs.pruning.report import LayerReport, Report
+from secateurs.pruning.solver import Solver
+from secateurs.pruning.statistics import Statistics
+from secateurs.pruning.workfolder import WorkFolder
 
 Sequential = Literal["block", "sublayer", "linear"]
 Group = tuple[str, ...]
@@ -64,7 +64,7 @@ def prune(
             (samples, length). Only magnitude pruning does without.
         method: a solver, or its name with settings, such as "sparsegpt" or "sparsegpt:damping=0.02".
         pattern: which weights may stay: "70%" (of zeros), "2:4" (two of every four inputs stay), or a
-            pattern per layer (see `secateurs.prune.allocation.Allocation`).
+            pattern per layer (see `secateurs.pruning.allocation.Allocation`).
         samples: number of calibration sequences.
         length: tokens in each; by default as many as the model was made for, and at most 2048.
         seed: of the calibration sample.
@@ -121,13 +121,15 @@ def prune(
         "batch_size": batch_size,
         "device": where.type,
     }
-    work = WorkFolder(Path(output), checkpoint, len(blockwise.blocks), settings)
+    blocks = [blockwise.block_tensors(index) for index in range(len(blockwise.blocks))]
+    work = WorkFolder(Path(output), checkpoint, blocks, settings)
     if work.finished:
         return Report.read(work.output)
+    with work.clock("write"):
+        work.write_outside()
     with _progress_bar(len(patterns), shown=progress) as advance:
         in_blocks = walk.run(patterns, tokens, batch_size or 1, work, advance)
-    names = [blockwise.block_tensors(index) for index in range(len(blockwise.blocks))]
-    return work.finish(names, time.monotonic() - start - in_blocks)
+    return work.finish(time.monotonic() - start - in_blocks)
 
 
 def _tokens(

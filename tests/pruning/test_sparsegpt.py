@@ -6,8 +6,8 @@ import torch
 from problems import correlated_inputs, weight_of
 
 from secateurs.pattern import NM, Pattern, Unstructured
-from secateurs.prune.sparsegpt import SparseGPT
-from secateurs.prune.statistics import Statistics
+from secateurs.pruning.sparsegpt import SparseGPT
+from secateurs.pruning.statistics import Statistics
 
 
 def naive(

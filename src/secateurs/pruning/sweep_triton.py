@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from secateurs.pattern import NM, Pattern
-from secateurs.prune.sparsegpt import choose
+from secateurs.pruning.sparsegpt import choose
 
 TILE = 2048
 """Weights that a program holds."""

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.device import resolve_device
-from secateurs.evaluate.perplexity import perplexity
-from secateurs.evaluate.tasks import evaluate_tasks
+from secateurs.evaluation.perplexity import perplexity
+from secateurs.evaluation.tasks import evaluate_tasks
 from secateurs.text import evaluation_tokens, load_tokenizer
 
 

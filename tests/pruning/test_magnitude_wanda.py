@@ -6,9 +6,9 @@ import torch
 from problems import correlated_inputs, weight_of
 
 from secateurs.pattern import NM, Pattern, Unstructured
-from secateurs.prune.magnitude import Magnitude
-from secateurs.prune.statistics import Statistics
-from secateurs.prune.wanda import Wanda
+from secateurs.pruning.magnitude import Magnitude
+from secateurs.pruning.statistics import Statistics
+from secateurs.pruning.wanda import Wanda
 
 
 def zero_lowest(weight: np.ndarray, scores: np.ndarray, pruned: int) -> np.ndarray:

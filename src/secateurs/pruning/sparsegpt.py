@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from secateurs.pattern import NM, Pattern
-from secateurs.prune.solver import Solution, finished, working_dtype
-from secateurs.prune.statistics import Statistics
+from secateurs.pruning.solver import Solution, finished, working_dtype
+from secateurs.pruning.statistics import Statistics
 
 INNER = 16
 """Columns swept one by one between two products."""

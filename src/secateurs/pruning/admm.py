@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from secateurs.pattern import NM, Pattern, Unstructured
-from secateurs.prune.solver import Solution, finished, working_dtype
-from secateurs.prune.statistics import Statistics, live
+from secateurs.pruning.solver import Solution, finished, working_dtype
+from secateurs.pruning.statistics import Statistics, live
 
 RHO = (0.1, 0.3, 1.0)
 """The penalty in each third of the iterations, in units of C's diagonal, which is 1. A low one explores. The

@@ -5,7 +5,7 @@ import pytest
 import torch
 from problems import correlated_inputs, weight_of
 
-from secateurs.prune.statistics import CHUNK, Statistics
+from secateurs.pruning.statistics import CHUNK, Statistics
 
 
 def test_moment_of_a_stream():

@@ -1,26 +1,18 @@
 """The Triton sweep against the torch one, in Triton's interpreter where there is no GPU."""
 
-import os
-
 import pytest
 import torch
+from problems import correlated_inputs, weight_of
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+from secateurs.pattern import NM, Unstructured
+from secateurs.pruning import sparsegpt
+from secateurs.pruning.statistics import Statistics
 
 pytest.importorskip("triton")
-
-from problems import correlated_inputs, weight_of  # noqa: E402
-
-from secateurs.pattern import NM, Unstructured  # noqa: E402
-from secateurs.prune import sparsegpt, sweep_triton  # noqa: E402
-from secateurs.prune.statistics import Statistics  # noqa: E402
+from secateurs.pruning import sweep_triton
 
 PATTERNS = [Unstructured(0.7), Unstructured(0.0), NM(2, 4), NM(4, 8), NM(1, 3), NM(3, 5), NM(1, 2)]
-
-
-DEVICE = "cuda" if ON_GPU else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def block_of(columns: int, outputs: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from secateurs.pattern import Pattern
-from secateurs.prune.solver import Solution, finished, working_dtype
-from secateurs.prune.statistics import Statistics
+from secateurs.pruning.solver import Solution, finished, working_dtype
+from secateurs.pruning.statistics import Statistics
 
 
 @dataclass(frozen=True)

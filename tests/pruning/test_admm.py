@@ -6,9 +6,9 @@ import torch
 from problems import correlated_inputs, weight_of
 
 from secateurs.pattern import NM, Pattern, Unstructured
-from secateurs.prune.admm import ADMM, RHO
-from secateurs.prune.sparsegpt import SparseGPT
-from secateurs.prune.statistics import Statistics
+from secateurs.pruning.admm import ADMM, RHO
+from secateurs.pruning.sparsegpt import SparseGPT
+from secateurs.pruning.statistics import Statistics
 
 PATTERNS = [Unstructured(0.7), NM(2, 4), NM(1, 3)]
 

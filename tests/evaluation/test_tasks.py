@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 import families
 from characters import characters
-from secateurs.evaluate import evaluate_tasks
+from secateurs.evaluation import evaluate_tasks
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 

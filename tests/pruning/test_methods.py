@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from secateurs import ADMM, Magnitude, SparseGPT, Wanda
-from secateurs.prune.methods import METHODS, describe_method, parse_method
+from secateurs.pruning.methods import METHODS, describe_method, parse_method
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,0 @@
-"""What a model is worth: perplexity on text, accuracy on zero-shot tasks."""
-
-from secateurs.evaluate.measure import Measurement, evaluate, load_model
-from secateurs.evaluate.perplexity import perplexity
-from secateurs.evaluate.tasks import evaluate_tasks
-
-__all__ = ["Measurement", "evaluate", "evaluate_tasks", "load_model", "perplexity"]
