@@ -56,7 +56,7 @@ class Layout:
     def to_json(self) -> dict[str, Any]:
         """The entry of this weight in `config.json`."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"shape": [self.rows, self.columns], "dtype": dtype, "nonzeros": self.nonzeros}
+        return {"shape": [self.rows, self.columns], "values": dtype, "nonzeros": self.nonzeros}
 
     @classmethod
     def from_json(cls, name: str, entry: Any) -> "Layout":
@@ -65,9 +65,9 @@ class Layout:
         Raises:
             ValueError: a field is missing, of another type or out of bounds; names the layer.
         """
-        if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "nonzeros"}:
-            raise ValueError(f"compressed layer '{name}' needs 'shape', 'dtype' and 'nonzeros', and nothing else")
-        shape, dtype, nonzeros = entry["shape"], entry["dtype"], entry["nonzeros"]
+        if not isinstance(entry, dict) or set(entry) != {"shape", "values", "nonzeros"}:
+            raise ValueError(f"compressed layer '{name}' needs 'shape', 'values' and 'nonzeros', and nothing else")
+        shape, dtype, nonzeros = entry["shape"], entry["values"], entry["nonzeros"]
         if dtype in RESERVED_DTYPES:
             raise ValueError(f"compressed layer '{name}' has '{dtype}' values, which this version cannot read yet")
         if not isinstance(dtype, str) or dtype not in DTYPES:

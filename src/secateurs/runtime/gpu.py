@@ -18,6 +18,12 @@ from secateurs.runtime.linear import SparseLinear
 
 DIRECT_TOKENS = 16
 BLOCK = 256  # columns at a time
+# What the tensor cores multiply; Triton's interpreter has no bfloat16 there.
+FACTORS = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
+}
 
 
 @triton.jit
@@ -45,6 +51,7 @@ def _linear_kernel(
     columns,
     row_words,
     HAS_BIAS: tl.constexpr,
+    FACTOR: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,10 +69,8 @@ def _linear_kernel(
         part = tl.load(x + token[:, None] * columns + column[None, :], mask=wanted, other=0.0)
         if TOKENS == 1:
             total += tl.sum(weight.to(tl.float32) * part.to(tl.float32), axis=1)[:, None]
-        elif weight.dtype == part.dtype:
-            total = tl.dot(weight, tl.trans(part), total, input_precision="ieee")
         else:
-            total = tl.dot(weight.to(tl.float32), tl.trans(part.to(tl.float32)), total, input_precision="ieee")
+            total = tl.dot(weight.to(FACTOR), tl.trans(part.to(FACTOR)), total, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     wanted = inside[:, None] & (token < tokens)[None, :]
@@ -105,22 +110,24 @@ def linear(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, bias: Tenso
     y = x.new_empty(tokens, len(mask))
     alone = tokens == 1
     rows = 4 if alone else 16  # the tensor cores' smallest tile is 16 x 16
-    _linear_kernel[(triton.cdiv(len(mask), rows),)](
-        x.contiguous(),
-        mask.view(torch.int32),
-        values,
-        offsets,
-        values if bias is None else bias,
-        y,
-        tokens,
-        len(mask),
-        columns,
-        mask.shape[1] // 4,
-        HAS_BIAS=bias is not None,
-        TOKENS=1 if alone else 16,
-        ROWS=rows,
-        BLOCK=BLOCK,
-    )
+    with torch.cuda.device_of(x):
+        _linear_kernel[(triton.cdiv(len(mask), rows),)](
+            x.contiguous(),
+            mask.view(torch.int32),
+            values,
+            offsets,
+            values if bias is None else bias,
+            y,
+            tokens,
+            len(mask),
+            columns,
+            mask.shape[1] // 4,
+            HAS_BIAS=bias is not None,
+            FACTOR=FACTORS[x.dtype] if x.dtype == values.dtype else tl.float32,
+            TOKENS=1 if alone else 16,
+            ROWS=rows,
+            BLOCK=BLOCK,
+        )
     return y
 
 
@@ -128,9 +135,11 @@ def expand(mask: Tensor, values: Tensor, offsets: Tensor, columns: int, first: i
     """Rows [first, last) of a packed weight, dense, in the values' dtype."""
     dense = values.new_empty(last - first, columns)
     rows = 4
-    _expand_kernel[(triton.cdiv(last - first, rows),)](
-        mask.view(torch.int32), values, offsets, dense, first, last, columns, mask.shape[1] // 4, ROWS=rows, BLOCK=BLOCK
-    )
+    words = mask.view(torch.int32)
+    with torch.cuda.device_of(values):
+        _expand_kernel[(triton.cdiv(last - first, rows),)](
+            words, values, offsets, dense, first, last, columns, words.shape[1], ROWS=rows, BLOCK=BLOCK
+        )
     return dense
 
 

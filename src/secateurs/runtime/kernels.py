@@ -87,6 +87,12 @@ class CpuKernels:
         return dense
 
 
+def library() -> str | None:
+    """The path of the shared library, if it was built when secateurs was installed."""
+    found = importlib.util.find_spec("secateurs.runtime._kernels")
+    return None if found is None else found.origin
+
+
 @functools.cache
 def cpu_kernels() -> CpuKernels | None:
     """The CPU kernels, or None, with a warning, where the package was installed without a compiler.
@@ -96,15 +102,15 @@ def cpu_kernels() -> CpuKernels | None:
     isa = os.environ.get("SECATEURS_ISA")
     if isa == "torch":
         return None
-    found = importlib.util.find_spec("secateurs.runtime._kernels")
-    if found is None or found.origin is None:
+    path = library()
+    if path is None:
         warnings.warn(
             "secateurs was installed without its CPU kernels (no C++ compiler at the time): compressed models run, "
             "but slower than dense ones. Install a compiler and reinstall secateurs.",
             stacklevel=2,
         )
         return None
-    return CpuKernels(found.origin, isa)
+    return CpuKernels(path, isa)
 
 
 def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
