@@ -1,9 +1,9 @@
 """One token through a block's linear layers on the CPU: compressed against dense and CSR, paired in one run.
 
-The block is Llama's at width 4096 with an MLP of 11008. Every contender has its own copy of all seven weights,
-several times the last-level cache, so weights come from memory as they do when a whole model decodes. Contenders take
-turns within each round; figures are medians over rounds. The bound is a plain read of the same bytes by the
-same threads.
+The block is Llama's at width 4096 with an MLP of 11008. Every contender has its own copy of all seven
+weights, several times the last-level cache, so weights come from memory as they do when a whole model
+decodes. Contenders take turns within each round; figures are medians over rounds. The bound is a plain read
+of the same bytes by the same threads.
 
     python benchmarks/decode_cpu.py
 """
@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from machine import write
 from torch import Tensor
 
+from machine import write
 from secateurs.runtime.format import pack, row_offsets
 from secateurs.runtime.kernels import sparse_linear
 
@@ -66,7 +66,9 @@ def contenders(
     }
     read = sum(data.nbytes + offsets.nbytes for data, offsets, _ in packed)
     weights = sum(weight.numel() for weight in dense)
-    sizes_read = dict(zip(runs, [read, weights * dtype.itemsize, weights * 4, everything.nbytes], strict=True))
+    sizes_read = dict(
+        zip(runs, [read, weights * dtype.itemsize, weights * 4, everything.nbytes], strict=True)
+    )
     if sparsity >= 0.5:
         runs["torch CSR float32"] = rows
         # Values of 4 bytes, column indices of 8.
@@ -75,7 +77,9 @@ def contenders(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--mlp", type=int, default=11008)
     parser.add_argument("--tokens", type=int, default=1)
@@ -111,11 +115,11 @@ def main() -> None:
             "bytes": read,
         }
         rows.append(row)
-        milliseconds = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in row["seconds"].items())
-        reached = read["compressed"] / row["seconds"]["compressed"] / (read["plain read"] / row["seconds"]["plain read"])
+        bandwidth = {name: read[name] / row["seconds"][name] for name in ("compressed", "plain read")}
         print(
-            f"{sparsity:.2f}: {row['speedup']:.2f}x the faster dense, {reached:.0%} of a plain read's bandwidth "
-            f"({milliseconds} ms)",
+            f"{sparsity:.2f}: {row['speedup']:.2f}x the faster dense,",
+            f"{bandwidth['compressed'] / bandwidth['plain read']:.0%} of a plain read's bandwidth;",
+            ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in row["seconds"].items()),
             flush=True,
         )
     write(settings.name, vars(settings), rows)

@@ -1,7 +1,8 @@
 """Tokens per second of a whole model on the CPU, dense and compressed, over sparsity.
 
-A Llama with random weights, pruned by magnitude row by row, written, compressed and loaded as a user would; speed
-does not depend on what the weights say. Each model is measured in a process of its own by `secateurs bench`.
+A Llama with random weights, pruned by magnitude row by row, written, compressed and loaded as a user would;
+speed does not depend on what the weights say. Each model is measured in a process of its own by `secateurs
+bench`.
 
     python benchmarks/generate_cpu.py
 """
@@ -12,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from machine import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from machine import write
 from secateurs.evaluate.speed import bench
 from secateurs.runtime import compress
 from secateurs.runtime.quantizer import linear_shapes
@@ -32,7 +33,9 @@ GEOMETRY = LlamaConfig(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.5, 0.7, 0.9])
     settings = parser.parse_args()
     torch.manual_seed(0)
@@ -46,7 +49,9 @@ def main() -> None:
                 if name != "lm_head":
                     weight = model.get_submodule(name).weight.data
                     scores = weight.abs().float()
-                    weight[scores < scores.kthvalue(int(sparsity * weight.shape[1]), dim=1, keepdim=True).values] = 0
+                    weight[
+                        scores < scores.kthvalue(int(sparsity * weight.shape[1]), dim=1, keepdim=True).values
+                    ] = 0
             folder = Path(scratch) / f"{sparsity}"
             model.save_pretrained(dense)
             compress(dense, folder)

@@ -16,7 +16,9 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         fields = dict(
-            line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line
+            line.split(":", 1)
+            for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+            if ":" in line
         )
         fields = {key.strip(): value.strip() for key, value in fields.items()}
         cpu = f"{fields.get('model name')}, family {fields.get('cpu family')} model {fields.get('model')}"

@@ -7,6 +7,7 @@ from small_models import DTYPES, sparse
 
 from secateurs.runtime.format import Layout, mask_of, pack, row_offsets, unpack, values_of
 
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 20),
@@ -23,7 +24,8 @@ def test_a_packed_weight_is_the_documented_bytes(
     # Read as docs/format.md says, bit by bit, in the order of the rows.
     data, row_bytes = packed.numpy().tobytes(), -(-columns // 64) * 8
     kept = [
-        [data[row * row_bytes + column // 8] >> column % 8 & 1 for column in range(columns)] for row in range(rows)
+        [data[row * row_bytes + column // 8] >> column % 8 & 1 for column in range(columns)]
+        for row in range(rows)
     ]
     assert torch.equal(torch.tensor(kept, dtype=torch.bool), weight != 0)
     values = weight[weight != 0].view(torch.uint8).numpy().tobytes()

@@ -2,12 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from secateurs.runtime.format import mask_of, pack, row_offsets, values_of
 from small_models import DTYPES, pruned, sparse
 
+from secateurs.runtime.format import mask_of, pack, row_offsets, values_of
+
 pytest.importorskip("triton")
-from secateurs.runtime import gpu  # noqa: E402
+from secateurs.runtime import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter truncates to bfloat16, so one unit in the last place.

@@ -1,9 +1,9 @@
 """The compressed form of one weight: a bitmask, then the packed non-zeros, in one flat tensor of bytes.
 
-A decoder reads every weight for every token, so what counts is bytes: `(1 - s) * b + 1/8` per weight at sparsity
-s with values of b bytes. There are no stored offsets that a file could lie about: where a row begins is the prefix
-sum of the mask's bits, counted once when the weight is loaded, and compared with the promised length. The layout
-is documented in docs/format.md.
+A decoder reads every weight for every token, so what counts is bytes: `(1 - s) * b + 1/8` per weight at
+sparsity s with values of b bytes. There are no stored offsets that a file could lie about: where a row
+begins is the prefix sum of the mask's bits, counted once when the weight is loaded, and compared with the
+promised length. The layout is documented in docs/format.md.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RESERVED_DTYPES = ("int8", "int4")  # with group scales; named in version 1 so that its readers can say so
-TAIL_BYTES = 64  # zeros behind the last value: a vector load that begins inside the values ends inside the tensor
+TAIL_BYTES = 64  # zeros behind the last value, so that vector loads may run over it
 MOST_WEIGHTS = 2**31 - 1  # offsets are 32-bit
 
 
@@ -66,19 +66,31 @@ class Layout:
             ValueError: a field is missing, of another type or out of bounds; names the layer.
         """
         if not isinstance(entry, dict) or set(entry) != {"shape", "values", "nonzeros"}:
-            raise ValueError(f"compressed layer '{name}' needs 'shape', 'values' and 'nonzeros', and nothing else")
+            raise ValueError(
+                f"compressed layer '{name}' needs 'shape', 'values' and 'nonzeros', and nothing else"
+            )
         shape, dtype, nonzeros = entry["shape"], entry["values"], entry["nonzeros"]
         if dtype in RESERVED_DTYPES:
-            raise ValueError(f"compressed layer '{name}' has '{dtype}' values, which this version cannot read yet")
+            raise ValueError(
+                f"compressed layer '{name}' has '{dtype}' values, which this version cannot read yet"
+            )
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"compressed layer '{name}' has values of unknown dtype {dtype!r}; known: {[*DTYPES]}")
+            raise ValueError(
+                f"compressed layer '{name}' has values of unknown dtype {dtype!r}; known: {[*DTYPES]}"
+            )
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-            raise ValueError(f"compressed layer '{name}' needs two positive sizes as its shape, not {shape!r}")
+            raise ValueError(
+                f"compressed layer '{name}' needs two positive sizes as its shape, not {shape!r}"
+            )
         rows, columns = shape
         if rows * columns > MOST_WEIGHTS:
-            raise ValueError(f"compressed layer '{name}' has {rows} x {columns} weights; at most 2^31 - 1 fit")
+            raise ValueError(
+                f"compressed layer '{name}' has {rows} x {columns} weights; at most 2^31 - 1 fit"
+            )
         if type(nonzeros) is not int or not 0 <= nonzeros <= rows * columns:
-            raise ValueError(f"compressed layer '{name}' promises {nonzeros!r} non-zeros of {rows * columns} weights")
+            raise ValueError(
+                f"compressed layer '{name}' promises {nonzeros!r} non-zeros of {rows * columns} weights"
+            )
         return cls(rows, columns, nonzeros, DTYPES[dtype])
 
 
@@ -91,7 +103,9 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     Returns:
         The packed bytes, (layout.bytes,) uint8 on the CPU, and their layout.
     """
-    assert weight.ndim == 2 and weight.dtype in DTYPES.values() and weight.numel() <= MOST_WEIGHTS
+    assert weight.ndim == 2
+    assert weight.dtype in DTYPES.values()
+    assert weight.numel() <= MOST_WEIGHTS
     weight = weight.detach().cpu()
     kept = weight != 0
     values = weight[kept]
@@ -119,8 +133,8 @@ def values_of(packed: torch.Tensor, layout: Layout) -> torch.Tensor:
 def row_offsets(name: str, packed: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Where each row's values begin, counted from the mask: the check that a packed weight is what it claims.
 
-    Kernels trust these offsets and read without further checks, so this is the gate that every weight from a file
-    must pass.
+    Kernels trust these offsets and read without further checks, so this is the gate that every weight from a
+    file must pass.
 
     Args:
         name: of the layer, for the error.
@@ -136,7 +150,8 @@ def row_offsets(name: str, packed: torch.Tensor, layout: Layout) -> torch.Tensor
     """
     if packed.dtype != torch.uint8 or packed.shape != (layout.bytes,):
         raise ValueError(
-            f"compressed layer '{name}' should be {layout.bytes} bytes, but is {packed.dtype} {tuple(packed.shape)}"
+            f"compressed layer '{name}' should be {layout.bytes} bytes, "
+            f"but is {packed.dtype} {tuple(packed.shape)}"
         )
     mask = mask_of(packed, layout).cpu().numpy()
     whole, rest = divmod(layout.columns, 8)
@@ -148,7 +163,9 @@ def row_offsets(name: str, packed: torch.Tensor, layout: Layout) -> torch.Tensor
     counts = np.bitwise_count(np.ascontiguousarray(mask)).sum(axis=1, dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     if offsets[-1] != layout.nonzeros:
-        raise ValueError(f"compressed layer '{name}' has {offsets[-1]} bits in its mask, not {layout.nonzeros}")
+        raise ValueError(
+            f"compressed layer '{name}' has {offsets[-1]} bits in its mask, not {layout.nonzeros}"
+        )
     return torch.from_numpy(offsets.astype(np.int32))
 
 

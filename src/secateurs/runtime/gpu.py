@@ -1,10 +1,11 @@
 """Products with packed weights on a GPU, in Triton, from the same format as the CPU's.
 
-A program keeps a few rows. It walks their columns a block at a time: the mask's bits, a running count of them
-(where each value lies), a load of only the values that exist, neighbours beside each other, and the product; a
-token never waits for a dense weight to be written. Up to 16 tokens share one pass, through the tensor cores.
+A program keeps a few rows. It walks their columns a block at a time: the mask's bits, a running count of
+them (where each value lies), a load of only the values that exist, and the product; a token never waits for a
+dense weight to be written. Up to 16 tokens share one pass, through the tensor cores.
 
-2:4 weights may instead become torch's semi-structured tensors, of the same size, whose products are for many tokens.
+2:4 weights may instead become torch's semi-structured tensors, of the same size, whose products are for many
+tokens.
 """
 
 import torch
@@ -27,7 +28,9 @@ FACTORS = {
 
 
 @triton.jit
-def _expand_block(mask, values, row, inside, begin, start, columns, row_words, BLOCK: tl.constexpr):
+def _expand_block(  # type: ignore[no-untyped-def]
+    mask, values, row, inside, begin, start, columns, row_words, BLOCK: tl.constexpr
+):
     """Columns [start, start + BLOCK) of the given rows, dense, and how many values they hold."""
     column = start + tl.arange(0, BLOCK)
     wanted = inside[:, None] & (column < columns)[None, :]
@@ -39,7 +42,7 @@ def _expand_block(mask, values, row, inside, begin, start, columns, row_words, B
 
 
 @triton.jit
-def _linear_kernel(
+def _linear_kernel(  # type: ignore[no-untyped-def]
     x,
     mask,
     values,
@@ -78,7 +81,7 @@ def _linear_kernel(
 
 
 @triton.jit
-def _expand_kernel(
+def _expand_kernel(  # type: ignore[no-untyped-def]
     mask, values, offsets, dense, first, last, columns, row_words, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -145,13 +148,13 @@ def expand(mask: Tensor, values: Tensor, offsets: Tensor, columns: int, first: i
 
 def is_two_of_four(mask: Tensor) -> bool:
     """Whether no four neighbouring columns of a bitmask (rows, row_mask_bytes) keep more than two weights."""
+    bit = torch.arange(4, dtype=torch.uint8, device=mask.device)
     nibbles = torch.stack([mask & 15, mask >> 4])
-    kept = sum((nibbles >> bit & 1) for bit in range(4))
-    return bool((kept <= 2).all())
+    return bool(((nibbles[..., None] >> bit & 1).sum(-1) <= 2).all())
 
 
 def to_semi_structured(model: PreTrainedModel) -> int:
-    """Replaces the 2:4 layers of a compressed model on a GPU by torch's semi-structured ones, for prefill and batches.
+    """Replaces the 2:4 layers of a compressed model on a GPU by torch's semi-structured ones.
 
     The model can no longer be saved compressed.
 
@@ -162,7 +165,9 @@ def to_semi_structured(model: PreTrainedModel) -> int:
         ValueError: the model is not on a GPU that multiplies 2:4 weights (compute capability 8.0 or newer).
     """
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
-        raise ValueError(f"no 2:4 tensor cores on {model.device}: they need a GPU of compute capability 8.0 or newer")
+        raise ValueError(
+            f"no 2:4 tensor cores on {model.device}: they need a GPU of compute capability 8.0 or newer"
+        )
     replaced = 0
     for name, module in list(model.named_modules()):
         if not isinstance(module, SparseLinear) or not is_two_of_four(mask_of(module.weight, module.layout)):

@@ -1,9 +1,9 @@
 """Products with packed weights as torch operators, on the fastest path that the machine has.
 
-On the CPU, C++ kernels multiply straight from the packed form while the tokens are few; on CUDA, Triton kernels
-do. More tokens than that are a matter of arithmetic instead of bytes: the weight is expanded a panel at a time and
-multiplied by torch. Everything is an operator of its own with a fake and an input gradient, so torch.compile,
-and adapters trained on top, see one opaque linear.
+On the CPU, C++ kernels multiply straight from the packed form while the tokens are few; on CUDA, Triton
+kernels do. More tokens than that are a matter of arithmetic instead of bytes: the weight is expanded a panel
+at a time and multiplied by torch. Everything is an operator of its own with a fake and an input gradient, so
+torch.compile, and adapters trained on top, see one opaque linear.
 """
 
 import ctypes
@@ -20,7 +20,9 @@ from secateurs.runtime.format import Layout, mask_of, unpack, values_of
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # in the order of the numbers in kernels.cpp
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DIRECT_TOKENS = 16  # on the CPU, more tokens than this are faster through expansion: benchmarks/prefill_cpu.py
+DIRECT_TOKENS = (
+    16  # on the CPU, more tokens than this are faster through expansion: benchmarks/prefill_cpu.py
+)
 PANEL_BYTES = 8 << 20  # of expanded weight at a time: it is still in the cache when the product reads it
 
 
@@ -47,7 +49,9 @@ class CpuKernels:
             raise ValueError(f"no instruction set '{isa}' here; there are {', '.join(ISAS[: best + 1])}")
         self.isa = best if isa is None else ISAS.index(isa)
 
-    def linear(self, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout
+    ) -> Tensor:
         """x W^T + bias for x (tokens, columns), straight from the packed weight."""
         x = x.contiguous()
         bias = None if bias is None else bias.to(x.dtype).contiguous()
@@ -105,8 +109,8 @@ def cpu_kernels() -> CpuKernels | None:
     path = library()
     if path is None:
         warnings.warn(
-            "secateurs was installed without its CPU kernels (no C++ compiler at the time): compressed models run, "
-            "but slower than dense ones. Install a compiler and reinstall secateurs.",
+            "secateurs was installed without its CPU kernels (no C++ compiler at the time): compressed "
+            "models run, but slower than dense ones. Install a compiler and reinstall secateurs.",
             stacklevel=2,
         )
         return None
@@ -120,20 +124,24 @@ def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: in
     if weight.is_cuda:
         from secateurs.runtime import gpu
 
-        return gpu.expand(mask_of(weight, layout), values_of(weight, layout), offsets, layout.columns, first, last)
+        return gpu.expand(
+            mask_of(weight, layout), values_of(weight, layout), offsets, layout.columns, first, last
+        )
     return unpack(weight, layout)[first:last]
 
 
 def _layout(weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype) -> Layout:
     empty = Layout(len(offsets) - 1, columns, 0, dtype)
     layout = Layout(empty.rows, columns, (len(weight) - empty.bytes) // dtype.itemsize, dtype)
-    assert weight.shape == (layout.bytes,) and weight.dtype == torch.uint8 and offsets.dtype == torch.int32
-    assert weight.device == offsets.device and weight.is_contiguous() and offsets.is_contiguous()
+    assert (weight.shape, weight.dtype, offsets.dtype) == ((layout.bytes,), torch.uint8, torch.int32)
+    assert weight.device == offsets.device
+    assert weight.is_contiguous()
+    assert offsets.is_contiguous()
     return layout
 
 
 def _panels(weight: Tensor, layout: Layout) -> list[tuple[int, int]]:
-    """Ranges of rows to expand at a time; without CPU kernels one range, as the reference unpacks all rows anyway."""
+    """Ranges of rows to expand at a time: all at once where the reference unpacks all rows anyway."""
     step = layout.rows
     if weight.device.type == "cpu" and cpu_kernels() is not None:
         step = max(1, PANEL_BYTES // (layout.columns * layout.dtype.itemsize))
@@ -144,14 +152,17 @@ def _linear(
     x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, columns: int, dtype: torch.dtype
 ) -> Tensor:
     layout = _layout(weight, offsets, columns, dtype)
-    assert x.shape[-1] == columns and x.device == weight.device
+    assert x.shape[-1] == columns
+    assert x.device == weight.device
     tokens = x.reshape(-1, columns)
     shape = (*x.shape[:-1], layout.rows)
     if weight.is_cuda and x.dtype in DTYPE_CODES:
         from secateurs.runtime import gpu
 
         if len(tokens) <= gpu.DIRECT_TOKENS:
-            return gpu.linear(tokens, mask_of(weight, layout), values_of(weight, layout), offsets, bias).view(shape)
+            return gpu.linear(tokens, mask_of(weight, layout), values_of(weight, layout), offsets, bias).view(
+                shape
+            )
     elif weight.device.type == "cpu" and x.dtype in DTYPE_CODES and len(tokens) <= DIRECT_TOKENS:
         kernels = cpu_kernels()
         if kernels is not None:
@@ -166,7 +177,9 @@ def _linear(
     return y.view(shape)
 
 
-def _input_gradient(gradient: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def _input_gradient(
+    gradient: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype
+) -> Tensor:
     layout = _layout(weight, offsets, columns, dtype)
     wide = torch.promote_types(gradient.dtype, dtype)
     tokens = gradient.reshape(-1, layout.rows).to(wide)

@@ -10,8 +10,8 @@ from secateurs.runtime.kernels import expand, sparse_linear
 class SparseLinear(nn.Linear):
     """A frozen linear layer that holds its weight as packed bytes.
 
-    It is an `nn.Linear`, so adapters know what to do with it, but its `weight` is (layout.bytes,) uint8: code that
-    expects a matrix there fails instead of reading nonsense.
+    It is an `nn.Linear`, so adapters know what to do with it, but its `weight` is (layout.bytes,) uint8:
+    code that expects a matrix there fails instead of reading nonsense.
 
     Args:
         layout: of the weight; rows are the output features.
@@ -22,11 +22,11 @@ class SparseLinear(nn.Linear):
     offsets: Tensor
 
     def __init__(self, layout: Layout, bias: bool, dtype: torch.dtype | None = None) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.in_features, self.out_features = layout.columns, layout.rows
         self.layout = layout
         self.weight = nn.Parameter(torch.empty(layout.bytes, dtype=torch.uint8), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(layout.rows, dtype=dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(layout.rows, dtype=dtype)) if bias else None)
         self.register_buffer("offsets", torch.empty(layout.rows + 1, dtype=torch.int32), persistent=False)
 
     def count(self, name: str) -> None:

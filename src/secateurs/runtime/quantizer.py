@@ -1,8 +1,8 @@
 """Tells transformers how to load and save compressed models: imported by `secateurs`, for its side effect.
 
-transformers calls every weight format a quantisation. `config.json` names the format and promises the length of
-every packed weight, so that the model can be laid out, and the files checked against it, before a byte of weights
-is read. Weights stay memory-mapped; nothing dense is ever made.
+transformers calls every weight format a quantisation. `config.json` names the format and promises the length
+of every packed weight, so that the model can be laid out, and the files checked against it, before a byte of
+weights is read. Weights stay memory-mapped; nothing dense is ever made.
 """
 
 from typing import Any
@@ -33,11 +33,17 @@ class SecateursConfig(QuantizationConfigMixin):
         ValueError: an unknown version, an unknown field or a malformed entry.
     """
 
-    def __init__(self, version: Any = None, layers: Any = None, quant_method: str = METHOD, **unknown: Any) -> None:
+    def __init__(
+        self, version: Any = None, layers: Any = None, quant_method: str = METHOD, **unknown: Any
+    ) -> None:
         if version != VERSION or type(version) is not int:
-            raise ValueError(f"compressed format version {version!r} is not known; this secateurs reads {VERSION}")
+            raise ValueError(
+                f"compressed format version {version!r} is not known; this secateurs reads {VERSION}"
+            )
         if not isinstance(layers, dict) or unknown:
-            raise ValueError("a compressed model's quantization_config needs 'version' and 'layers', and nothing else")
+            raise ValueError(
+                "a compressed model's quantization_config needs 'version' and 'layers', and nothing else"
+            )
         self.quant_method = quant_method  # type: ignore[assignment]  # an open set of names, typed as an enum
         self.version = version
         self.layers = {name: Layout.from_json(name, entry) for name, entry in layers.items()}
@@ -65,7 +71,7 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def module_name(key: str, names: Any, model: PreTrainedModel) -> str | None:
-    """The one of `names` that a file or a config calls `key`, with or without the prefix of the bare model."""
+    """The one of `names` that a file or a config calls `key`, with or without the bare model's prefix."""
     prefix = f"{model.base_model_prefix}."
     for name in (key, prefix + key, key.removeprefix(prefix)):
         if name in names:
@@ -80,7 +86,7 @@ class SecateursQuantizer(HfQuantizer):
     quantization_config: SecateursConfig
 
     def __init__(self, quantization_config: SecateursConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)  # type: ignore[no-untyped-call]
+        super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise ValueError("only a compressed folder loads compressed: write one with `secateurs compress`")
 
@@ -94,7 +100,9 @@ class SecateursQuantizer(HfQuantizer):
             name = module_name(key, shapes, model)
             if name is None:
                 if whole:
-                    raise ValueError(f"compressed layer '{key}' is not a linear layer of {type(model).__name__}")
+                    raise ValueError(
+                        f"compressed layer '{key}' is not a linear layer of {type(model).__name__}"
+                    )
                 continue  # a bare model is loaded without its head
             if shapes[name] != (layout.rows, layout.columns):
                 found = (layout.rows, layout.columns)
@@ -112,7 +120,9 @@ class SecateursQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):
                 if module.weight.is_meta:
-                    raise ValueError(f"compressed layer '{name}' cannot be offloaded; give a device_map that fits")
+                    raise ValueError(
+                        f"compressed layer '{name}' cannot be offloaded; give a device_map that fits"
+                    )
                 module.count(name)
         return model
 

@@ -1,0 +1,125 @@
+"""Continues a prompt, token by token, with a dense or a compressed model."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from secateurs.checkpoint import Checkpoint, resolve
+
+
+@dataclass
+class Pace:
+    """How fast tokens came.
+
+    Args:
+        seconds_to_first: from the prompt to the first new token.
+        seconds_after: from the first token to the last.
+        tokens: new ones.
+    """
+
+    seconds_to_first: float = 0.0
+    seconds_after: float = 0.0
+    tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """While decoding, one token at a time: without the first, which waits for the prompt."""
+        return (self.tokens - 1) / self.seconds_after if self.tokens > 1 else float("nan")
+
+
+def load(model: str | Path, device: str = "cpu") -> PreTrainedModel:
+    """A model, dense or compressed, of which every weight was in its files.
+
+    Raises:
+        ValueError: the folder is broken or incomplete, or the device is not there.
+    """
+    folder = Checkpoint(resolve(model)).folder
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"there is no GPU here for device '{device}'")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, device_map=device, output_loading_info=True
+        )
+    except (RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"'{folder}' does not hold what its config.json describes ({reason})") from None
+    result, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(f"'{folder}' has no '{min(report['missing_keys'])}'")
+    return result
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = resolve(model)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer in '{folder}' ({str(error).strip().splitlines()[0]})") from None
+
+
+@torch.inference_mode()
+def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterator[int]:
+    """The likeliest next token, again and again, without end.
+
+    Args:
+        model: in evaluation mode.
+        prompt: (1, length) token ids on the model's device.
+        pace: is updated with each token.
+    """
+    start = time.perf_counter()
+    tokens, cache = prompt, None
+    while True:
+        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        token = int(tokens)  # on a GPU this waits for the result
+        elapsed = time.perf_counter() - start
+        if pace.tokens == 0:
+            pace.seconds_to_first = elapsed
+        pace.seconds_after = elapsed - pace.seconds_to_first
+        pace.tokens += 1
+        yield token
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: Any, prompt: str, *, tokens: int = 100, pace: Pace | None = None
+) -> Iterator[str]:
+    """Continues a prompt greedily, yielding text as soon as it is certain.
+
+    Args:
+        model: by `load`.
+        tokenizer: by `load_tokenizer`.
+        prompt: to continue.
+        tokens: at most so many new ones; fewer if the model ends its text.
+        pace: is updated as tokens come.
+
+    Raises:
+        ValueError: the prompt is empty.
+    """
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    if ids.numel() == 0 or tokens < 1:
+        raise ValueError("there is nothing to generate: the prompt is empty, or no tokens are asked for")
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = set(ends if isinstance(ends, list) else [ends])
+    new: list[int] = []
+    shown = ""
+    for token in greedy_tokens(model, ids, pace or Pace()):
+        new.append(token)
+        finished = token in ends or len(new) == tokens
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        # A character may take several tokens; until the last of them it decodes to a replacement character.
+        if finished or not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+        if finished:
+            return
