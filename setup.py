@@ -1,7 +1,7 @@
 """Builds the CPU kernels; everything else is in pyproject.toml.
 
-The kernels are optional: where there is no compiler the package installs without them. They are a plain shared
-library behind ctypes, so they depend neither on torch's headers nor on the Python version.
+The kernels are optional: where there is no compiler the package installs without them. They are a plain
+shared library behind ctypes, so they depend neither on torch's headers nor on the Python version.
 """
 
 import sys

@@ -229,20 +229,31 @@ template <int32_t D, int N>
 AVX512 void row_avx512(const uint8_t* mask, const uint8_t* values, int64_t words, const void* x, int64_t stride,
                        float* y) {
     const float* columns = static_cast<const float*>(x);
-    __m512 even[N], odd[N];
-    for (int n = 0; n < N; ++n) even[n] = odd[n] = _mm512_setzero_ps();
-    for (int64_t half = 0; half < 2 * words; ++half, columns += 32) {
-        uint32_t bits;
-        std::memcpy(&bits, mask + 4 * half, 4);
-        __m512 first, second;
-        expand32<D>(values, bits, first, second);
-        values += size_of(D) * _mm_popcnt_u32(bits);
+    constexpr int kSums = N == 1 ? 4 : 2;  // of each token: one alone needs more to hide the latency of additions
+    __m512 sums[N][kSums];
+    for (int n = 0; n < N; ++n) {
+        for (int i = 0; i < kSums; ++i) sums[n][i] = _mm512_setzero_ps();
+    }
+    for (int64_t word = 0; word < words; ++word, columns += 64) {
+        uint32_t low, high;
+        std::memcpy(&low, mask + 8 * word, 4);
+        std::memcpy(&high, mask + 8 * word + 4, 4);
+        const uint8_t* later = values + size_of(D) * _mm_popcnt_u32(low);
+        __m512 parts[4];
+        expand32<D>(values, low, parts[0], parts[1]);
+        expand32<D>(later, high, parts[2], parts[3]);
+        values = later + size_of(D) * _mm_popcnt_u32(high);
         for (int n = 0; n < N; ++n) {
-            even[n] = _mm512_fmadd_ps(first, _mm512_loadu_ps(columns + n * stride), even[n]);
-            odd[n] = _mm512_fmadd_ps(second, _mm512_loadu_ps(columns + n * stride + 16), odd[n]);
+            for (int i = 0; i < 4; ++i) {
+                const __m512 column = _mm512_loadu_ps(columns + n * stride + 16 * i);
+                sums[n][i % kSums] = _mm512_fmadd_ps(parts[i], column, sums[n][i % kSums]);
+            }
         }
     }
-    for (int n = 0; n < N; ++n) y[n] = _mm512_reduce_add_ps(_mm512_add_ps(even[n], odd[n]));
+    for (int n = 0; n < N; ++n) {
+        for (int i = 1; i < kSums; ++i) sums[n][0] = _mm512_add_ps(sums[n][0], sums[n][i]);
+        y[n] = _mm512_reduce_add_ps(sums[n][0]);
+    }
 }
 
 // bfloat16 weights and activations: the dot-product instruction takes 32 of each and accumulates in float.
