@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from secateurs.runtime.convert import compress
-from secateurs.runtime.generate import load
 from secateurs.runtime.linear import SparseLinear
+from secateurs.runtime.load import load_model
 
 NUMBERS: list[Any] = [
     0,
@@ -144,7 +144,7 @@ def plain_weight(packed: np.ndarray, module: SparseLinear) -> torch.Tensor:
 def outcome(folder: Path) -> str:
     """Loads a folder: 'refused' or 'right'. Any other exception, or a wrong product, is an AssertionError."""
     try:
-        model = load(folder)
+        model = load_model(folder, "cpu")
     except ValueError:
         return "refused"
     file = load_file(folder / "model.safetensors")

@@ -43,7 +43,7 @@ class Cost:
 
 
 def bench(
-    model: str | Path, *, against: str | Path | None = None, text: str | None = None, device: str = "cpu"
+    model: str | Path, *, against: str | Path | None = None, text: str | None = None, device: str | None = None
 ) -> list[Cost]:
     """Measures a model, and another beside it, each in a process of its own.
 
@@ -51,7 +51,7 @@ def bench(
         model: a model folder or a name on the Hugging Face hub, dense or compressed.
         against: another one.
         text: for the perplexity, as `secateurs.text.evaluation_tokens` takes it.
-        device: to run on.
+        device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
 
     Raises:
         ValueError: a model is broken, the device is not there, or the text cannot be had.
@@ -64,24 +64,24 @@ def bench(
     return costs
 
 
-def _cost(name: str, text: str | None, device: str) -> Cost:
-    file_bytes = Checkpoint(resolve(name)).bytes
-    before = _memory(device)
-    model = load(name, device)
+def _cost(name: str, text: str | None, device: str | None) -> Cost:
+    folder, where = resolve(name), resolve_device(device)
+    before = _memory(where)
+    model = load_model(folder, device)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
-    prompt = prompt.to(model.device)
+    prompt = prompt.to(where)
     # Weights are memory-mapped: they come into memory when a first token reads them.
     next(greedy_tokens(model, prompt[:, :1], Pace()))
-    memory = _memory(device) - before
+    memory = _memory(where) - before
     paces = [_pace(model, prompt) for _ in range(REPEATS + 1)][1:]  # the first one warms up
     return Cost(
         model=name,
-        file_bytes=file_bytes,
+        file_bytes=Checkpoint(folder).bytes,
         memory_bytes=memory,
         seconds_to_first_token=statistics.median(pace.seconds_to_first for pace in paces),
         tokens_per_second=statistics.median(pace.tokens_per_second for pace in paces),
-        perplexity=None if text is None else perplexity(model, evaluation_tokens(text, load_tokenizer(name))),
+        perplexity=None if text is None else perplexity(model, evaluation_tokens(text, load_tokenizer(folder))),
     )
 
 
@@ -93,7 +93,7 @@ def _pace(model: PreTrainedModel, prompt: torch.Tensor) -> Pace:
     return pace
 
 
-def _memory(device: str) -> int:
-    if device.startswith("cuda"):
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)

@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from secateurs.checkpoint import Checkpoint, resolve
+from secateurs.checkpoint import resolve
+from secateurs.runtime.load import load_model
+from secateurs.text.tokens import load_tokenizer
 
 
 @dataclass
@@ -31,41 +32,6 @@ class Pace:
     def tokens_per_second(self) -> float:
         """While decoding, one token at a time: without the first, which waits for the prompt."""
         return (self.tokens - 1) / self.seconds_after if self.tokens > 1 else float("nan")
-
-
-def load(model: str | Path, device: str = "cpu") -> PreTrainedModel:
-    """A model, dense or compressed, of which every weight was in its files.
-
-    Raises:
-        ValueError: the folder is broken or incomplete, or the device is not there.
-    """
-    folder = Checkpoint(resolve(model)).folder
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"there is no GPU here for device '{device}'")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, device_map=device, output_loading_info=True
-        )
-    except (RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"'{folder}' does not hold what its config.json describes ({reason})") from None
-    result, report = loaded
-    if report["missing_keys"]:
-        raise ValueError(f"'{folder}' has no '{min(report['missing_keys'])}'")
-    return result
-
-
-def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a model.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folder = resolve(model)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer in '{folder}' ({str(error).strip().splitlines()[0]})") from None
 
 
 @torch.inference_mode()
@@ -92,28 +58,31 @@ def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterato
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: Any, prompt: str, *, tokens: int = 100, pace: Pace | None = None
+    model: str | Path, prompt: str, *, tokens: int = 100, device: str | None = None, pace: Pace | None = None
 ) -> Iterator[str]:
     """Continues a prompt greedily, yielding text as soon as it is certain.
 
     Args:
-        model: by `load`.
-        tokenizer: by `load_tokenizer`.
+        model: a model folder or a name on the Hugging Face hub, dense or compressed.
         prompt: to continue.
         tokens: at most so many new ones; fewer if the model ends its text.
+        device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
         pace: is updated as tokens come.
 
     Raises:
-        ValueError: the prompt is empty.
+        ValueError: the model is broken or has no tokenizer, the prompt is empty or no tokens are asked for.
     """
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.numel() == 0 or tokens < 1:
         raise ValueError("there is nothing to generate: the prompt is empty, or no tokens are asked for")
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    loaded = load_model(folder, device)
+    ends = loaded.generation_config.eos_token_id if loaded.generation_config is not None else None
     ends = set(ends if isinstance(ends, list) else [ends])
     new: list[int] = []
     shown = ""
-    for token in greedy_tokens(model, ids, pace or Pace()):
+    for token in greedy_tokens(loaded, ids.to(loaded.device), pace or Pace()):
         new.append(token)
         finished = token in ends or len(new) == tokens
         text = tokenizer.decode(new, skip_special_tokens=True)
