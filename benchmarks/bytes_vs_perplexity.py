@@ -1,8 +1,8 @@
 """Perplexity against bytes: a trained model pruned and compressed, beside dense bfloat16, int8 and int4.
 
 Bytes are those of the linear layers in the blocks, the part that pruning and quantisation change. int8 is
-torchao's weight-only quantisation (one scale per row). torchao's int4 needs a GPU, so int4 is simulated: rounded to
-nearest in groups of 128 with a bfloat16 scale and minimum each, which is what its GPU kernels store.
+torchao's weight-only quantisation (one scale per row). torchao's int4 needs a GPU, so int4 is simulated:
+rounded to nearest in groups of 128 with a bfloat16 scale and minimum each, as its GPU kernels store it.
 
     python benchmarks/bytes_vs_perplexity.py MODEL --calibration FILE --texts FILE ... --name llama
 """
@@ -12,11 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from machine import write
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import secateurs
+from machine import write
 from secateurs.evaluate import perplexity
 from secateurs.prune.walk import prune
 from secateurs.runtime import SparseLinear, compress
@@ -48,7 +48,9 @@ def to_int4(weight: torch.Tensor) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--texts", nargs="+", required=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+
 from machine import RESULTS
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
@@ -25,7 +26,9 @@ def decode_cpu() -> None:
     weights = 4 * width * width + 3 * width * mlp
     sparsities = [row["sparsity"] for row in rows]
     figure, (bytes_axes, speed_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    bytes_axes.plot(sparsities, [row["bytes"]["compressed"] / weights for row in rows], "o-", label="compressed")
+    bytes_axes.plot(
+        sparsities, [row["bytes"]["compressed"] / weights for row in rows], "o-", label="compressed"
+    )
     for name, style in (("dense float32", "--"), ("dense bfloat16", ":")):
         bytes_axes.axhline(rows[0]["bytes"][name] / weights, linestyle=style, color="grey", label=name)
     bytes_axes.set(xlabel="sparsity", ylabel="bytes per weight", ylim=(0, None))
@@ -41,7 +44,9 @@ def decode_cpu() -> None:
     speed_axes.plot(sparsities, rate("torch CSR float32"), "s-", label="torch CSR float32")
     speed_axes.set(xlabel="sparsity", ylabel="blocks per second, one token", yscale="log")
     speed_axes.legend()
-    figure.suptitle(f"A block of width {width}, MLP {mlp}; {settings['threads']} threads, {result['machine']['cpu']}")
+    figure.suptitle(
+        f"A block of width {width}, MLP {mlp}; {settings['threads']} threads, {result['machine']['cpu']}"
+    )
     figure.savefig(PLOTS / "decode_cpu.svg")
 
 
@@ -67,7 +72,9 @@ def bytes_vs_perplexity(name: str) -> None:
     """Perplexity against the bytes of the linear layers, on each text."""
     result = read(f"bytes_vs_perplexity_{name}")
     texts = list(result["rows"][0]["perplexity"])
-    figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(texts), figsize=(5 * len(texts), 4), layout="constrained", squeeze=False
+    )
     for ax, text in zip(axes[0], texts, strict=True):
         sparse = [row for row in result["rows"] if "compressed" in row["kind"]]
         ax.plot(

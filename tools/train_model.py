@@ -1,7 +1,7 @@
 """Train the small Llama that ships inside Secateurs, and its OPT twin for measuring, on public-domain novels.
 
     python tools/train_model.py --books DIR --output models/llama
-    python tools/train_model.py --books DIR --output models/opt --architecture opt --tokens 6_000_000
+    python tools/train_model.py --books DIR --output models/opt --architecture opt --tokens 3_276_800
 
 One file from raw text to a folder that transformers loads. Matrices are trained by Muon, which on two
 CPU cores reaches in one hour what AdamW reaches in two; embeddings, norms and biases by AdamW. The rate
@@ -96,7 +96,7 @@ def main(
     books: Path,
     output: Path,
     architecture: Literal["llama", "opt"] = "llama",
-    tokens: int = 14_000_000,
+    tokens: int = 9_830_400,
     muon_rate: float = 0.005,
     adam_rate: float = 0.004,
     seed: int = 0,

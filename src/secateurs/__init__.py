@@ -1,5 +1,53 @@
-"""Secateurs prunes, trains and runs sparse large language models."""
+"""Secateurs prunes, trains and runs sparse large language models.
 
-from secateurs import runtime as runtime
+import secateurs
 
-__version__ = "0.1.0"
+report = secateurs.prune("my-llama", output="my-llama-70", calibration="text.txt", pattern="70%")
+for measurement in secateurs.evaluate("my-llama-70", text=["novel.txt"]):
+    print(measurement)
+"""
+
+from secateurs.anatomy import UnsupportedArchitectureError, family_of
+from secateurs.checkpoint import Checkpoint
+from secateurs.evaluate import Measurement, evaluate, evaluate_tasks, perplexity
+from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
+from secateurs.prune.admm import ADMM
+from secateurs.prune.magnitude import Magnitude
+from secateurs.prune.report import LayerReport, Report
+from secateurs.prune.solver import Solution, Solver
+from secateurs.prune.sparsegpt import SparseGPT
+from secateurs.prune.statistics import Statistics
+from secateurs.prune.walk import prune
+from secateurs.prune.wanda import Wanda
+from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
+from secateurs.text import calibration_blocks, evaluation_tokens
+from secateurs.version import __version__
+
+__all__ = [
+    "ADMM",
+    "NM",
+    "Checkpoint",
+    "LayerReport",
+    "Magnitude",
+    "Measurement",
+    "Pattern",
+    "Report",
+    "Solution",
+    "Solver",
+    "SparseGPT",
+    "Statistics",
+    "Unstructured",
+    "UnsupportedArchitectureError",
+    "Wanda",
+    "__version__",
+    "calibration_blocks",
+    "compress",
+    "decompress",
+    "evaluate",
+    "evaluate_tasks",
+    "evaluation_tokens",
+    "family_of",
+    "parse_pattern",
+    "perplexity",
+    "prune",
+]

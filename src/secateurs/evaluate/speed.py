@@ -6,14 +6,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
-from secateurs.evaluate.perplexity import perplexity
-from secateurs.text.tokens import evaluation_tokens
 from transformers import PreTrainedModel
 
 from secateurs.checkpoint import Checkpoint, resolve
-from secateurs.runtime.generate import Pace, greedy_tokens, load, load_tokenizer
+from secateurs.device import resolve_device
+from secateurs.evaluate.perplexity import perplexity
+from secateurs.runtime.generate import Pace, greedy_tokens, memory_bytes
+from secateurs.runtime.load import load_model
+from secateurs.text import evaluation_tokens, load_tokenizer
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
@@ -43,7 +44,11 @@ class Cost:
 
 
 def bench(
-    model: str | Path, *, against: str | Path | None = None, text: str | None = None, device: str | None = None
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str | None = None,
+    device: str | None = None,
 ) -> list[Cost]:
     """Measures a model, and another beside it, each in a process of its own.
 
@@ -66,14 +71,14 @@ def bench(
 
 def _cost(name: str, text: str | None, device: str | None) -> Cost:
     folder, where = resolve(name), resolve_device(device)
-    before = _memory(where)
+    before = memory_bytes(where)
     model = load_model(folder, device)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(where)
     # Weights are memory-mapped: they come into memory when a first token reads them.
     next(greedy_tokens(model, prompt[:, :1], Pace()))
-    memory = _memory(where) - before
+    memory = memory_bytes(where) - before
     paces = [_pace(model, prompt) for _ in range(REPEATS + 1)][1:]  # the first one warms up
     return Cost(
         model=name,
@@ -81,7 +86,9 @@ def _cost(name: str, text: str | None, device: str | None) -> Cost:
         memory_bytes=memory,
         seconds_to_first_token=statistics.median(pace.seconds_to_first for pace in paces),
         tokens_per_second=statistics.median(pace.tokens_per_second for pace in paces),
-        perplexity=None if text is None else perplexity(model, evaluation_tokens(text, load_tokenizer(folder))),
+        perplexity=None
+        if text is None
+        else perplexity(model, evaluation_tokens(text, load_tokenizer(folder))),
     )
 
 
@@ -93,7 +100,20 @@ def _pace(model: PreTrainedModel, prompt: torch.Tensor) -> Pace:
     return pace
 
 
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+def table(costs: list[Cost]) -> str:
+    """The costs as text, a column for each model."""
+    lines = [("", *(cost.model for cost in costs))]
+    lines.append(("file, MB", *(f"{cost.file_bytes / 1e6:.1f}" for cost in costs)))
+    lines.append(("memory after load, MB", *(f"{cost.memory_bytes / 1e6:.1f}" for cost in costs)))
+    lines.append(("time to first token, ms", *(f"{cost.seconds_to_first_token * 1e3:.1f}" for cost in costs)))
+    lines.append(("tokens per second", *(f"{cost.tokens_per_second:.1f}" for cost in costs)))
+    if costs[0].perplexity is not None:
+        lines.append(("perplexity", *(f"{cost.perplexity:.3f}" for cost in costs)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

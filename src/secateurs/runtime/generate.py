@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateurs.checkpoint import resolve
 from secateurs.runtime.load import load_model
-from secateurs.text.tokens import load_tokenizer
+from secateurs.text import load_tokenizer
 
 
 @dataclass
@@ -22,16 +23,31 @@ class Pace:
         seconds_to_first: from the prompt to the first new token.
         seconds_after: from the first token to the last.
         tokens: new ones.
+        memory_bytes: of the process, or on the GPU, at the last token.
     """
 
     seconds_to_first: float = 0.0
     seconds_after: float = 0.0
     tokens: int = 0
+    memory_bytes: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         """While decoding, one token at a time: without the first, which waits for the prompt."""
         return (self.tokens - 1) / self.seconds_after if self.tokens > 1 else float("nan")
+
+    def __str__(self) -> str:
+        return (
+            f"first token after {self.seconds_to_first:.2f} s, then {self.tokens_per_second:.1f} tokens "
+            f"per second; {self.memory_bytes / 1e6:.0f} MB of memory"
+        )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What tensors take on a GPU, or this process of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 @torch.inference_mode()
@@ -54,6 +70,7 @@ def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterato
             pace.seconds_to_first = elapsed
         pace.seconds_after = elapsed - pace.seconds_to_first
         pace.tokens += 1
+        pace.memory_bytes = memory_bytes(model.device)
         yield token
 
 
@@ -85,7 +102,7 @@ def generate(
     for token in greedy_tokens(loaded, ids.to(loaded.device), pace or Pace()):
         new.append(token)
         finished = token in ends or len(new) == tokens
-        text = tokenizer.decode(new, skip_special_tokens=True)
+        text = str(tokenizer.decode(new, skip_special_tokens=True))
         # A character may take several tokens; until the last of them it decodes to a replacement character.
         if finished or not text.endswith("\ufffd"):
             yield text[len(shown) :]

@@ -33,4 +33,4 @@ def load_model(folder: Path, device: str | None = None) -> PreTrainedModel:
     # transformers gives such weights random values and goes on.
     if report["missing_keys"]:
         raise ValueError(f"'{folder}' holds no tensor '{min(report['missing_keys'])}'")
-    return model.eval().to(where)  # type: ignore[no-any-return]
+    return model.eval().to(where)

@@ -1,0 +1,167 @@
+"""A decoder of which one block at a time holds weights.
+
+The model's own code embeds the tokens and makes each block's arguments (masks differ between layers with
+and without a sliding window), so that nothing here knows a family's masks or positions: the blocks'
+`forward` is replaced for a moment by one that writes down what it is called with.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from secateurs.anatomy import family_of
+from secateurs.checkpoint import Checkpoint
+
+
+class Call(NamedTuple):
+    """What a block is called with beside its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass that has shown what was wanted
+    pass
+
+
+class BlockwiseModel:
+    """The skeleton of a checkpoint's model: parameters on the meta device until asked for.
+
+    Args:
+        checkpoint: the model's files.
+        device: where materialised parts live and run.
+
+    Raises:
+        ValueError: the configuration is none that transformers knows, of no supported family, or the
+            checkpoint lacks a tensor that the model has or holds it in another shape.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        from accelerate import init_empty_weights
+
+        self.checkpoint, self.device = checkpoint, device
+        try:
+            self.config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        except (ValueError, KeyError, OSError) as error:
+            kind = checkpoint.config.get("model_type", "no model_type")
+            raise ValueError(
+                f"transformers cannot read '{checkpoint.folder / 'config.json'}' ({kind}): "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+        self.family = family_of(self.config)
+        # The buffers (rotary frequencies) are computed, not stored: they must be real from the start.
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        self.model.eval().requires_grad_(False)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)  # type: ignore[assignment]
+        self._prefix = self.model.base_model_prefix + "."
+        # Everything under the base model: the head is never run, so it is never read.
+        self._parameters = [name for name, _ in self.model.named_parameters() if name.startswith(self._prefix)]
+        for name in self._parameters:
+            stored, shape = self.stored_name(name), tuple(self.model.get_parameter(name).shape)
+            if checkpoint.shapes[stored] != shape:
+                raise ValueError(
+                    f"'{stored}' has shape {checkpoint.shapes[stored]} in '{checkpoint.folder}', "
+                    f"its config.json asks for {shape}"
+                )
+        first = self.block_tensors(0)[0]
+        self.dtype: torch.dtype = self.config.dtype or checkpoint.load([first])[first].dtype
+        self.calls: list[Call] = []
+
+    def stored_name(self, name: str) -> str:
+        """A parameter's name in the files, which may lack or add the base model's prefix (GPT-2, OPT)."""
+        for candidate in (name, name.removeprefix(self._prefix), self._prefix + name):
+            if candidate in self.checkpoint.file_of:
+                return candidate
+        raise ValueError(f"'{self.checkpoint.folder}' holds no tensor '{name}'")
+
+    def block_tensors(self, index: int) -> list[str]:
+        """Names in the files of all that is stored under a block, also what its code does not read."""
+        path = f"{self.family.blocks}.{index}."
+        prefixes = (path, path.removeprefix(self._prefix), self._prefix + path)
+        return sorted(name for name in self.checkpoint.file_of if name.startswith(prefixes))
+
+    @contextmanager
+    def block(self, index: int, weights: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Materialise a block for a while.
+
+        Args:
+            index: which block.
+            weights: its tensors by their names in the files; None reads them from the checkpoint.
+        """
+        path = f"{self.family.blocks}.{index}."
+        with self._materialised([name for name in self._parameters if name.startswith(path)], weights):
+            yield self.blocks[index]
+
+    @contextmanager
+    def _materialised(self, names: list[str], weights: dict[str, Tensor] | None = None) -> Iterator[None]:
+        stored = {name: self.stored_name(name) for name in names}
+        tensors = self.checkpoint.load(stored.values()) if weights is None else weights
+        for name in names:
+            self._put(name, tensors[stored[name]].to(self.device, self.dtype))
+        try:
+            yield
+        finally:
+            for name in names:
+                self._put(name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor, *, batch_size: int) -> list[Tensor]:
+        """Run the model up to its first block, and note in `calls` what each block is called with.
+
+        Args:
+            tokens: (samples, length) ids; all of one length and unpadded, so that a block's arguments are
+                the same for every batch.
+            batch_size: sequences run at once.
+
+        Returns:
+            The first block's input, a (batch, length, hidden) tensor on the device for each batch.
+        """
+        self.calls = []
+        hidden: list[Tensor] = []
+
+        def note(states: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+            self.calls.append(Call(args, kwargs))
+            if len(self.calls) == len(self.blocks):
+                raise _Enough
+            # A tuple suits a model that unpacks its blocks' output and one that passes it on alike.
+            return (states,)
+
+        def keep(states: Tensor, *args: Any, **kwargs: Any) -> None:
+            hidden.append(states)
+            raise _Enough
+
+        def run(ids: Tensor, forward: Any) -> None:
+            for block in self.blocks:
+                block.forward = forward
+            try:
+                self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+            except _Enough:
+                pass
+            finally:
+                for block in self.blocks:
+                    del block.forward
+
+        outside = [name for name in self._parameters if not name.startswith(self.family.blocks + ".")]
+        with self._materialised(outside):
+            run(tokens[:1], note)
+            for batch in tokens.split(batch_size):
+                run(batch, keep)
+        return hidden
+
+    @torch.no_grad()
+    def run(self, index: int, states: Tensor) -> Tensor:
+        """A materialised block's output for (batch, length, hidden) states."""
+        output = self.blocks[index](states, *self.calls[index].args, **self.calls[index].kwargs)
+        return output[0] if isinstance(output, tuple) else output

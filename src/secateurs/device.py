@@ -1,0 +1,16 @@
+"""Devices by name."""
+
+import torch
+
+
+def resolve_device(device: str | None) -> torch.device:
+    """A device by name, by default a GPU where there is one; ValueError if it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"'{device}' is no device: use cpu, cuda or cuda:N") from None
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device '{device}' ({torch.cuda.device_count()} GPUs here): use cpu")
+    return where

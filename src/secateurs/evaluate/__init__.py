@@ -1,0 +1,8 @@
+"""What a model is worth: perplexity on text, accuracy on zero-shot tasks."""
+
+from secateurs.evaluate.measure import Measurement, evaluate
+from secateurs.evaluate.perplexity import perplexity
+from secateurs.evaluate.tasks import evaluate_tasks
+from secateurs.runtime.load import load_model
+
+__all__ = ["Measurement", "evaluate", "evaluate_tasks", "load_model", "perplexity"]

@@ -1,0 +1,95 @@
+"""Perplexity as the SparseGPT line of papers computes it.
+
+The tokens are cut into windows that do not overlap, what is left over at the end is dropped, and every window
+counts alike: the exponential of the mean over windows of the mean loss of a window's tokens but the first
+(https://github.com/IST-DASLab/sparsegpt/blob/master/llama.py, `llama_eval`).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+# Positions whose logits are in float32 at once: a quarter of a GB with a vocabulary of 256k.
+CHUNK = 256
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    length: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> float:
+    """Perplexity of a causal language model on a text.
+
+    Args:
+        model: runs where it is; its training mode is restored afterwards.
+        tokens: (tokens,) int64 ids of the whole text, as `secateurs.text.evaluation_tokens` gives them. They
+            may stay on the CPU: a batch at a time is moved.
+        length: tokens in a window. None takes 2048, as the papers do, or as many as the model has positions
+            if these are fewer.
+        batch_size: windows run at once; None takes 4096 tokens' worth. The result does not depend on it
+            beyond rounding.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The perplexity.
+
+    Raises:
+        ValueError: the text is shorter than one window, a window longer than the model's positions or shorter
+            than two tokens, or a token is none of the model's.
+        FloatingPointError: the loss of a window is NaN or infinite.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    config = model.config.get_text_config()
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        length = min(positions or 2048, 2048)
+    if length < 2 or (positions and length > positions):
+        raise ValueError(f"windows of {length} tokens: from 2 to {positions or 'any number'} suit this model")
+    windows = len(tokens) // length
+    if windows == 0:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, one window needs {length}: give more, or shorter windows"
+        )
+    if tokens.max() >= config.vocab_size:
+        raise ValueError(
+            f"token {int(tokens.max())} is outside of the model's vocabulary of {config.vocab_size}: "
+            "the tokenizer is another model's"
+        )
+
+    batch_size = batch_size or max(1, 4096 // length)
+    batches = tokens[: windows * length].view(windows, length).split(batch_size)
+    losses: list[Tensor] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in track(
+            batches, "perplexity", console=Console(stderr=True), disable=not progress, transient=True
+        ):
+            losses.append(_losses(model, batch.to(model.device)))
+            if not losses[-1].isfinite().all():
+                window = (len(losses) - 1) * batch_size + int(losses[-1].isfinite().int().argmin())
+                raise FloatingPointError(
+                    f"the loss of window {window} (tokens {window * length} to {(window + 1) * length - 1}) "
+                    "is not finite"
+                )
+    finally:
+        model.train(was_training)
+    return torch.cat(losses).mean().exp().item()
+
+
+def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean next-token loss of each window, ids (batch, length) -> (batch,) float64 on the CPU."""
+    logits = model(input_ids=ids, use_cache=False).logits  # (batch, length, vocabulary)
+    losses = [
+        functional.cross_entropy(scores.float(), targets, reduction="none")
+        for window, tokens in zip(logits, ids, strict=True)
+        for scores, targets in zip(window[:-1].split(CHUNK), tokens[1:].split(CHUNK), strict=True)
+    ]
+    return torch.cat(losses).view(len(ids), -1).cpu().double().mean(dim=1)

@@ -1,0 +1,157 @@
+"""Which weights may stay: a share of each layer, or n of every m inputs.
+
+A pattern turns scores into a keep-mask and knows nothing of where scores come from. Of equal scores the
+earlier one is kept, so that a mask depends on nothing but its scores.
+"""
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Group = Literal["layer", "row"]
+"""What competes for the places of an unstructured pattern: all weights of a layer, or those of one output."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Zeros anywhere.
+
+    Args:
+        sparsity: share of zeros, at least 0 and below 1.
+
+    Raises:
+        ValueError: the share is outside that range.
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity is a share of zeros, at least 0 and below 1, not {self.sparsity}")
+
+    def __str__(self) -> str:
+        return f"{(Decimal(repr(self.sparsity)) * 100).normalize():f}%"
+
+    def keep(self, scores: Tensor, *, group: Group = "layer") -> Tensor:
+        """Keep the highest scores.
+
+        Args:
+            scores: (out, in), float32 or float64.
+            group: where exactly `round(sparsity * size)` weights fall.
+
+        Returns:
+            (out, in), bool: True where the weight stays.
+        """
+        rivals = scores.reshape(1, -1) if group == "layer" else scores
+        size = rivals.shape[1]
+        pruned = round(self.sparsity * size)
+        if pruned == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        threshold = rivals.kthvalue(pruned, dim=1, keepdim=True).values
+        keep = rivals > threshold
+        places = size - pruned - keep.sum(dim=1, keepdim=True)
+        if places.any():  # more scores equal the threshold than fall
+            tied = rivals == threshold
+            keep |= tied & (tied.cumsum(dim=1) <= places)
+        return keep.reshape(scores.shape)
+
+    def check_width(self, name: str, width: int) -> None:
+        """Any width will do."""
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep n of every m consecutive inputs of each output.
+
+    Some papers count the zeros instead: their 3:4 is 1:4 here.
+
+    Args:
+        n: weights kept in each group.
+        m: inputs in each group, above n.
+
+    Raises:
+        ValueError: not 1 <= n < m.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise ValueError(
+                f"n:m keeps n of every m inputs with 1 <= n < m, which {self.n}:{self.m} does not"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1 - self.n / self.m
+
+    def keep(self, scores: Tensor, *, group: Group = "layer") -> Tensor:
+        """Keep the n highest scores of every m.
+
+        Args:
+            scores: (out, in), float32 or float64.
+            group: has no effect here: the rivals are always the m consecutive inputs.
+
+        Returns:
+            (out, in), bool: True where the weight stays.
+
+        Raises:
+            ValueError: `in` is not a multiple of m.
+        """
+        self.check_width("the weight", scores.shape[1])
+        members = scores.unflatten(1, (-1, self.m)).unbind(-1)
+        keep = torch.empty(
+            scores.shape[0], len(members[0][0]), self.m, dtype=torch.bool, device=scores.device
+        )
+        for i, score in enumerate(members):
+            # Counting who is ahead is many times faster than sorting groups this small.
+            ahead = torch.zeros_like(score, dtype=torch.int16)
+            for j, rival in enumerate(members):
+                if j != i:
+                    ahead += rival >= score if j < i else rival > score
+            torch.lt(ahead, self.n, out=keep[..., i])
+        return keep.flatten(1)
+
+    def check_width(self, name: str, width: int) -> None:
+        """Refuse a layer whose inputs do not divide into groups.
+
+        Raises:
+            ValueError: `width` is not a multiple of m. Names the layer.
+        """
+        if width % self.m:
+            raise ValueError(
+                f"{name} has {width} inputs, which is not a multiple of {self.m} as {self} needs"
+            )
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read a pattern as people write it: "70%", "0.7" or "2:4".
+
+    Raises:
+        ValueError: anything else, or a share of zeros that is not between 0 and 1.
+    """
+    examples = "give a share of zeros such as 70% or 0.7, or n:m such as 2:4, which keeps 2 of every 4 inputs"
+    text = text.strip()
+    if groups := re.fullmatch(r"(\d+):(\d+)", text):
+        n, m = map(int, groups.groups())
+        if not 1 <= n < m:
+            raise ValueError(f"pattern '{text}' does not satisfy 1 <= n < m: {examples}")
+        return NM(n, m)
+    if number := re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*(%?)", text):
+        sparsity = float(Decimal(text.rstrip("% ")) / (100 if number[3] else 1))
+        if not 0 < sparsity < 1:
+            raise ValueError(f"pattern '{text}' is a sparsity outside (0, 1): {examples}")
+        return Unstructured(sparsity)
+    raise ValueError(f"'{text}' is not a pattern: {examples}")

@@ -1,0 +1,1 @@
+"""Pruning: local solvers, and what they need to know of a layer's inputs."""

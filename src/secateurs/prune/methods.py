@@ -1,0 +1,48 @@
+"""The solvers by name, for the command line and for the record of a run."""
+
+from dataclasses import asdict, fields
+from typing import Any, get_type_hints
+
+from secateurs.prune.admm import ADMM
+from secateurs.prune.magnitude import Magnitude
+from secateurs.prune.solver import Solver
+from secateurs.prune.sparsegpt import SparseGPT
+from secateurs.prune.wanda import Wanda
+
+METHODS: dict[str, type[Any]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "admm": ADMM,
+}
+
+
+def parse_method(text: str) -> Solver:
+    """Read a method with its settings: "admm", "sparsegpt:block=64,damping=0.02".
+
+    Raises:
+        ValueError: an unknown method or setting, or a value of the wrong type.
+    """
+    name, _, settings = text.strip().partition(":")
+    if name.lower() not in METHODS:
+        raise ValueError(f"unknown method '{name}'; there are {', '.join(METHODS)}")
+    solver = METHODS[name.lower()]
+    types = get_type_hints(solver)
+    values: dict[str, Any] = {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        if key not in {field.name for field in fields(solver)}:
+            known = ", ".join(field.name for field in fields(solver)) or "none"
+            raise ValueError(f"'{name}' has no setting '{key}'; it has: {known}")
+        try:
+            values[key] = types[key](value)
+        except ValueError:
+            raise ValueError(f"'{key}={value}' of '{name}': expected {types[key].__name__}") from None
+    return solver(**values)
+
+
+def describe_method(solver: Solver) -> dict[str, Any]:
+    """A solver's name and settings, as recorded in `secateurs.json`."""
+    name = next((name for name, kind in METHODS.items() if type(solver) is kind), type(solver).__name__)
+    settings: dict[str, Any] = asdict(solver)  # type: ignore[call-overload]
+    return {"name": name, **settings}

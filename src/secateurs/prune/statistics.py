@@ -1,0 +1,174 @@
+"""The second moment of a layer's input, which is all that the local solvers know of the calibration text.
+
+It is accumulated as activations stream by, and factored at most once per setting: layers that see the same
+input (q, k and v; gate and up) share one object, and with it the factors.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK = 4096
+"""Tokens converted at a time where half-precision inputs must be converted."""
+
+MOST_DAMPING = 1.0
+"""Share of the mean of H's diagonal at which a factorisation that keeps failing is given up."""
+
+
+class Statistics:
+    """H = X X^T / T over the T tokens seen so far, for inputs X (in, T).
+
+    Memory: one (in, in) matrix, and one more for each factor asked for (`factor`, `ridge_inverse`), which
+    stays until the next `update`; computing a factor holds two for a moment. At 11008 inputs and float32 a
+    matrix is 485 MB.
+
+    Args:
+        width: number of inputs of the layer.
+        dtype: in which H is accumulated and factored.
+        device: where.
+    """
+
+    def __init__(
+        self, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.tokens = 0
+        self._moment = torch.zeros(width, width, dtype=dtype, device=device)
+        self._factors: dict[float, Tensor] = {}
+        self._inverses: dict[float, Tensor] = {}
+
+    @classmethod
+    def from_inputs(cls, inputs: Tensor, *, dtype: torch.dtype | None = None) -> "Statistics":
+        """The statistics of inputs that are at hand.
+
+        Args:
+            inputs: (..., in).
+            dtype: float64 for float64 inputs and float32 for others, if not given.
+        """
+        if dtype is None:
+            dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+        statistics = cls(inputs.shape[-1], dtype=dtype, device=inputs.device)
+        statistics.update(inputs)
+        return statistics
+
+    @torch.no_grad()
+    def update(self, inputs: Tensor) -> None:
+        """Take more tokens into account.
+
+        Half-precision inputs are multiplied as they are on CUDA, with float32 accumulation; elsewhere they
+        are converted, a chunk at a time.
+
+        Args:
+            inputs: (..., in), any floating-point dtype, on any device.
+        """
+        self._factors.clear()
+        self._inverses.clear()
+        moment = self._moment
+        tokens = inputs.reshape(-1, len(moment)).to(moment.device)
+        half = tokens.dtype in (torch.bfloat16, torch.float16)
+        if tokens.is_cuda and half and moment.dtype == torch.float32:
+            self.tokens += len(tokens)
+            share = len(tokens) / self.tokens
+            products = torch.mm(tokens.T, tokens, out_dtype=torch.float32)
+            moment.mul_(1 - share).add_(products, alpha=1 / self.tokens)
+            return
+        for chunk in tokens.split(CHUNK):
+            chunk = chunk.to(moment.dtype)
+            self.tokens += len(chunk)
+            moment.addmm_(chunk.T, chunk, beta=1 - len(chunk) / self.tokens, alpha=1 / self.tokens)
+
+    @property
+    def moment(self) -> Tensor:
+        """H, (in, in). The object's own storage: not to be modified."""
+        return self._moment
+
+    @property
+    def norms(self) -> Tensor:
+        """Root mean square of each input, sqrt(H_jj), (in,). Zero for a dead input."""
+        return self._moment.diagonal().sqrt()
+
+    def error(self, dense: Tensor, sparse: Tensor) -> float:
+        """Relative reconstruction error tr(D H D^T) / tr(W H W^T) with D = W - S.
+
+        Args:
+            dense: W, (out, in).
+            sparse: S, (out, in).
+
+        Returns:
+            The share of the output's energy that is lost; 0 where the dense layer has no output.
+        """
+        dense, sparse = dense.to(self._moment.dtype), sparse.to(self._moment.dtype)
+        energy = _energy(dense, self._moment)
+        # Rounding can take the lost energy below 0.
+        return max(_energy(dense - sparse, self._moment) / energy, 0.0) if energy > 0 else 0.0
+
+    def factor(self, damping: float) -> Tensor:
+        """The upper triangular R, (in, in), with R R^T = H + damping * mean(diag H) I.
+
+        With J the flip of rows and columns, R = J chol(J H J) J. Dead inputs get H_jj = 1. Where the
+        factorisation fails, ten times the damping is tried, and so on up to the mean itself.
+
+        Args:
+            damping: above 0.
+
+        Raises:
+            FloatingPointError: H holds NaN or Inf, or no damping up to the bound makes it positive definite.
+        """
+        if damping not in self._factors:
+            self._factors[damping] = self._factorise(damping)
+        return self._factors[damping]
+
+    def _factorise(self, damping: float) -> Tensor:
+        diagonal = self._finite_diagonal()
+        while True:
+            damped = self._moment.flip(0, 1)
+            damped.diagonal().copy_((diagonal + (diagonal == 0) + damping * diagonal.mean()).flip(0))
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            del damped
+            if not failed:
+                return factor.flip(0, 1)
+            if damping * 10 > MOST_DAMPING:
+                raise FloatingPointError(
+                    f"the second moment of the inputs is not positive definite, even with {damping:g} of its "
+                    "mean diagonal added: too few or degenerate calibration tokens"
+                )
+            damping *= 10
+
+    def ridge_inverse(self, ridge: float) -> Tensor:
+        """(C + ridge I)^-1, (in, in), where C is H scaled to a unit diagonal: C_ij = H_ij / sqrt(H_ii H_jj).
+
+        A dead input has a zero row and column in C.
+
+        Args:
+            ridge: above 0; large enough (0.01, say) for the inverse to be as accurate as its dtype.
+
+        Raises:
+            FloatingPointError: H holds NaN or Inf, or C + ridge I is not positive definite.
+        """
+        if ridge not in self._inverses:
+            self._finite_diagonal()
+            scale = 1 / live(self.norms)
+            scaled = self._moment * scale
+            scaled.mul_(scale[:, None]).diagonal().add_(ridge)
+            factor, failed = torch.linalg.cholesky_ex(scaled)
+            del scaled
+            if failed:
+                raise FloatingPointError(
+                    f"the second moment of the inputs is not positive definite at ridge {ridge:g}"
+                )
+            self._inverses[ridge] = torch.cholesky_inverse(factor)
+        return self._inverses[ridge]
+
+    def _finite_diagonal(self) -> Tensor:
+        diagonal = self._moment.diagonal()
+        if not diagonal.isfinite().all():
+            raise FloatingPointError("the inputs of the layer hold NaN or Inf, or overflow when squared")
+        return diagonal
+
+
+def live(norms: Tensor) -> Tensor:
+    """Norms that may be divided by: 1 for dead inputs, whose scaled weights are 0 all the same."""
+    return torch.where(norms == 0, 1, norms)
+
+
+def _energy(weight: Tensor, moment: Tensor) -> float:
+    """tr(W H W^T)."""
+    return float(((weight @ moment) * weight).sum())

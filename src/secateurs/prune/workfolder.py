@@ -1,0 +1,151 @@
+"""The folder a run works in until its output is complete.
+
+`OUTPUT.partial/model` fills with shards and becomes `OUTPUT` by one rename; `OUTPUT.partial/progress`
+remembers what the shards do not say. Every file appears whole or not at all, a block's shard after its
+report: a block is done if its shard is there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from secateurs.checkpoint import INDEX, Checkpoint, copy_file, read_json, write_json, write_tensors
+from secateurs.prune.report import RECORD, LayerReport, Report
+from secateurs.version import __version__
+
+MARGIN_BYTES = 16 * 2**20  # for the configs, the tokenizer and the reports
+
+
+class WorkFolder:
+    """Where a run's results gather.
+
+    Args:
+        output: the folder that the run is to make.
+        checkpoint: the model that it prunes.
+        blocks: how many blocks that has.
+        settings: all that decides the resulting weights.
+
+    Raises:
+        ValueError: the output folder, or an unfinished one, holds something else than this run's work.
+        OSError: the disk has too little space for what is still to be written.
+    """
+
+    def __init__(self, output: Path, checkpoint: Checkpoint, blocks: int, settings: dict[str, Any]) -> None:
+        self.output, self.checkpoint, self.settings = output, checkpoint, settings
+        self.versions = {
+            "secateurs": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        identity = {"settings": settings, "versions": self.versions, "checkpoint": checkpoint.identity()}
+        self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        self.partial = output.with_name(output.name + ".partial")
+        self.model, self.progress = self.partial / "model", self.partial / "progress"
+        self.shards = [f"model-{i + 1:05}-of-{blocks + 1:05}.safetensors" for i in range(blocks + 1)]
+        self.phases = dict.fromkeys(("load", "run", "solve", "write"), 0.0)
+        self.finished = self._is_finished()
+        if self.finished:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        else:
+            self._open()
+
+    def _is_finished(self) -> bool:
+        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
+            return False
+        record = self.output / RECORD
+        if not record.is_file() or read_json(record).get("run") != self.run:
+            raise ValueError(f"'{self.output}' exists and is not this run's: give another output folder")
+        return True
+
+    def _open(self) -> None:
+        mark = self.progress / "run.json"
+        if self.partial.exists() and (not mark.is_file() or read_json(mark).get("run") != self.run):
+            raise ValueError(
+                f"'{self.partial}' holds an unfinished run with other settings, model or versions: "
+                "delete it or give another output folder"
+            )
+        parent = next(folder for folder in self.output.absolute().parents if folder.exists())
+        written = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
+        needed = self.checkpoint.bytes - written + MARGIN_BYTES
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise OSError(
+                f"the output needs {needed / 1e9:.2f} GB, the disk of '{parent}' has {free / 1e9:.2f} GB free"
+            )
+        self.model.mkdir(parents=True, exist_ok=True)
+        if not mark.is_file():
+            # The mark makes the folder ours, so it must be there before anything else is.
+            self.progress.mkdir(exist_ok=True)
+            write_json(mark, {"run": self.run, "settings": self.settings})
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Count the time spent inside towards a phase, that of the GPU's queued work included."""
+        start = time.monotonic()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.phases[phase] += time.monotonic() - start
+
+    def block(self, index: int) -> dict[str, Tensor] | None:
+        """A finished block's tensors by their names in the files, or None."""
+        shard = self.model / self.shards[index + 1]
+        return load_file(shard) if shard.exists() else None
+
+    def write_block(
+        self, index: int, weights: dict[str, Tensor], reports: list[LayerReport], seconds: float
+    ) -> None:
+        """Record a block as done: its report first, then the shard that makes it count."""
+        write_json(
+            self._report(index), {"seconds": seconds, "layers": [asdict(report) for report in reports]}
+        )
+        write_tensors(self.model / self.shards[index + 1], weights)
+
+    def _report(self, index: int) -> Path:
+        return self.progress / f"block-{index:05}.json"
+
+    def finish(self, block_tensors: list[list[str]], seconds: float) -> Report:
+        """Write what lies outside the blocks and turn the working folder into the output.
+
+        Args:
+            block_tensors: for each block, the names in the files of its tensors.
+            seconds: what the run took beside its blocks.
+        """
+        inside = {name for names in block_tensors for name in names}
+        outside = sorted(set(self.checkpoint.file_of) - inside)
+        with self.clock("write"):
+            write_tensors(self.model / self.shards[0], self.checkpoint.load(outside))
+            for companion in self.checkpoint.companions():
+                copy_file(companion, self.model / companion.name)
+            weight_map = {
+                name: shard
+                for shard, names in zip(self.shards, [outside, *block_tensors], strict=True)
+                for name in names
+            }
+            total = sum((self.model / shard).stat().st_size for shard in self.shards)
+            write_json(self.model / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        blocks = [read_json(self._report(index)) for index in range(len(block_tensors))]
+        record = {
+            "run": self.run,
+            "settings": self.settings,
+            "versions": self.versions,
+            "seconds": round(seconds + sum(block["seconds"] for block in blocks), 3),
+            "phases": {phase: round(value, 3) for phase, value in self.phases.items()},
+            "layers": [layer for block in blocks for layer in block["layers"]],
+        }
+        write_json(self.model / RECORD, record)
+        os.replace(self.model, self.output)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        return Report.read(self.output)
