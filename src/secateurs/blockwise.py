@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from secateurs.anatomy import family_of
+from secateurs.anatomy import UnsupportedArchitectureError, family_of
 from secateurs.checkpoint import Checkpoint
 
 
@@ -44,18 +44,24 @@ class BlockwiseModel:
         from accelerate import init_empty_weights
 
         self.checkpoint, self.device = checkpoint, device
+        if checkpoint.config.get("quantization_config"):
+            raise ValueError(
+                f"'{checkpoint.folder}' holds quantised weights: prune the model before quantising"
+            )
         try:
             self.config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        except (ValueError, KeyError, OSError) as error:
+            self.family = family_of(self.config)
+            # The buffers (rotary frequencies) are computed, not stored: they must be real from the start.
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        except UnsupportedArchitectureError:
+            raise
+        except Exception as error:  # a wrong value comes out as whatever the model's code stumbles over
             kind = checkpoint.config.get("model_type", "no model_type")
             raise ValueError(
                 f"transformers cannot read '{checkpoint.folder / 'config.json'}' ({kind}): "
-                f"{str(error).splitlines()[0]}"
-            ) from None
-        self.family = family_of(self.config)
-        # The buffers (rotary frequencies) are computed, not stored: they must be real from the start.
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+                f"{' '.join(str(error).split()) or type(error).__name__}"
+            ) from error
         self.model.eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -63,7 +69,9 @@ class BlockwiseModel:
         self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)  # type: ignore[assignment]
         self._prefix = self.model.base_model_prefix + "."
         # Everything under the base model: the head is never run, so it is never read.
-        self._parameters = [name for name, _ in self.model.named_parameters() if name.startswith(self._prefix)]
+        self._parameters = [
+            name for name, _ in self.model.named_parameters() if name.startswith(self._prefix)
+        ]
         for name in self._parameters:
             stored, shape = self.stored_name(name), tuple(self.model.get_parameter(name).shape)
             if checkpoint.shapes[stored] != shape:
@@ -105,7 +113,9 @@ class BlockwiseModel:
         stored = {name: self.stored_name(name) for name in names}
         tensors = self.checkpoint.load(stored.values()) if weights is None else weights
         for name in names:
-            self._put(name, tensors[stored[name]].to(self.device, self.dtype))
+            # A copy even where device and dtype are right: in a file tensors lie at any address, and by where
+            # its operands lie a product may round differently. A resumed run must not depend on that.
+            self._put(name, tensors[stored[name]].to(self.device, self.dtype, copy=True))
         try:
             yield
         finally:

@@ -46,7 +46,9 @@ class Checkpoint:
                     self.shapes[name] = tuple(shard.get_slice(name).get_shape())
         for name, file in self.file_of.items():
             if found.get(name) != file:
-                raise ValueError(f"'{self.folder / INDEX}' promises '{name}' in '{file}', which does not hold it")
+                raise ValueError(
+                    f"'{self.folder / INDEX}' promises '{name}' in '{file}', which does not hold it"
+                )
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> file name inside the folder."""
@@ -56,7 +58,9 @@ class Checkpoint:
         if not (self.folder / INDEX).is_file():
             pickled = [*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth")]
             hint = (
-                f"; '{pickled[0].name}' is pickled and is not opened: convert it to safetensors" if pickled else ""
+                f"; '{pickled[0].name}' is pickled and is not opened: convert it to safetensors"
+                if pickled
+                else ""
             )
             raise ValueError(f"no '{SINGLE}' or '{INDEX}' in '{self.folder}'{hint}")
         weight_map = read_json(self.folder / INDEX).get("weight_map")
@@ -64,7 +68,9 @@ class Checkpoint:
             raise ValueError(f"'{self.folder / INDEX}' has no 'weight_map'")
         for file in weight_map.values():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"'{self.folder / INDEX}' points outside its folder or not at safetensors: '{file}'")
+                raise ValueError(
+                    f"'{self.folder / INDEX}' points outside its folder or not at safetensors: '{file}'"
+                )
             if not (self.folder / file).is_file():
                 raise ValueError(f"'{self.folder / INDEX}' lists '{file}', which is missing")
         return weight_map
@@ -95,7 +101,12 @@ class Checkpoint:
         for file, in_file in wanted.items():
             with self._open(file) as shard:
                 for name in in_file:
-                    tensors[name] = shard.get_tensor(name)
+                    try:
+                        tensors[name] = shard.get_tensor(name)
+                    except SafetensorError as error:
+                        raise ValueError(
+                            f"'{name}' in '{self.folder / file}' cannot be read: {error}"
+                        ) from None
                     if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
                         raise ValueError(f"'{name}' in '{self.folder / file}' holds NaN or Inf")
         return tensors
@@ -159,7 +170,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write so that `path` is either absent, the old file, or the whole new one."""
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    _replace(
+        path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    )
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -176,7 +189,10 @@ def copy_file(source: Path, target: Path) -> None:
 def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)

@@ -95,7 +95,8 @@ def evaluate(
 
     Args:
         model: A Hugging Face model folder, or a name on the hub.
-        text: Texts: .txt, .jsonl or .parquet files, folders of these, datasets on the hub, wikitext2, ptb, c4.
+        text: Texts: .txt, .jsonl or .parquet files, folders of these, datasets on the hub, or wikitext2,
+            ptb, c4.
         tasks: Names of lm-eval's tasks.
         length: Tokens in a window. By default as many as the model was made for, at most 2048.
         field: Of jsonl, parquet or dataset rows: the one that holds the text.

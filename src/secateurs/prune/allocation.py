@@ -7,8 +7,9 @@ from pathlib import Path
 from secateurs.checkpoint import read_json
 from secateurs.pattern import Pattern, parse_pattern
 
-Allocation = str | Pattern | Mapping[str, str | Pattern | None] | Callable[[str], str | Pattern | None]
-"""A pattern ("70%", "2:4") for every layer; a table from names with wildcards to patterns; a rule from a
+Choice = str | float | Pattern | None
+Allocation = str | float | Pattern | Mapping[str, Choice] | Callable[[str], Choice]
+"""A pattern ("70%", 0.7, "2:4") for every layer; a table from names with wildcards to patterns; a rule from a
 layer's name to its pattern; or the path of a JSON file that holds a table. None keeps a layer dense."""
 
 
@@ -33,7 +34,7 @@ def allocate(allocation: Allocation, layers: Mapping[str, int]) -> dict[str, Pat
     else:
         one = _parse(allocation)
 
-        def rule(name: str) -> str | Pattern | None:
+        def rule(name: str) -> Choice:
             return one
 
     patterns = {name: _parse(rule(name)) for name in layers}
@@ -45,18 +46,18 @@ def allocate(allocation: Allocation, layers: Mapping[str, int]) -> dict[str, Pat
     return patterns
 
 
-def _parse(pattern: str | Pattern | None) -> Pattern | None:
-    return parse_pattern(pattern) if isinstance(pattern, str) else pattern
+def _parse(choice: Choice) -> Pattern | None:
+    if choice is None or isinstance(choice, Pattern):
+        return choice
+    return parse_pattern(str(choice))  # refuses what JSON may hold beside text and numbers
 
 
-def _table(
-    table: Mapping[str, str | Pattern | None], layers: Sequence[str]
-) -> Callable[[str], str | Pattern | None]:
+def _table(table: Mapping[str, Choice], layers: Sequence[str]) -> Callable[[str], Choice]:
     for glob in table:
         if not any(fnmatchcase(name, glob) for name in layers):
             raise ValueError(f"'{glob}' in the table of patterns matches no layer; one is '{layers[0]}'")
 
-    def rule(name: str) -> str | Pattern | None:
+    def rule(name: str) -> Choice:
         return next((pattern for glob, pattern in table.items() if fnmatchcase(name, glob)), None)
 
     return rule

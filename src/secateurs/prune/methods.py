@@ -30,7 +30,7 @@ def parse_method(text: str) -> Solver:
     types = get_type_hints(solver)
     values: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
-        key, _, value = setting.partition("=")
+        key, _, value = map(str.strip, setting.partition("="))
         if key not in {field.name for field in fields(solver)}:
             known = ", ".join(field.name for field in fields(solver)) or "none"
             raise ValueError(f"'{name}' has no setting '{key}'; it has: {known}")

@@ -7,7 +7,7 @@ state is the weights: a run that finds finished blocks pushes the activations th
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,7 +82,7 @@ def prune(
     Raises:
         ValueError: a mistake in the arguments, the model folder or the text; found before any work is done
             where that is possible.
-        FloatingPointError: weights or a layer's inputs are not finite; names the layer.
+        FloatingPointError: a layer's inputs are not finite, or it cannot be pruned; names the layer.
         OSError: the disk is too small or fails. What is done stays, and the same call continues.
     """
     start = time.monotonic()
@@ -91,6 +91,8 @@ def prune(
         raise ValueError(
             "calibration text is needed (a file, a folder or a dataset's name): only magnitude does without"
         )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is a number of sequences, not {batch_size}")
     where = resolve_device(device)
     checkpoint = Checkpoint(resolve(model))
     if Path(output).resolve() == checkpoint.folder.resolve():
@@ -121,7 +123,7 @@ def prune(
     }
     work = WorkFolder(Path(output), checkpoint, len(blockwise.blocks), settings)
     if work.finished:
-        return Report.read(Path(output))
+        return Report.read(work.output)
     with _progress_bar(len(patterns), shown=progress) as advance:
         in_blocks = walk.run(patterns, tokens, batch_size or 1, work, advance)
     names = [blockwise.block_tensors(index) for index in range(len(blockwise.blocks))]
@@ -138,25 +140,25 @@ def _tokens(
 ) -> Tensor:
     """(samples, length) ids to calibrate on."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    length = length or min(limit or 2048, 2048)
     if isinstance(calibration, Tensor):
         tokens = calibration.cpu()
-        if tokens.ndim != 2 or tokens.dtype != torch.int64:
-            raise ValueError("token ids must be an int64 tensor (samples, length)")
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
+            raise ValueError("token ids must be an int64 tensor (samples, length), and not empty")
         length = tokens.shape[1]
-    else:
+    elif length is None:
+        length = min(limit or 2048, 2048)
+    if limit is not None and length > limit:
+        raise ValueError(f"length {length} is more than the {limit} positions that the model was made for")
+    if not isinstance(calibration, Tensor):
         from secateurs.text import calibration_blocks, load_tokenizer
 
         tokenizer = load_tokenizer(model.checkpoint.folder)
         tokens = calibration_blocks(
             calibration, tokenizer, samples=samples, length=length, seed=seed, field=field
         )
-    if limit is not None and length > limit:
-        raise ValueError(f"length {length} is more than the {limit} positions that the model was made for")
-    if int(tokens.max()) >= model.config.vocab_size:
-        raise ValueError(
-            f"token {int(tokens.max())} is outside the model's vocabulary of {model.config.vocab_size}"
-        )
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(f"token {token} is outside the model's vocabulary of {model.config.vocab_size}")
     return tokens
 
 
@@ -286,10 +288,8 @@ class _Walk:
         handles = [layer.register_forward_pre_hook(listen(group)) for group, layer in first.items()]
         try:
             for states in hidden:
-                try:
+                with suppress(Enough):
                     model.run(index, states.to(model.device))
-                except Enough:
-                    pass
         finally:
             for handle in handles:
                 handle.remove()
@@ -307,19 +307,23 @@ class _Walk:
         layer = self.model.model.get_submodule(name)
         weight = linear_weight(layer)
         dense = weight.float()
-        solution = self.solver.solve(dense, moments, pattern)
+        try:
+            solution = self.solver.solve(dense, moments, pattern)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"'{name}': {error}") from None
         # Rounded first, so that what is scored and propagated is what will be stored. -0 + 0 is +0.
         sparse = solution.weight.to(weights[stored].dtype) + 0
         if not sparse.isfinite().all():
             raise FloatingPointError(f"pruning '{name}' gave values that {sparse.dtype} cannot hold")
-        weight.copy_(sparse)
+        error = moments.error(dense, sparse.float())
+        weight.copy_(sparse)  # in float32 it shares its memory with `dense`, which is not needed any more
         weights[stored] = (sparse if weight is layer.weight else sparse.T).cpu()
         return LayerReport(
             name=name,
             pattern=str(pattern),
-            sparsity=(sparse == 0).double().mean().item(),
+            sparsity=1 - sparse.count_nonzero().item() / sparse.numel(),
             weights=sparse.numel(),
-            error=moments.error(dense, sparse.float()),
+            error=error,
             seconds=round(time.monotonic() - start, 4),
             objective=list(solution.objective),
         )

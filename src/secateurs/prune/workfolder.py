@@ -25,7 +25,7 @@ from secateurs.checkpoint import INDEX, Checkpoint, copy_file, read_json, write_
 from secateurs.prune.report import RECORD, LayerReport, Report
 from secateurs.version import __version__
 
-MARGIN_BYTES = 16 * 2**20  # for the configs, the tokenizer and the reports
+MARGIN_BYTES = 16 * 2**20  # for the reports
 
 
 class WorkFolder:
@@ -43,7 +43,12 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path, checkpoint: Checkpoint, blocks: int, settings: dict[str, Any]) -> None:
-        self.output, self.checkpoint, self.settings = output, checkpoint, settings
+        # Through links: the last step is a rename, which would replace or trip over a link itself.
+        self.output, self.checkpoint, self.settings = output.resolve(), checkpoint, settings
+        if self.output.is_mount():
+            raise ValueError(
+                f"'{output}' is a mount point, which cannot be made in one step: give a folder in it"
+            )
         self.versions = {
             "secateurs": __version__,
             "torch": torch.__version__,
@@ -51,7 +56,7 @@ class WorkFolder:
         }
         identity = {"settings": settings, "versions": self.versions, "checkpoint": checkpoint.identity()}
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        self.partial = output.with_name(output.name + ".partial")
+        self.partial = self.output.with_name(self.output.name + ".partial")
         self.model, self.progress = self.partial / "model", self.partial / "progress"
         self.shards = [f"model-{i + 1:05}-of-{blocks + 1:05}.safetensors" for i in range(blocks + 1)]
         self.phases = dict.fromkeys(("load", "run", "solve", "write"), 0.0)
@@ -71,14 +76,22 @@ class WorkFolder:
 
     def _open(self) -> None:
         mark = self.progress / "run.json"
-        if self.partial.exists() and (not mark.is_file() or read_json(mark).get("run") != self.run):
+        if mark.is_file():
+            ours = read_json(mark).get("run") == self.run
+        else:  # stopped before it could leave its mark, a run leaves nothing but empty folders
+            leftovers = {self.model, self.progress, mark.with_name(mark.name + ".tmp")}
+            ours = not self.partial.exists() or (
+                self.partial.is_dir() and leftovers.issuperset(self.partial.rglob("*"))
+            )
+        if not ours:
             raise ValueError(
                 f"'{self.partial}' holds an unfinished run with other settings, model or versions: "
                 "delete it or give another output folder"
             )
-        parent = next(folder for folder in self.output.absolute().parents if folder.exists())
+        parent = next(folder for folder in self.output.parents if folder.exists())
         written = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
-        needed = self.checkpoint.bytes - written + MARGIN_BYTES
+        beside = sum(path.stat().st_size for path in self.checkpoint.companions())
+        needed = self.checkpoint.bytes - written + beside + MARGIN_BYTES
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise OSError(
@@ -86,7 +99,7 @@ class WorkFolder:
             )
         self.model.mkdir(parents=True, exist_ok=True)
         if not mark.is_file():
-            # The mark makes the folder ours, so it must be there before anything else is.
+            # The mark makes the folder ours, so it must be there before any other file is.
             self.progress.mkdir(exist_ok=True)
             write_json(mark, {"run": self.run, "settings": self.settings})
 
