@@ -19,6 +19,7 @@ from secateurs.pruning.sparsegpt import SparseGPT
 from secateurs.pruning.statistics import Statistics
 from secateurs.pruning.walk import prune
 from secateurs.pruning.wanda import Wanda
+from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
 from secateurs.text import calibration_blocks, evaluation_tokens
 from secateurs.version import __version__
 
@@ -40,6 +41,8 @@ __all__ = [
     "Wanda",
     "__version__",
     "calibration_blocks",
+    "compress",
+    "decompress",
     "evaluate",
     "evaluate_tasks",
     "evaluation_tokens",

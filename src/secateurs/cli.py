@@ -6,7 +6,7 @@ A user's mistake is one line on standard error and exit status 2. An interrupted
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -133,9 +133,110 @@ def demo(*, pattern: str = "70%", device: str | None = "cpu") -> None:
     run(pattern=pattern, device=device)
 
 
+def compress(model: Model, *, output: Path) -> None:
+    """Write a pruned model so that its zeros take no space: smaller, and faster to run.
+
+    `import secateurs` is all that transformers needs to load the folder.
+
+    Example: secateurs compress my-llama-70 --output my-llama-70-small
+
+    Args:
+        model: A Hugging Face model folder, pruned, or a name on the hub. It is only read.
+        output: The folder to make. It must not exist.
+    """
+    from secateurs.runtime import compress as run
+
+    done = run(model, output)
+    print(
+        f"{output}: {done.layers} layers compressed, {done.dense_layers} left dense; "
+        f"{done.bytes_before / 1e6:.1f} MB became {done.bytes_after / 1e6:.1f} MB"
+    )
+
+
+def decompress(model: Model, *, output: Path) -> None:
+    """Turn a compressed model into an ordinary dense one.
+
+    Args:
+        model: A compressed model folder, or a name on the hub. It is only read.
+        output: The folder to make. It must not exist.
+    """
+    from secateurs.runtime import decompress as run
+
+    run(model, output)
+    print(output)
+
+
+def generate(
+    model: Model, *, prompt: str, tokens: int = 100, device: str | None = None, stats: bool = False
+) -> None:
+    """Continue a prompt with a model, dense or compressed, one likeliest token after another.
+
+    Example: secateurs generate my-llama-70-small --prompt "It was a dark night" --stats
+
+    Args:
+        model: A Hugging Face model folder, or a name on the hub.
+        prompt: What to continue.
+        tokens: At most so many new ones.
+        device: cpu, cuda, cuda:1. By default a GPU if there is one.
+        stats: Also print tokens per second and memory, on standard error.
+    """
+    from secateurs.runtime.generate import Pace
+    from secateurs.runtime.generate import generate as run
+
+    pace = Pace()
+    print(prompt, end="", flush=True)
+    for piece in run(model, prompt, tokens=tokens, device=device, pace=pace):
+        print(piece, end="", flush=True)
+    print()
+    if stats:
+        print(pace, file=sys.stderr)
+
+
+def bench(
+    model: Model, *, against: str | None = None, text: str | None = None, device: str | None = None
+) -> None:
+    """Measure what a model costs to run: bytes, memory, tokens per second, perplexity.
+
+    Example: secateurs bench my-llama-70-small --against my-llama --text wikitext2
+
+    Args:
+        model: A Hugging Face model folder, dense or compressed, or a name on the hub.
+        against: Another one, to compare with.
+        text: To measure perplexity on: a file, a folder, or a name as `eval` takes it.
+        device: cpu, cuda, cuda:1. By default a GPU if there is one.
+    """
+    from secateurs.evaluation.speed import bench as run
+    from secateurs.evaluation.speed import table
+
+    print(table(run(model, against=against, text=text, device=device)))
+
+
+def serve(model: Model, *, host: str = "localhost", port: int = 8000, device: str | None = None) -> None:
+    """Serve a model, dense or compressed, with transformers' OpenAI-compatible server.
+
+    Args:
+        model: A Hugging Face model folder, or a name on the hub.
+        host: Address to listen on.
+        port: To listen on.
+        device: cpu, cuda, cuda:1. By default a GPU if there is one.
+    """
+    from secateurs.runtime.serve import serve as run
+
+    run(model, host=host, port=port, device=device)
+
+
 def main() -> None:
     """Entry point of the `secateurs` command."""
-    commands: dict[str, Callable[..., None]] = {"prune": prune, "eval": evaluate, "demo": demo}
+    commands: dict[str, Callable[..., Any]] = {
+        "prune": prune,
+        "eval": evaluate,
+        "compress": compress,
+        "decompress": decompress,
+        "generate": generate,
+        "bench": bench,
+        "serve": serve,
+        "demo": demo,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,

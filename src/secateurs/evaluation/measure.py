@@ -4,14 +4,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from secateurs.checkpoint import Checkpoint, resolve
-from secateurs.device import resolve_device
+from secateurs.checkpoint import resolve
 from secateurs.evaluation.perplexity import perplexity
 from secateurs.evaluation.tasks import evaluate_tasks
+from secateurs.runtime.load import load_model
 from secateurs.text import evaluation_tokens, load_tokenizer
 
 
@@ -76,25 +73,3 @@ def evaluate(
         for task, metrics in figures.items():
             for metric, value in metrics.items():
                 yield Measurement(task, metric, value, seconds)
-
-
-def load_model(folder: Path, device: str | None = None) -> PreTrainedModel:
-    """A model folder's model in the dtype it is stored in, in evaluation mode.
-
-    Args:
-        folder: holds `config.json` and safetensors.
-        device: as for `evaluate`.
-
-    Raises:
-        ValueError: the files are broken, or lack weights that the model has.
-    """
-    where = resolve_device(device)
-    Checkpoint(folder)
-    auto: Any = AutoModelForCausalLM  # its types forget that it returns a pair here
-    model, report = auto.from_pretrained(
-        folder, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
-    )
-    # transformers gives such weights random values and goes on.
-    if report["missing_keys"]:
-        raise ValueError(f"'{folder}' holds no tensor '{min(report['missing_keys'])}'")
-    return model.eval().to(where)

@@ -104,7 +104,7 @@ def choose(weight: Tensor, scale: Tensor, pattern: Pattern) -> Tensor:
 def _sweep_on(device: torch.device) -> Callable[[Tensor, Tensor, Pattern], None]:
     """The Triton kernel where it can run, otherwise `sweep`."""
     if device.type == "cuda" and find_spec("triton"):
-        from secateurs.prune import sweep_triton
+        from secateurs.pruning import sweep_triton
 
         return sweep_triton.sweep
     return sweep

@@ -1,0 +1,24 @@
+"""Builds the CPU kernels; everything else is in pyproject.toml.
+
+The kernels are optional: where there is no compiler the package installs without them. They are a plain
+shared library behind ctypes, so they depend neither on torch's headers nor on the Python version.
+"""
+
+import sys
+
+from setuptools import Extension, setup
+
+openmp = ["-fopenmp"] if sys.platform == "linux" else []
+
+setup(
+    ext_modules=[
+        Extension(
+            "secateurs.runtime._kernels",
+            ["src/secateurs/runtime/kernels.cpp"],
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-w", *openmp],
+            extra_link_args=openmp,
+            language="c++",
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,111 @@
+"""Continues a prompt, token by token, with a dense or a compressed model."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateurs.checkpoint import resolve
+from secateurs.runtime.load import load_model
+from secateurs.text import load_tokenizer
+
+
+@dataclass
+class Pace:
+    """How fast tokens came.
+
+    Args:
+        seconds_to_first: from the prompt to the first new token.
+        seconds_after: from the first token to the last.
+        tokens: new ones.
+        memory_bytes: of the process, or on the GPU, at the last token.
+    """
+
+    seconds_to_first: float = 0.0
+    seconds_after: float = 0.0
+    tokens: int = 0
+    memory_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """While decoding, one token at a time: without the first, which waits for the prompt."""
+        return (self.tokens - 1) / self.seconds_after if self.tokens > 1 else float("nan")
+
+    def __str__(self) -> str:
+        return (
+            f"first token after {self.seconds_to_first:.2f} s, then {self.tokens_per_second:.1f} tokens "
+            f"per second; {self.memory_bytes / 1e6:.0f} MB of memory"
+        )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What tensors take on a GPU, or this process of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+@torch.inference_mode()
+def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterator[int]:
+    """The likeliest next token, again and again, without end.
+
+    Args:
+        model: in evaluation mode.
+        prompt: (1, length) token ids on the model's device.
+        pace: is updated with each token.
+    """
+    start = time.perf_counter()
+    tokens, cache = prompt, None
+    while True:
+        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        token = int(tokens)  # on a GPU this waits for the result
+        elapsed = time.perf_counter() - start
+        if pace.tokens == 0:
+            pace.seconds_to_first = elapsed
+        pace.seconds_after = elapsed - pace.seconds_to_first
+        pace.tokens += 1
+        pace.memory_bytes = memory_bytes(model.device)
+        yield token
+
+
+def generate(
+    model: str | Path, prompt: str, *, tokens: int = 100, device: str | None = None, pace: Pace | None = None
+) -> Iterator[str]:
+    """Continues a prompt greedily, yielding text as soon as it is certain.
+
+    Args:
+        model: a model folder or a name on the Hugging Face hub, dense or compressed.
+        prompt: to continue.
+        tokens: at most so many new ones; fewer if the model ends its text.
+        device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
+        pace: is updated as tokens come.
+
+    Raises:
+        ValueError: the model is broken or has no tokenizer, the prompt is empty or no tokens are asked for.
+    """
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if ids.numel() == 0 or tokens < 1:
+        raise ValueError("there is nothing to generate: the prompt is empty, or no tokens are asked for")
+    loaded = load_model(folder, device)
+    ends = loaded.generation_config.eos_token_id if loaded.generation_config is not None else None
+    ends = set(ends if isinstance(ends, list) else [ends])
+    new: list[int] = []
+    shown = ""
+    for token in greedy_tokens(loaded, ids.to(loaded.device), pace or Pace()):
+        new.append(token)
+        finished = token in ends or len(new) == tokens
+        text = str(tokenizer.decode(new, skip_special_tokens=True))
+        # A character may take several tokens; until the last of them it decodes to a replacement character.
+        if finished or not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+        if finished:
+            return

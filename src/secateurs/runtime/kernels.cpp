@@ -1,0 +1,472 @@
+// Products with a sparse matrix held as a bitmask and its packed non-zeros, on the CPU.
+//
+// Decoding is bound by the bytes of weights read, so a row is expanded in registers and multiplied at once:
+// nothing dense is ever written. With AVX-512 VBMI2 the expansion is one instruction per 32 weights; with AVX2 a
+// byte of the mask picks a shuffle from a table; elsewhere the set bits are walked one by one. The instruction set
+// is chosen by the caller at run time, so one binary serves every machine.
+//
+// A plain C interface over pointers: no torch headers, hence no rebuild when torch changes.
+//
+// Layout (docs/format.md): the mask of a row is columns rounded up to 64 bits, bit j of byte i is column 8 i + j,
+// bits past the last column are zero; values follow in row order and end with 64 bytes of zeros, so that vector
+// loads may run over the end of the last row.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SECATEURS_X86 1
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,fma,f16c,popcnt,bmi,bmi2")))
+#define AVX512_BF16 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,fma,f16c,popcnt,bmi,bmi2")))
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kDtypes = 3 };
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+constexpr int kTokens = 8;  // tokens that share one expansion of a row; more would spill registers
+
+constexpr int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+constexpr int64_t padded(int64_t columns) { return (columns + 63) / 64 * 64; }
+
+// ---- scalar conversions ----
+
+inline float float_from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t bits_from_float(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float from_half(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
+    if (magnitude >= 0x7c00) return float_from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    // A half is a float whose exponent bias is smaller by 112; the product handles subnormals too.
+    return float_from_bits(sign | bits_from_float(float_from_bits(magnitude << 13) * 0x1p112f));
+}
+
+inline uint16_t to_half(float value) {
+    const uint32_t bits = bits_from_float(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
+    if (magnitude < 0x38800000) {  // subnormal: let the adder round at 2^-24
+        const float rounded = float_from_bits(magnitude) + 0.5f;
+        return uint16_t(sign | (bits_from_float(rounded) - bits_from_float(0.5f)));
+    }
+    return uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+inline uint16_t to_bfloat16(float value) {
+    const uint32_t bits = bits_from_float(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float load(const void* base, int32_t dtype, int64_t index) {
+    uint16_t narrow;
+    if (dtype == kFloat32) {
+        float value;
+        std::memcpy(&value, static_cast<const char*>(base) + 4 * index, 4);
+        return value;
+    }
+    std::memcpy(&narrow, static_cast<const char*>(base) + 2 * index, 2);
+    return dtype == kBfloat16 ? float_from_bits(uint32_t(narrow) << 16) : from_half(narrow);
+}
+
+inline void store(void* base, int32_t dtype, int64_t index, float value) {
+    if (dtype == kFloat32) {
+        std::memcpy(static_cast<char*>(base) + 4 * index, &value, 4);
+        return;
+    }
+    const uint16_t narrow = dtype == kBfloat16 ? to_bfloat16(value) : to_half(value);
+    std::memcpy(static_cast<char*>(base) + 2 * index, &narrow, 2);
+}
+
+// ---- one row of the matrix times N tokens ----
+// mask: words * 8 bytes; values: the row's first; x: (N, stride), prepared for the kernel; y: (N).
+
+using Row = void (*)(const uint8_t* mask, const uint8_t* values, int64_t words, const void* x, int64_t stride,
+                     float* y);
+
+template <int32_t D, int N>
+void row_portable(const uint8_t* mask, const uint8_t* values, int64_t words, const void* x, int64_t stride,
+                  float* y) {
+    const float* columns = static_cast<const float*>(x);
+    float sums[N] = {};
+    for (int64_t word = 0; word < words; ++word, columns += 64) {
+        uint64_t bits = 0;
+        for (int byte = 0; byte < 8; ++byte) bits |= uint64_t(mask[8 * word + byte]) << 8 * byte;
+        for (; bits; bits &= bits - 1, values += size_of(D)) {
+            const float value = load(values, D, 0);
+            const float* column = columns + __builtin_ctzll(bits);
+            for (int n = 0; n < N; ++n) sums[n] += value * column[n * stride];
+        }
+    }
+    std::copy(sums, sums + N, y);
+}
+
+#ifdef SECATEURS_X86
+
+// A byte of the mask -> where each of eight lanes finds its value among the packed ones.
+struct Shuffles {
+    alignas(16) uint8_t words[256][16];  // byte indices of 16-bit lanes, 0x80 (which shuffles in a zero) if empty
+    alignas(8) uint8_t lanes[256][8];    // lane indices of 32-bit lanes
+};
+
+constexpr Shuffles make_shuffles() {
+    Shuffles table{};
+    for (int byte = 0; byte < 256; ++byte) {
+        uint8_t next = 0;
+        for (int lane = 0; lane < 8; ++lane) {
+            const bool kept = byte >> lane & 1;
+            table.words[byte][2 * lane] = kept ? uint8_t(2 * next) : 0x80;
+            table.words[byte][2 * lane + 1] = kept ? uint8_t(2 * next + 1) : 0x80;
+            table.lanes[byte][lane] = next;
+            next = uint8_t(next + kept);
+        }
+    }
+    return table;
+}
+
+constexpr Shuffles kShuffles = make_shuffles();
+
+AVX2 inline __m128i expand8_words(const uint8_t* values, uint8_t byte) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    return _mm_shuffle_epi8(packed, _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.words[byte])));
+}
+
+AVX2 inline __m256 expand8_floats(const uint8_t* values, uint8_t byte) {
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.lanes[byte]));
+    const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(values)),
+                                                   _mm256_cvtepu8_epi32(lanes));
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), bit), bit);
+    return _mm256_and_ps(spread, _mm256_castsi256_ps(kept));
+}
+
+template <int32_t D>
+AVX2 inline __m256 expand8(const uint8_t* values, uint8_t byte) {
+    if constexpr (D == kFloat32) return expand8_floats(values, byte);
+    const __m128i words = expand8_words(values, byte);
+    if constexpr (D == kFloat16) return _mm256_cvtph_ps(words);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+}
+
+AVX2 inline float sum8(__m256 lanes) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+template <int32_t D, int N>
+AVX2 void row_avx2(const uint8_t* mask, const uint8_t* values, int64_t words, const void* x, int64_t stride,
+                   float* y) {
+    const float* columns = static_cast<const float*>(x);
+    __m256 even[N], odd[N];  // two sums each, or the latency of the additions would set the pace
+    for (int n = 0; n < N; ++n) even[n] = odd[n] = _mm256_setzero_ps();
+    for (int64_t byte = 0; byte < 8 * words; byte += 2, columns += 16) {
+        const __m256 first = expand8<D>(values, mask[byte]);
+        values += size_of(D) * _mm_popcnt_u32(mask[byte]);
+        const __m256 second = expand8<D>(values, mask[byte + 1]);
+        values += size_of(D) * _mm_popcnt_u32(mask[byte + 1]);
+        for (int n = 0; n < N; ++n) {
+            even[n] = _mm256_fmadd_ps(first, _mm256_loadu_ps(columns + n * stride), even[n]);
+            odd[n] = _mm256_fmadd_ps(second, _mm256_loadu_ps(columns + n * stride + 8), odd[n]);
+        }
+    }
+    for (int n = 0; n < N; ++n) y[n] = sum8(_mm256_add_ps(even[n], odd[n]));
+}
+
+// A load that stays apart from the expansion: with its operand in memory the instruction is several times slower on
+// AMD Zen 4, and compilers like to fold the two.
+AVX512 inline __m512i load_packed(const uint8_t* values) {
+    __m512i packed = _mm512_loadu_si512(values);
+    asm("" : "+v"(packed));
+    return packed;
+}
+
+// 32 weights as two vectors of floats. bfloat16 comes out as even and odd columns, which costs a shift and an
+// `and`; x is laid out to match.
+template <int32_t D>
+AVX512 inline void expand32(const uint8_t* values, uint32_t bits, __m512& first, __m512& second) {
+    if constexpr (D == kFloat32) {
+        const __m512i low = load_packed(values);
+        const __m512i high = load_packed(values + 4 * _mm_popcnt_u32(bits & 0xffff));
+        first = _mm512_maskz_expand_ps(__mmask16(bits), _mm512_castsi512_ps(low));
+        second = _mm512_maskz_expand_ps(__mmask16(bits >> 16), _mm512_castsi512_ps(high));
+        return;
+    }
+    const __m512i words = _mm512_maskz_expand_epi16(bits, load_packed(values));
+    if constexpr (D == kBfloat16) {
+        first = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+        second = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000))));
+    } else {
+        first = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+        second = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+    }
+}
+
+template <int32_t D, int N>
+AVX512 void row_avx512(const uint8_t* mask, const uint8_t* values, int64_t words, const void* x, int64_t stride,
+                       float* y) {
+    const float* columns = static_cast<const float*>(x);
+    constexpr int kSums = N == 1 ? 4 : 2;  // of each token: one alone needs more to hide the latency of additions
+    __m512 sums[N][kSums];
+    for (int n = 0; n < N; ++n) {
+        for (int i = 0; i < kSums; ++i) sums[n][i] = _mm512_setzero_ps();
+    }
+    for (int64_t word = 0; word < words; ++word, columns += 64) {
+        uint32_t low, high;
+        std::memcpy(&low, mask + 8 * word, 4);
+        std::memcpy(&high, mask + 8 * word + 4, 4);
+        const uint8_t* later = values + size_of(D) * _mm_popcnt_u32(low);
+        __m512 parts[4];
+        expand32<D>(values, low, parts[0], parts[1]);
+        expand32<D>(later, high, parts[2], parts[3]);
+        values = later + size_of(D) * _mm_popcnt_u32(high);
+        for (int n = 0; n < N; ++n) {
+            for (int i = 0; i < 4; ++i) {
+                const __m512 column = _mm512_loadu_ps(columns + n * stride + 16 * i);
+                sums[n][i % kSums] = _mm512_fmadd_ps(parts[i], column, sums[n][i % kSums]);
+            }
+        }
+    }
+    for (int n = 0; n < N; ++n) {
+        for (int i = 1; i < kSums; ++i) sums[n][0] = _mm512_add_ps(sums[n][0], sums[n][i]);
+        y[n] = _mm512_reduce_add_ps(sums[n][0]);
+    }
+}
+
+// bfloat16 weights and activations: the dot-product instruction takes 32 of each and accumulates in float.
+template <int N>
+AVX512_BF16 void row_avx512_bf16(const uint8_t* mask, const uint8_t* values, int64_t words, const void* x,
+                                 int64_t stride, float* y) {
+    const uint16_t* columns = static_cast<const uint16_t*>(x);
+    __m512 even[N], odd[N];
+    for (int n = 0; n < N; ++n) even[n] = odd[n] = _mm512_setzero_ps();
+    for (int64_t word = 0; word < words; ++word, columns += 64) {
+        uint32_t low, high;
+        std::memcpy(&low, mask + 8 * word, 4);
+        std::memcpy(&high, mask + 8 * word + 4, 4);
+        const uint8_t* later = values + 2 * _mm_popcnt_u32(low);
+        const __m512bh first = (__m512bh)_mm512_maskz_expand_epi16(low, load_packed(values));
+        const __m512bh second = (__m512bh)_mm512_maskz_expand_epi16(high, load_packed(later));
+        values = later + 2 * _mm_popcnt_u32(high);
+        for (int n = 0; n < N; ++n) {
+            even[n] = _mm512_dpbf16_ps(even[n], first, (__m512bh)_mm512_loadu_si512(columns + n * stride));
+            odd[n] = _mm512_dpbf16_ps(odd[n], second, (__m512bh)_mm512_loadu_si512(columns + n * stride + 32));
+        }
+    }
+    for (int n = 0; n < N; ++n) y[n] = _mm512_reduce_add_ps(_mm512_add_ps(even[n], odd[n]));
+}
+
+#endif
+
+// ---- choosing a kernel ----
+
+template <int32_t D, size_t... N>
+std::array<Row, kTokens> rows_for(int32_t isa, std::index_sequence<N...>) {
+#ifdef SECATEURS_X86
+    if (isa >= kAvx512) return {row_avx512<D, int(N) + 1>...};
+    if (isa == kAvx2) return {row_avx2<D, int(N) + 1>...};
+#endif
+    (void)isa;
+    return {row_portable<D, int(N) + 1>...};
+}
+
+#ifdef SECATEURS_X86
+template <size_t... N>
+std::array<Row, kTokens> rows_for_bf16(std::index_sequence<N...>) {
+    return {row_avx512_bf16<int(N) + 1>...};
+}
+#endif
+
+// How a kernel wants its tokens: in which dtype, and whether the even columns of every 32 come before the odd ones.
+struct Kernel {
+    std::array<Row, kTokens> rows;  // [N - 1] takes N tokens
+    int32_t x_dtype;
+    bool deinterleaved;
+};
+
+Kernel kernel_for(int32_t isa, int32_t dtype, int32_t x_dtype) {
+    const auto sizes = std::make_index_sequence<kTokens>();
+#ifdef SECATEURS_X86
+    if (isa == kAvx512Bf16 && dtype == kBfloat16 && x_dtype == kBfloat16) {
+        return {rows_for_bf16(sizes), kBfloat16, false};
+    }
+#endif
+    (void)x_dtype;
+    if (dtype == kFloat32) return {rows_for<kFloat32>(isa, sizes), kFloat32, false};
+    if (dtype == kFloat16) return {rows_for<kFloat16>(isa, sizes), kFloat32, false};
+    return {rows_for<kBfloat16>(isa, sizes), kFloat32, isa >= kAvx512};
+}
+
+struct alignas(64) CacheLine {
+    uint8_t bytes[64];
+};
+
+// (tokens, columns) -> (tokens, padded columns), zeros behind, as the kernel wants it; no vector crosses a cache line.
+std::vector<CacheLine> prepare(const void* x, int32_t dtype, int64_t tokens, int64_t columns, const Kernel& kernel) {
+    const int64_t stride = padded(columns);
+    std::vector<CacheLine> prepared(size_t(tokens * stride * size_of(kernel.x_dtype) / 64));
+    for (int64_t n = 0; n < tokens; ++n) {
+        if (kernel.x_dtype == kBfloat16) {
+            std::memcpy(prepared[0].bytes + 2 * n * stride, static_cast<const char*>(x) + 2 * n * columns,
+                        size_t(2 * columns));
+            continue;
+        }
+        float* row = reinterpret_cast<float*>(prepared.data()) + n * stride;
+        for (int64_t j = 0; j < columns; ++j) {
+            const int64_t within = j % 32;
+            const int64_t place = kernel.deinterleaved ? j - within + within / 2 + 16 * (within % 2) : j;
+            row[place] = load(x, dtype, n * columns + j);
+        }
+    }
+    return prepared;
+}
+
+// Calls work(begin, end) on ranges of rows that cover [first, last), one per thread, with the same bytes each.
+template <class Work>
+void in_parallel(const int32_t* offsets, int64_t first, int64_t last, int64_t columns, int64_t value_bytes,
+                 int32_t threads, const Work& work) {
+    const int64_t mask_bytes = padded(columns) / 8;
+    const auto bytes_before = [&](int64_t row) {
+        return (row - first) * mask_bytes + (int64_t(offsets[row]) - offsets[first]) * value_bytes;
+    };
+    const int64_t total = bytes_before(last);
+    // Waking a thread costs microseconds, in which one alone reads tens of kilobytes.
+    const int32_t workers = int32_t(std::min<int64_t>(threads, 1 + total / 65536));
+    const auto start = [&](int64_t worker) {
+        int64_t low = first, high = last;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (bytes_before(middle) * workers < total * worker) low = middle + 1;
+            else high = middle;
+        }
+        return low;
+    };
+#ifdef _OPENMP
+    if (workers > 1) {
+#pragma omp parallel num_threads(workers)
+        {
+            // The runtime may grant fewer threads than asked for.
+            for (int32_t worker = omp_get_thread_num(); worker < workers; worker += omp_get_num_threads()) {
+                work(start(worker), worker + 1 == workers ? last : start(worker + 1));
+            }
+        }
+        return;
+    }
+#endif
+    (void)start;
+    work(first, last);
+}
+
+// ---- expansion to dense ----
+
+template <class Word>
+void unpack_row(const uint8_t* mask, const uint8_t* values, int64_t columns, uint8_t* dense) {
+    std::memset(dense, 0, size_t(columns) * sizeof(Word));
+    for (int64_t byte = 0; 8 * byte < columns; ++byte) {
+        for (uint32_t bits = mask[byte]; bits; bits &= bits - 1, values += sizeof(Word)) {
+            std::memcpy(dense + (8 * byte + __builtin_ctz(bits)) * int64_t(sizeof(Word)), values, sizeof(Word));
+        }
+    }
+}
+
+#ifdef SECATEURS_X86
+template <class Word>
+AVX512 void unpack_row_avx512(const uint8_t* mask, const uint8_t* values, int64_t columns, uint8_t* dense) {
+    constexpr int64_t lanes = 64 / sizeof(Word);
+    for (int64_t column = 0; column < columns; column += lanes, dense += 64) {
+        uint32_t bits = 0;
+        std::memcpy(&bits, mask + column / 8, lanes / 8);
+        const int64_t inside = std::min(lanes, columns - column);
+        const uint64_t stored = ~uint64_t(0) >> (64 - inside * int64_t(sizeof(Word)));
+        const __m512i packed = load_packed(values);
+        const __m512i row = sizeof(Word) == 2 ? _mm512_maskz_expand_epi16(bits, packed)
+                                              : _mm512_maskz_expand_epi32(__mmask16(bits), packed);
+        _mm512_mask_storeu_epi8(dense, stored, row);
+        values += int64_t(sizeof(Word)) * _mm_popcnt_u32(bits);
+    }
+}
+#endif
+
+using UnpackRow = void (*)(const uint8_t* mask, const uint8_t* values, int64_t columns, uint8_t* dense);
+
+UnpackRow unpack_row_for(int32_t isa, int64_t value_bytes) {
+#ifdef SECATEURS_X86
+    if (isa >= kAvx512) return value_bytes == 2 ? unpack_row_avx512<uint16_t> : unpack_row_avx512<uint32_t>;
+#endif
+    (void)isa;
+    return value_bytes == 2 ? unpack_row<uint16_t> : unpack_row<uint32_t>;
+}
+
+}  // namespace
+
+// The best instruction set of this machine, as a number to pass to the functions below.
+EXPORT int32_t secateurs_isa() {
+#ifdef SECATEURS_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vbmi2")) {
+        return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+    return kPortable;
+}
+
+// y (tokens, rows) = x (tokens, columns) W^T + bias, both contiguous and of x_dtype; sums in float32.
+EXPORT void secateurs_linear(const uint8_t* mask, const uint8_t* values, const int32_t* offsets, const void* bias,
+                             const void* x, void* y, int64_t rows, int64_t columns, int64_t tokens, int32_t dtype,
+                             int32_t x_dtype, int32_t threads, int32_t isa) {
+    const Kernel kernel = kernel_for(isa, dtype, x_dtype);
+    const std::vector<CacheLine> prepared = prepare(x, x_dtype, tokens, columns, kernel);
+    const int64_t stride = padded(columns), words = stride / 64;
+    in_parallel(offsets, 0, rows, columns, size_of(dtype), threads, [&](int64_t begin, int64_t end) {
+        float sums[kTokens];
+        for (int64_t row = begin; row < end; ++row) {
+            const float shift = bias ? load(bias, x_dtype, row) : 0.0f;
+            for (int64_t first = 0; first < tokens; first += kTokens) {
+                const int64_t count = std::min<int64_t>(kTokens, tokens - first);
+                kernel.rows[size_t(count - 1)](mask + row * 8 * words, values + offsets[row] * size_of(dtype), words,
+                                               prepared[0].bytes + first * stride * size_of(kernel.x_dtype), stride,
+                                               sums);
+                for (int64_t n = 0; n < count; ++n) store(y, x_dtype, (first + n) * rows + row, sums[n] + shift);
+            }
+        }
+    });
+}
+
+// Rows [first, last) of W as a dense (last - first, columns) matrix of the values' own dtype.
+EXPORT void secateurs_unpack(const uint8_t* mask, const uint8_t* values, const int32_t* offsets, void* dense,
+                             int64_t first, int64_t last, int64_t columns, int32_t dtype, int32_t threads,
+                             int32_t isa) {
+    const int64_t value_bytes = size_of(dtype), mask_bytes = padded(columns) / 8;
+    const UnpackRow unpack = unpack_row_for(isa, value_bytes);
+    in_parallel(offsets, first, last, columns, value_bytes, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            unpack(mask + row * mask_bytes, values + offsets[row] * value_bytes, columns,
+                   static_cast<uint8_t*>(dense) + (row - first) * columns * value_bytes);
+        }
+    });
+}

@@ -1,0 +1,250 @@
+"""Products with packed weights as torch operators, on the fastest path that the machine has.
+
+On the CPU, C++ kernels multiply straight from the packed form while the tokens are few; on CUDA, Triton
+kernels do. More tokens than that are a matter of arithmetic instead of bytes: the weight is expanded a panel
+at a time and multiplied by torch. Everything is an operator of its own with a fake and an input gradient, so
+torch.compile, and adapters trained on top, see one opaque linear.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateurs.runtime.format import Layout, mask_of, unpack, values_of
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # in the order of the numbers in kernels.cpp
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DIRECT_TOKENS = (
+    16  # on the CPU, more tokens than this are faster through expansion: benchmarks/prefill_cpu.py
+)
+PANEL_BYTES = 8 << 20  # of expanded weight at a time: it is still in the cache when the product reads it
+
+
+class CpuKernels:
+    """The shared library of kernels.cpp.
+
+    Args:
+        library: its path.
+        isa: the instruction set to use, one of ISAS; the machine's best if None.
+
+    Raises:
+        ValueError: the machine does not have that instruction set, or there is none of that name.
+    """
+
+    def __init__(self, library: str, isa: str | None = None) -> None:
+        loaded = ctypes.CDLL(library)
+        pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        self._linear, self._unpack = loaded.secateurs_linear, loaded.secateurs_unpack
+        self._linear.argtypes = [pointer] * 6 + [i64] * 3 + [i32] * 4
+        self._unpack.argtypes = [pointer] * 4 + [i64] * 3 + [i32] * 3
+        self._linear.restype = self._unpack.restype = None
+        best = loaded.secateurs_isa()
+        if isa is not None and isa not in ISAS[: best + 1]:
+            raise ValueError(f"no instruction set '{isa}' here; there are {', '.join(ISAS[: best + 1])}")
+        self.isa = best if isa is None else ISAS.index(isa)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout
+    ) -> Tensor:
+        """x W^T + bias for x (tokens, columns), straight from the packed weight."""
+        x = x.contiguous()
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        y = x.new_empty(x.shape[0], layout.rows)
+        self._linear(
+            weight.data_ptr(),
+            weight.data_ptr() + layout.mask_bytes,
+            offsets.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            layout.rows,
+            layout.columns,
+            x.shape[0],
+            DTYPE_CODES[layout.dtype],
+            DTYPE_CODES[x.dtype],
+            torch.get_num_threads(),
+            self.isa,
+        )
+        return y
+
+    def unpack(self, weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
+        """Rows [first, last) of W, dense."""
+        dense = torch.empty(last - first, layout.columns, dtype=layout.dtype)
+        self._unpack(
+            weight.data_ptr(),
+            weight.data_ptr() + layout.mask_bytes,
+            offsets.data_ptr(),
+            dense.data_ptr(),
+            first,
+            last,
+            layout.columns,
+            DTYPE_CODES[layout.dtype],
+            torch.get_num_threads(),
+            self.isa,
+        )
+        return dense
+
+
+def library() -> str | None:
+    """The path of the shared library, if it was built when secateurs was installed."""
+    found = importlib.util.find_spec("secateurs.runtime._kernels")
+    return None if found is None else found.origin
+
+
+@functools.cache
+def cpu_kernels() -> CpuKernels | None:
+    """The CPU kernels, or None, with a warning, where the package was installed without a compiler.
+
+    `SECATEURS_ISA` in the environment forces one of ISAS, or `torch` to do without the library.
+    """
+    isa = os.environ.get("SECATEURS_ISA")
+    if isa == "torch":
+        return None
+    path = library()
+    if path is None:
+        warnings.warn(
+            "secateurs was installed without its CPU kernels (no C++ compiler at the time): compressed "
+            "models run, but slower than dense ones. Install a compiler and reinstall secateurs.",
+            stacklevel=2,
+        )
+        return None
+    return CpuKernels(path, isa)
+
+
+def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
+    """Rows [first, last) of a packed weight, dense, on its device."""
+    if weight.device.type == "cpu" and (kernels := cpu_kernels()) is not None:
+        return kernels.unpack(weight, offsets, layout, first, last)
+    if weight.is_cuda:
+        from secateurs.runtime import gpu
+
+        return gpu.expand(
+            mask_of(weight, layout), values_of(weight, layout), offsets, layout.columns, first, last
+        )
+    return unpack(weight, layout)[first:last]
+
+
+def _layout(weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype) -> Layout:
+    empty = Layout(len(offsets) - 1, columns, 0, dtype)
+    layout = Layout(empty.rows, columns, (len(weight) - empty.bytes) // dtype.itemsize, dtype)
+    assert (weight.shape, weight.dtype, offsets.dtype) == ((layout.bytes,), torch.uint8, torch.int32)
+    assert weight.device == offsets.device
+    assert weight.is_contiguous()
+    assert offsets.is_contiguous()
+    return layout
+
+
+def _panels(weight: Tensor, layout: Layout) -> list[tuple[int, int]]:
+    """Ranges of rows to expand at a time: all at once where the reference unpacks all rows anyway."""
+    step = layout.rows
+    if weight.device.type == "cpu" and cpu_kernels() is not None:
+        step = max(1, PANEL_BYTES // (layout.columns * layout.dtype.itemsize))
+    return [(first, min(first + step, layout.rows)) for first in range(0, layout.rows, step)]
+
+
+def _linear(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, columns: int, dtype: torch.dtype
+) -> Tensor:
+    layout = _layout(weight, offsets, columns, dtype)
+    assert x.shape[-1] == columns
+    assert x.device == weight.device
+    tokens = x.reshape(-1, columns)
+    shape = (*x.shape[:-1], layout.rows)
+    if weight.is_cuda and x.dtype in DTYPE_CODES:
+        from secateurs.runtime import gpu
+
+        if len(tokens) <= gpu.DIRECT_TOKENS:
+            return gpu.linear(tokens, mask_of(weight, layout), values_of(weight, layout), offsets, bias).view(
+                shape
+            )
+    elif weight.device.type == "cpu" and x.dtype in DTYPE_CODES and len(tokens) <= DIRECT_TOKENS:
+        kernels = cpu_kernels()
+        if kernels is not None:
+            return kernels.linear(tokens, weight, offsets, bias, layout).view(shape)
+    wide = torch.promote_types(x.dtype, dtype)
+    tokens = tokens.to(wide)
+    y = x.new_empty(len(tokens), layout.rows)
+    for first, last in _panels(weight, layout):
+        part = expand(weight, offsets, layout, first, last).to(wide)
+        shift = None if bias is None else bias[first:last].to(wide)
+        y[:, first:last] = torch.nn.functional.linear(tokens, part, shift)
+    return y.view(shape)
+
+
+def _input_gradient(
+    gradient: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype
+) -> Tensor:
+    layout = _layout(weight, offsets, columns, dtype)
+    wide = torch.promote_types(gradient.dtype, dtype)
+    tokens = gradient.reshape(-1, layout.rows).to(wide)
+    total = tokens.new_zeros(len(tokens), columns, dtype=torch.promote_types(wide, torch.float32))
+    for first, last in _panels(weight, layout):
+        part = expand(weight, offsets, layout, first, last).to(wide)
+        total += tokens[:, first:last] @ part
+    return total.to(gradient.dtype).view(*gradient.shape[:-1], columns)
+
+
+torch.library.define(
+    "secateurs::linear",
+    "(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, int columns, ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    "secateurs::input_gradient",
+    "(Tensor gradient, Tensor weight, Tensor offsets, int columns, ScalarType dtype) -> Tensor",
+)
+torch.library.impl("secateurs::linear", "CompositeExplicitAutograd", _linear)
+torch.library.impl("secateurs::input_gradient", "CompositeExplicitAutograd", _input_gradient)
+
+
+@torch.library.register_fake("secateurs::linear")
+def _fake_linear(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], offsets.shape[0] - 1)
+
+
+@torch.library.register_fake("secateurs::input_gradient")
+def _fake_input_gradient(
+    gradient: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], columns)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, offsets, _, ctx.columns, ctx.dtype = inputs
+    ctx.save_for_backward(weight, offsets)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weight, offsets = ctx.saved_tensors
+    x_gradient = bias_gradient = None
+    if ctx.needs_input_grad[0]:
+        x_gradient = torch.ops.secateurs.input_gradient(gradient, weight, offsets, ctx.columns, ctx.dtype)
+    if ctx.needs_input_grad[3]:
+        bias_gradient = gradient.flatten(0, -2).sum(0)
+    return x_gradient, None, None, bias_gradient, None, None
+
+
+torch.library.register_autograd("secateurs::linear", _backward, setup_context=_save)
+
+
+def sparse_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """x W^T + bias, for a packed W that is not trained; differentiable in x and bias.
+
+    Args:
+        x: (..., columns), float; the result has its dtype, and sums are in float32 at least.
+        weight: (layout.bytes,) uint8, packed by `pack`.
+        offsets: (rows + 1,) int32, by `row_offsets`: they are trusted.
+        bias: (rows,) or None.
+        layout: of the weight.
+
+    Returns:
+        (..., rows).
+    """
+    return torch.ops.secateurs.linear(x, weight, offsets, bias, layout.columns, layout.dtype)

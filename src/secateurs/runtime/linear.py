@@ -1,0 +1,49 @@
+"""A linear layer whose weight stays packed."""
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.runtime.format import Layout, row_offsets
+from secateurs.runtime.kernels import expand, sparse_linear
+
+
+class SparseLinear(nn.Linear):
+    """A frozen linear layer that holds its weight as packed bytes.
+
+    It is an `nn.Linear`, so adapters know what to do with it, but its `weight` is (layout.bytes,) uint8:
+    code that expects a matrix there fails instead of reading nonsense.
+
+    Args:
+        layout: of the weight; rows are the output features.
+        bias: whether there is one.
+        dtype: of the bias.
+    """
+
+    offsets: Tensor
+
+    def __init__(self, layout: Layout, bias: bool, dtype: torch.dtype | None = None) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.in_features, self.out_features = layout.columns, layout.rows
+        self.layout = layout
+        self.weight = nn.Parameter(torch.empty(layout.bytes, dtype=torch.uint8), requires_grad=False)
+        self.register_parameter("bias", nn.Parameter(torch.empty(layout.rows, dtype=dtype)) if bias else None)
+        self.register_buffer("offsets", torch.empty(layout.rows + 1, dtype=torch.int32), persistent=False)
+
+    def count(self, name: str) -> None:
+        """Checks the packed weight and counts its offsets: once, after loading.
+
+        Raises:
+            ValueError: as `row_offsets`.
+        """
+        self.offsets = row_offsets(name, self.weight.data, self.layout).to(self.weight.device)
+
+    def dense_weight(self) -> Tensor:
+        """W (out, in)."""
+        return expand(self.weight, self.offsets, self.layout, 0, self.layout.rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse_linear(x, self.weight, self.offsets, self.bias, self.layout)
+
+    def extra_repr(self) -> str:
+        sparsity = 1 - self.layout.nonzeros / (self.layout.rows * self.layout.columns)
+        return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={sparsity:.3f}"

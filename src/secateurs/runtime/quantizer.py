@@ -1,0 +1,169 @@
+"""Tells transformers how to load and save compressed models: imported by `secateurs`, for its side effect.
+
+transformers calls every weight format a quantisation. `config.json` names the format and promises the length
+of every packed weight, so that the model can be laid out, and the files checked against it, before a byte of
+weights is read. Weights stay memory-mapped; nothing dense is ever made.
+"""
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from secateurs.runtime.format import VERSION, Layout
+from secateurs.runtime.linear import SparseLinear
+
+METHOD = "secateurs"
+
+
+@register_quantization_config(METHOD)
+class SecateursConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed model.
+
+    Args:
+        version: of the format.
+        layers: name of the linear module -> its entry (see `Layout.to_json`).
+
+    Raises:
+        ValueError: an unknown version, an unknown field or a malformed entry.
+    """
+
+    def __init__(
+        self, version: Any = None, layers: Any = None, quant_method: str = METHOD, **unknown: Any
+    ) -> None:
+        if version != VERSION or type(version) is not int:
+            raise ValueError(
+                f"compressed format version {version!r} is not known; this secateurs reads {VERSION}"
+            )
+        if not isinstance(layers, dict) or unknown:
+            raise ValueError(
+                "a compressed model's quantization_config needs 'version' and 'layers', and nothing else"
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]  # an open set of names, typed as an enum
+        self.version = version
+        self.layers = {name: Layout.from_json(name, entry) for name, entry in layers.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = {name: layout.to_json() for name, layout in self.layers.items()}
+        return {"quant_method": self.quant_method, "version": self.version, "layers": layers}
+
+
+def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Module name -> (rows, columns) of the linear layers that may be compressed.
+
+    Not those that share their weight with the embedding, which is read by row and not multiplied.
+    """
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    shapes = {}
+    for name, module in model.named_modules():
+        if f"{name}.weight" in tied:
+            continue
+        if type(module) is nn.Linear:
+            shapes[name] = (module.out_features, module.in_features)
+        elif type(module) is Conv1D:
+            shapes[name] = (module.nf, module.nx)
+    return shapes
+
+
+def module_name(key: str, names: Any, model: PreTrainedModel) -> str | None:
+    """The one of `names` that a file or a config calls `key`, with or without the bare model's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    for name in (key, prefix + key, key.removeprefix(prefix)):
+        if name in names:
+            return name
+    return None
+
+
+@register_quantizer(METHOD)
+class SecateursQuantizer(HfQuantizer):
+    """Puts `SparseLinear` modules where a compressed model has packed weights, and checks what they load."""
+
+    quantization_config: SecateursConfig
+
+    def __init__(self, quantization_config: SecateursConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError("only a compressed folder loads compressed: write one with `secateurs compress`")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        shapes = linear_shapes(model)
+        whole = hasattr(model, model.base_model_prefix)
+        layouts = {}
+        for key, layout in self.quantization_config.layers.items():
+            name = module_name(key, shapes, model)
+            if name is None:
+                if whole:
+                    raise ValueError(
+                        f"compressed layer '{key}' is not a linear layer of {type(model).__name__}"
+                    )
+                continue  # a bare model is loaded without its head
+            if shapes[name] != (layout.rows, layout.columns):
+                found = (layout.rows, layout.columns)
+                raise ValueError(f"compressed layer '{key}' is {found}, but the model's is {shapes[name]}")
+            layouts[name] = layout
+        check_files(checkpoint_files or [], self.quantization_config.layers, model)
+        for name, layout in layouts.items():
+            dense = model.get_submodule(name)
+            has_bias = getattr(dense, "bias", None) is not None
+            with torch.device("meta"):
+                model.set_submodule(name, SparseLinear(layout, has_bias, next(dense.parameters()).dtype))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, SparseLinear):
+                if module.weight.is_meta:
+                    raise ValueError(
+                        f"compressed layer '{name}' cannot be offloaded; give a device_map that fits"
+                    )
+                module.count(name)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Its compressed weights are frozen, but gradients pass through: adapters train."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def check_files(files: list[str], layers: dict[str, Layout], model: PreTrainedModel) -> None:
+    """Compares the headers of safetensors files with what the config promised, before anything is read.
+
+    Args:
+        files: of the model.
+        layers: from its config.
+        model: without weights.
+
+    Raises:
+        ValueError: a packed weight is missing, has another length or dtype, or is not in the config.
+    """
+    missing = set(layers)
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            for key in shard.keys():  # noqa: SIM118 - a safetensors handle is not a dict
+                if not key.endswith(".weight"):
+                    continue
+                found = (shard.get_slice(key).get_dtype(), shard.get_slice(key).get_shape())
+                name = module_name(key.removesuffix(".weight"), layers, model)
+                if name is None and found[0] == "U8":
+                    raise ValueError(f"'{key}' in '{file}' is packed, but config.json does not say how")
+                if name is not None:
+                    missing.discard(name)
+                    promised = ("U8", [layers[name].bytes])
+                    if found != promised:
+                        raise ValueError(f"'{key}' in '{file}' should be {promised}, but is {found}")
+    if missing:
+        raise ValueError(f"compressed layer '{min(missing)}' has no weight in the model's files")

@@ -1,0 +1,222 @@
+"""Compressed folders, as users meet them: written, loaded by transformers, saved, served, broken."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import CONFIGS, logits, pruned
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+import secateurs  # noqa: F401 - registers the format
+from secateurs.runtime import SparseLinear, compress, decompress
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+from fuzz_format import fuzz
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Family -> its dense folder and its compressed one."""
+    made = {}
+    for family in CONFIGS:
+        dense, compressed = (tmp_path_factory.mktemp(family) / name for name in ("dense", "compressed"))
+        pruned(family).save_pretrained(dense, max_shard_size="100KB" if family == "llama" else "1GB")
+        compress(dense, compressed)
+        made[family] = (dense, compressed)
+    return made
+
+
+def sparse_layers(model: PreTrainedModel) -> list[SparseLinear]:
+    return [module for module in model.modules() if isinstance(module, SparseLinear)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_compressed_model_computes_what_its_dense_twin_does(
+    family: str, folders: dict[str, tuple[Path, Path]]
+) -> None:
+    dense, compressed = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders[family])
+    assert len(sparse_layers(compressed)) >= 8
+    assert compressed.dtype == torch.bfloat16
+    difference = (logits(compressed).float() - logits(dense).float()).abs().max()
+    assert difference <= 0.02 * logits(dense).float().abs().max()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_round_trip_is_exact_up_to_the_sign_of_zero(
+    family: str, folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    dense, compressed = folders[family]
+    decompress(compressed, tmp_path / "again")
+    before, after = weights(dense), weights(tmp_path / "again")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        assert torch.equal(before[name] + 0.0, after[name] + 0.0)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").dtype == torch.bfloat16
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == json.loads(
+        (dense / "config.json").read_text()
+    )
+
+
+def test_a_sharded_model_stays_sharded(folders: dict[str, tuple[Path, Path]]) -> None:
+    dense, compressed = folders["llama"]
+    assert len(list(dense.glob("*.safetensors"))) > 1
+    index = json.loads((compressed / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(weights(dense))
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights(compressed).values())
+
+
+def test_save_pretrained_writes_it_again(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    _, compressed = folders["llama"]
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    model.save_pretrained(tmp_path)
+    before, after = weights(compressed), weights(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_the_bare_model_loads_too(folders: dict[str, tuple[Path, Path]]) -> None:
+    assert len(sparse_layers(AutoModel.from_pretrained(folders["llama"][1]))) == 14
+
+
+def test_what_is_not_worth_it_stays_dense(tmp_path: Path) -> None:
+    model = pruned("opt", sparsity=0.05)
+    model.model.decoder.layers[0].fc1.weight.data[:, :40] = 0
+    model.save_pretrained(tmp_path / "dense")
+    done = compress(tmp_path / "dense", tmp_path / "out")
+    assert (done.layers, done.dense_layers) == (1, 11)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(model.model.decoder.layers[0].fc1, SparseLinear)
+
+
+def test_activations_may_have_another_dtype(folders: dict[str, tuple[Path, Path]]) -> None:
+    dense, compressed = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in folders["opt"])
+    assert sparse_layers(compressed)[0].layout.dtype == torch.bfloat16
+    assert torch.allclose(logits(compressed), logits(dense), atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", ["", ", ignore_mismatched_sizes=True"])
+def test_plain_transformers_never_loads_it_silently(
+    settings: str, folders: dict[str, tuple[Path, Path]]
+) -> None:
+    # Without `import secateurs` the packed weights have a shape that no linear layer takes. Who asks for
+    # mismatched sizes to be ignored gets what they ask for, and the load report that names every layer.
+    script = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(folders['opt'][1])!r}{settings})\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    said = run.stdout + run.stderr
+    assert "MISMATCH" in said
+    assert "fc1" in said
+    assert (run.returncode == 0) == bool(settings)
+
+
+def test_adapters_get_the_gradients_that_they_get_on_the_dense_twin(
+    folders: dict[str, tuple[Path, Path]],
+) -> None:
+    class LowRank(torch.nn.Module):
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+            self.a = torch.nn.Parameter(torch.ones(4, base.in_features) / 8)
+            self.b = torch.nn.Parameter(torch.zeros(base.out_features, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + x @ self.a.T @ self.b.T
+
+    def gradient(folder: Path, tokens: int) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+        first = model.model.layers[0].mlp
+        first.up_proj = LowRank(first.up_proj)
+        ids = torch.arange(tokens)[None]
+        model(ids, labels=ids).loss.backward()
+        return first.up_proj.b.grad
+
+    for tokens in (8, 40):
+        dense, compressed = (gradient(folder, tokens) for folder in folders["llama"])
+        assert dense.abs().max() > 0
+        assert torch.allclose(compressed, dense, rtol=1e-3, atol=1e-3 * dense.abs().max())
+
+
+def test_peft_takes_it_for_a_linear_layer(folders: dict[str, tuple[Path, Path]]) -> None:
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"][1])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
+    ids = torch.arange(24)[None]
+    adapted(ids, labels=ids).loss.backward()
+    gradients = [p.grad for p in adapted.parameters() if p.requires_grad]
+    assert len(gradients) == 8
+    assert all(gradient is not None for gradient in gradients)
+
+
+def test_torch_compile_sees_one_operator_per_layer(folders: dict[str, tuple[Path, Path]]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"][1])
+    expected = logits(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(logits(compiled), expected, atol=0.02)
+
+
+def test_the_output_must_be_new_and_the_input_right(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    dense, compressed = folders["opt"]
+    for function, source, target, message in [
+        (compress, dense, compressed, "exists already"),
+        (compress, compressed, tmp_path / "a", "compressed or quantised already"),
+        (decompress, dense, tmp_path / "b", "is not compressed"),
+        (compress, tmp_path / "none", tmp_path / "c", "no model folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            function(source, target)
+
+
+def test_broken_files_are_refused_by_layer(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    _, compressed = folders["opt"]
+    name = "model.decoder.layers.0.fc1"
+    good, config = weights(compressed), json.loads((compressed / "config.json").read_text())
+
+    def refused(changed: dict[str, torch.Tensor], settings: dict[str, object], message: str) -> None:
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    settings = config["quantization_config"]
+    packed = good[f"{name}.weight"]
+    flipped = packed.clone()
+    flipped[0] ^= 1
+    refused(good | {f"{name}.weight": packed[:-1].clone()}, settings, f"{name}.*should be")
+    refused(good | {f"{name}.weight": flipped}, settings, f"{name}.*bits in its mask")
+    refused({k: v for k, v in good.items() if k != f"{name}.weight"}, settings, f"{name}.*has no weight")
+    refused(good, settings | {"version": 2}, "version 2 is not known")
+    refused(good, settings | {"more": 2}, "and nothing else")
+    layers = settings["layers"]
+    refused(
+        good,
+        settings | {"layers": {k: v for k, v in layers.items() if k != name}},
+        f"{name}.*does not say how",
+    )
+    refused(
+        good, settings | {"layers": layers | {"lm_head": layers[name]}}, "'lm_head' is not a linear layer"
+    )
+    refused(
+        good,
+        settings | {"layers": layers | {name: layers[name] | {"shape": [64, 64]}}},
+        f"{name}.*the model's",
+    )
+
+
+def test_mutated_folders_load_right_or_not_at_all() -> None:
+    counts = fuzz(150, seed=1)
+    assert counts.total() == 150
+    assert min(counts["refused"], counts["right"]) > 10

@@ -1,0 +1,195 @@
+"""Mutates a small compressed model, on disk, and loads it: a clean error or a right answer, nothing else.
+
+A right answer is the product that an independent reading of the mutated file gives: numpy's bits, one by
+one. Run as `python tools/fuzz_format.py`; ends with a count of each outcome, or with the first file that
+broke the rule.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import struct
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
+
+from secateurs.runtime.convert import compress
+from secateurs.runtime.linear import SparseLinear
+from secateurs.runtime.load import load_model
+
+NUMBERS: list[Any] = [
+    0,
+    1,
+    -1,
+    7,
+    64,
+    2**31 - 1,
+    2**31,
+    2**63,
+    -(2**40),
+    1.5,
+    True,
+    None,
+    "8",
+    "int4",
+    "bfloat16",
+    [],
+    {},
+]
+
+
+def small_model(folder: Path) -> None:
+    """Writes a compressed model of a few kilobytes, with awkward widths and rows without a weight."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=24,
+        intermediate_size=70,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            weight.data[torch.rand(weight.shape) < 0.6] = 0
+            weight.data[3] = 0
+    model.save_pretrained(folder / "dense")
+    compress(folder / "dense", folder / "compressed")
+
+
+def mutate_weights(data: bytes, rng: random.Random) -> bytes:
+    """Truncates, extends, flips, overwrites, moves or edits the header of a safetensors file."""
+    changed = bytearray(data)
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    kind = rng.choice(["truncate", "extend", "flip", "flip header", "overwrite", "swap", "edit header"])
+    if kind == "truncate":
+        return data[: rng.randrange(len(data))]
+    if kind == "extend":
+        return data + rng.randbytes(rng.randrange(1, 100))
+    if kind in ("flip", "flip header"):
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            changed[rng.randrange(header if kind == "flip header" else len(data))] ^= 1 << rng.randrange(8)
+    elif kind == "overwrite":
+        start = rng.randrange(header, len(data))
+        length = min(rng.randrange(1, 64), len(data) - start)
+        changed[start : start + length] = rng.choice([bytes(length), b"\xff" * length, rng.randbytes(length)])
+    elif kind == "swap":
+        a, b = sorted(rng.sample(range(header, len(data)), 2))
+        changed = changed[:a] + changed[b:] + changed[a:b]
+    else:
+        entries = json.loads(data[8:header])
+        entry = entries[rng.choice([name for name in entries if name != "__metadata__"])]
+        field = rng.choice(["dtype", "shape", "data_offsets"])
+        if field == "dtype":
+            entry["dtype"] = rng.choice(["U8", "I8", "BF16", "F16", "F32", "BOOL", "F8_E4M3"])
+        else:
+            numbers = entry[field]
+            numbers[rng.randrange(len(numbers))] += rng.choice([-64, -8, -1, 1, 8, 64, 2**40])
+        edited = json.dumps(entries).encode()
+        return struct.pack("<Q", len(edited)) + edited + data[header:]
+    return bytes(changed)
+
+
+def mutate_settings(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Edits the quantization_config of a model's config."""
+    config = json.loads(json.dumps(config))
+    settings = config["quantization_config"]
+    layers = settings["layers"]
+    name = rng.choice(sorted(layers))
+    kind = rng.choice(["number", "shape", "values", "drop", "rename", "field", "version", "swap"])
+    if kind == "number":
+        layers[name]["nonzeros"] = rng.choice([*NUMBERS, layers[name]["nonzeros"] + rng.choice([-1, 1, 64])])
+    elif kind == "shape":
+        layers[name]["shape"] = rng.choice([*NUMBERS, layers[name]["shape"][::-1], [1, 2, 3]])
+        if rng.random() < 0.5:
+            layers[name]["shape"] = [rng.choice(NUMBERS), rng.choice(NUMBERS)]
+    elif kind == "values":
+        layers[name]["values"] = rng.choice([*NUMBERS, "float16", "float32", "int8"])
+    elif kind == "drop":
+        del layers[name]
+    elif kind == "rename":
+        layers[rng.choice(["", "lm_head", "model", "model.embed_tokens", name + "x"])] = layers.pop(name)
+    elif kind == "field":
+        layers[name][rng.choice(["extra", "shape", "values", "nonzeros"])] = rng.choice(NUMBERS)
+    elif kind == "version":
+        settings[rng.choice(["version", "layers", "other"])] = rng.choice(NUMBERS)
+    else:
+        other = rng.choice(sorted(layers))
+        layers[name], layers[other] = layers[other], layers[name]
+    return config
+
+
+def plain_weight(packed: np.ndarray, module: SparseLinear) -> torch.Tensor:
+    """W (rows, columns) of a packed weight in float32, read bit by bit."""
+    layout = module.layout
+    row_bytes = -(-layout.columns // 64) * 8
+    mask = packed[: layout.rows * row_bytes].reshape(layout.rows, row_bytes)
+    kept = np.unpackbits(mask, axis=1, bitorder="little")[:, : layout.columns].astype(bool)
+    values = packed[layout.rows * row_bytes :][: layout.dtype.itemsize * kept.sum()].copy()
+    dense = np.zeros(kept.shape, np.float32)
+    dense[kept] = torch.from_numpy(values).view(layout.dtype).float().numpy()
+    return torch.from_numpy(dense)
+
+
+def outcome(folder: Path) -> str:
+    """Loads a folder: 'refused' or 'right'. Any other exception, or a wrong product, is an AssertionError."""
+    try:
+        model = load_model(folder, "cpu")
+    except ValueError:
+        return "refused"
+    file = load_file(folder / "model.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            weight = plain_weight(file[f"{name}.weight"].numpy(), module)
+            x = torch.randn(2, module.in_features)
+            size = x.abs().double() @ weight.abs().double().T
+            right = (module(x).double() - x.double() @ weight.double().T).abs() <= 1e-5 * size + 1e-35
+            # A flipped exponent may take a sum beyond float32, or make a weight NaN.
+            assert (right | ~(size < 1e38)).all(), f"'{name}' is computed wrongly"
+    return "right"
+
+
+def fuzz(files: int, seed: int = 0) -> Counter[str]:
+    """Counts outcomes over mutated files; the first that breaks the rule is left in the working directory."""
+    rng = random.Random(seed)
+    counts: Counter[str] = Counter()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        small_model(Path(scratch))
+        folder = Path(scratch) / "compressed"
+        assert outcome(folder) == "right"
+        weights, config = (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_text()
+        for number in range(files):
+            if rng.random() < 0.7:
+                (folder / "model.safetensors").write_bytes(mutate_weights(weights, rng))
+            else:
+                (folder / "config.json").write_text(json.dumps(mutate_settings(json.loads(config), rng)))
+            try:
+                counts[outcome(folder)] += 1
+            except BaseException:
+                shutil.copytree(folder, f"fuzz-failure-{number}")
+                raise
+            (folder / "model.safetensors").write_bytes(weights)
+            (folder / "config.json").write_text(config)
+    return counts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(dict(fuzz(arguments.files, arguments.seed)))
