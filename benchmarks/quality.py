@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 import secateurs
 from common import RESULTS, Record, environment, load, perplexities, print_table, save
+from secateurs.pruning.walk import Sequential
 from secateurs.text import calibration_blocks, evaluation_tokens
 
 Cell = tuple[str, str, int | None]  # method, pattern, calibration seed
@@ -36,7 +37,12 @@ def grid(methods: tuple[str, ...], patterns: tuple[str, ...], seeds: tuple[int, 
 
 
 def measure(
-    model: Path, cell: Cell, ids: dict[int | None, torch.Tensor], texts: dict[str, torch.Tensor], length: int
+    model: Path,
+    cell: Cell,
+    ids: dict[int | None, torch.Tensor],
+    texts: dict[str, torch.Tensor],
+    length: int,
+    sequential: Sequential,
 ) -> Record:
     """Prune, save, load and evaluate one cell of the grid."""
     if cell == DENSE:
@@ -45,7 +51,12 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "pruned"
         report = secateurs.prune(
-            model, output=output, calibration=ids.get(seed), method=method, pattern=pattern
+            model,
+            output=output,
+            calibration=ids.get(seed),
+            method=method,
+            pattern=pattern,
+            sequential=sequential,
         )
         return {
             "perplexity": perplexities(output, texts, length),
@@ -93,6 +104,7 @@ def main(
     samples: int = 64,
     length: int = 512,
     windows: int = 64,
+    sequential: Sequential = "sublayer",
     results: Path = RESULTS / "quality.json",
 ) -> None:
     about = {
@@ -101,6 +113,7 @@ def main(
         "samples": samples,
         "length": length,
         "windows": windows,
+        "sequential": sequential,
     }
     rows = load(results)
     done = {(row["model"], row["method"], row["pattern"], row["seed"]) for row in rows}
@@ -115,7 +128,7 @@ def main(
             if (model.name, *cell) in done:
                 continue
             row = {"model": model.name, **dict(zip(("method", "pattern", "seed"), cell, strict=True))}
-            rows.append(row | measure(model, cell, ids, evaluation, length))
+            rows.append(row | measure(model, cell, ids, evaluation, length, sequential))
             save(results, about, rows)
             scores = (f"{text} {score:.2f}" for text, score in rows[-1]["perplexity"].items())
             print(*row.values(), *scores, flush=True)
