@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from characters import characters
 from small_models import pruned
 from transformers import AutoModelForCausalLM
 
+from characters import characters
 from secateurs.evaluate.speed import bench, table
 from secateurs.runtime import compress
 from secateurs.runtime.generate import Pace, generate
