@@ -36,7 +36,7 @@ def finish_imports(model: str) -> int:
 def secateurs(
     model: str, tokens: str, output: str, method: str, pattern: str, sequential: str = "sublayer"
 ) -> Record:
-    """Ours, with its default settings."""
+    """Ours, with its default settings but for the order."""
     from safetensors.torch import load_file
 
     import secateurs

@@ -3,9 +3,9 @@
 The model is a Llama of width 512, MLP 1376 and two blocks with random weights; 32 x 256 calibration tokens;
 70 %. The published side is the class of a checkout of github.com/IST-DASLab/sparsegpt inside the loop of
 its llama.py (see `published` in job.py). Each run has a process of its own; the clock covers loading,
-pruning and writing, not the imports; memory is the whole process's. Ours runs in two orders: "sublayer",
-its default, measures the MLP's inputs after attention was pruned; "block" is the published order, and there
-the two should agree on which weights to keep.
+pruning and writing, not the imports; memory is the whole process's. Ours runs in two orders: "block", its
+default, is the published one, and there the two should agree on which weights to keep; the other,
+"sublayer", measures the MLP's inputs after attention was pruned.
 
     python benchmarks/prune_speed.py --sparsegpt-repository ../sparsegpt
 """

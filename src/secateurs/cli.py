@@ -25,7 +25,7 @@ def prune(
     seed: int = 0,
     field: str = "text",
     device: str | None = None,
-    sequential: Literal["block", "sublayer", "linear"] = "sublayer",
+    sequential: Literal["block", "sublayer", "linear"] = "block",
     batch_size: int | None = None,
 ) -> None:
     """Prune a pretrained model into a new folder that transformers loads.

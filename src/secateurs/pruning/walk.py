@@ -48,7 +48,7 @@ def prune(
     seed: int = 0,
     field: str = "text",
     device: str | None = None,
-    sequential: Sequential = "sublayer",
+    sequential: Sequential = "block",
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Report:
