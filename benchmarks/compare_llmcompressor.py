@@ -4,9 +4,9 @@ llm-compressor comes from PyPI, in an environment of its own, given by its inter
 same folder and the same file of token ids, and write a folder; each run has a process of its own, the two
 taking turns; the clock covers loading, pruning and writing, not the imports; memory is the whole process's.
 Then the same code measures the perplexity of all the folders. "block" is our walk in llm-compressor's
-order, and its default, where all of a block's inputs are measured on the dense block. The other is "sublayer",
-which measures the MLP's inputs after attention was pruned. The last columns
-compare with the faster, and the smaller, of the two batch sizes of llm-compressor.
+order, and its default, where all of a block's inputs are measured on the dense block. The other is
+"sublayer", which measures the MLP's inputs after attention was pruned. The last columns compare with the
+faster, and the smaller, of the two batch sizes of llm-compressor.
 
     python -m venv ../venv-peer && ../venv-peer/bin/pip install llmcompressor
     python benchmarks/compare_llmcompressor.py --peer-python ../venv-peer/bin/python --models ../out/llama \
