@@ -163,7 +163,7 @@ def test_wanda_is_that_of_a_whole_model(name: str, dtype: torch.dtype, tmp_path:
     before = bytes_of(source)
     text = tokens(3)
     pattern = parse_pattern("60%")
-    expected = prune_in_memory(source, list(text.split(1)), Wanda(), pattern, "sublayer", torch.float64)
+    expected = prune_in_memory(source, list(text.split(1)), Wanda(), pattern, "block", torch.float64)
     report = prune(
         source, output=tmp_path / "out", calibration=text, method="wanda", pattern="60%", batch_size=1
     )
