@@ -20,10 +20,9 @@ from secateurs.runtime.format import Layout, mask_of, unpack, values_of
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # in the order of the numbers in kernels.cpp
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DIRECT_TOKENS = (
-    16  # on the CPU, more tokens than this are faster through expansion: benchmarks/prefill_cpu.py
-)
-PANEL_BYTES = 8 << 20  # of expanded weight at a time: it is still in the cache when the product reads it
+# More tokens than this go through expansion on the CPU. An estimate: benchmarks/prefill_cpu.py measures it.
+DIRECT_TOKENS = 16
+PANEL_BYTES = 8 << 20  # of expanded weight at a time, to stay in the cache for the product; not tuned
 
 
 class CpuKernels:
