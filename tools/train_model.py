@@ -1,7 +1,8 @@
-"""Train the small Llama that ships inside Secateurs, and its OPT twin for measuring, on public-domain novels.
+"""Train the small Llama that ships inside Secateurs, and its kin for measuring, on public-domain novels.
 
     python tools/train_model.py --books DIR --output models/llama
     python tools/train_model.py --books DIR --output models/opt --architecture opt --tokens 3_276_800
+    python tools/train_model.py --books DIR --output models/llama-128 --width 128
 
 One file from raw text to a folder that transformers loads. Matrices are trained by Muon, which on two
 CPU cores reaches in one hour what AdamW reaches in two; embeddings, norms and biases by AdamW. The rate
@@ -50,19 +51,22 @@ def train_tokenizer(books: list[Path]) -> PreTrainedTokenizerFast:
     )
 
 
-def build(architecture: Literal["llama", "opt"]) -> PreTrainedModel:
-    """5.5 M parameters as a Llama with grouped queries, 4.3 M as an OPT; all widths divide by 64."""
+def build(architecture: Literal["llama", "opt"], width: int) -> PreTrainedModel:
+    """At width 256, 5.5 M parameters as a Llama with grouped queries and 4.3 M as an OPT; heads of 32."""
     special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     shared: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": 256, "num_attention_heads": 8,
+        "vocab_size": VOCABULARY, "hidden_size": width, "num_attention_heads": width // 32,
         "max_position_embeddings": LENGTH, "tie_word_embeddings": True, **special,
     }  # fmt: skip
     config = {
         "llama": lambda: LlamaConfig(
-            intermediate_size=704, num_hidden_layers=6, num_key_value_heads=4, **shared
+            intermediate_size=width * 11 // 4,
+            num_hidden_layers=6,
+            num_key_value_heads=width // 64,
+            **shared,
         ),
         "opt": lambda: OPTConfig(
-            ffn_dim=1024, num_hidden_layers=4, word_embed_proj_dim=256, dropout=0.0, **shared
+            ffn_dim=4 * width, num_hidden_layers=4, word_embed_proj_dim=width, dropout=0.0, **shared
         ),
     }[architecture]()
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
@@ -96,6 +100,7 @@ def main(
     books: Path,
     output: Path,
     architecture: Literal["llama", "opt"] = "llama",
+    width: int = 256,
     tokens: int = 9_830_400,
     muon_rate: float = 0.005,
     adam_rate: float = 0.004,
@@ -107,7 +112,7 @@ def main(
     tokenizer = train_tokenizer(train_files)
     text = torch.cat([encode(tokenizer, file) for file in train_files])
     held_out = {name: encode(tokenizer, books / name) for name in HELD_OUT}
-    model = build(architecture)
+    model = build(architecture, width)
     print(f"{model.num_parameters():,} parameters, {text.numel():,} tokens of text")
 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]

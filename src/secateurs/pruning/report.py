@@ -26,6 +26,30 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Iterate:
+    """An MLP as SparseLLM's iterations leave it."""
+
+    objective: float
+    """The weighted sum of the terms."""
+    terms: dict[str, float]
+    """Squared residuals of "gate", "up", "hidden" and "output", each relative to the dense energy."""
+    held_out: float
+    """Relative squared error of the pruned MLP's output, on tokens that the solve has not seen."""
+
+
+@dataclass(frozen=True)
+class MLPReport:
+    """The iterations on one MLP."""
+
+    name: str
+    """Of its block."""
+    iterates: list[Iterate]
+    """The first is pruned from the dense weights, before any iteration."""
+    kept: int
+    """The iterate whose weights are saved."""
+
+
+@dataclass(frozen=True)
 class Report:
     """What a run did."""
 
@@ -36,14 +60,20 @@ class Report:
     phases: dict[str, float]
     """Seconds to load, run (forward passes and second moments), solve and write."""
     layers: list[LayerReport] = field(repr=False)
+    mlps: list[MLPReport] = field(repr=False)
+    """One for each block whose MLP was pruned as one problem."""
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """The report of a pruned model's folder; ValueError if it has none."""
         content = read_json(folder / RECORD)
         layers = [LayerReport(**layer) for layer in content["layers"]]
+        mlps = [
+            MLPReport(mlp["name"], [Iterate(**iterate) for iterate in mlp["iterates"]], mlp["kept"])
+            for mlp in content["mlps"]
+        ]
         shared = {key: content[key] for key in ("settings", "versions", "seconds", "phases")}
-        return cls(output=folder, layers=layers, **shared)
+        return cls(output=folder, layers=layers, mlps=mlps, **shared)
 
     @property
     def sparsity(self) -> float:

@@ -7,13 +7,13 @@ state is the weights: a run that finds finished blocks pushes the activations th
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateurs.anatomy import linear_weight
 from secateurs.blockwise import BlockwiseModel
@@ -22,6 +22,7 @@ from secateurs.device import resolve_device
 from secateurs.pattern import Pattern
 from secateurs.pruning.allocation import Allocation, allocate
 from secateurs.pruning.magnitude import Magnitude
+from secateurs.pruning.measure import Group, measure
 from secateurs.pruning.methods import describe_method, parse_method
 from secateurs.pruning.report import LayerReport, Report
 from secateurs.pruning.solver import Solver
@@ -29,7 +30,6 @@ from secateurs.pruning.statistics import Statistics
 from secateurs.pruning.workfolder import WorkFolder
 
 Sequential = Literal["block", "sublayer", "linear"]
-Group = tuple[str, ...]
 Advance = Callable[[str, float | None], None]
 """Told the name of each layer that is done, and its error if it was pruned now."""
 
@@ -223,7 +223,7 @@ class _Walk:
                 if finished is None:
                     reports = self._prune_block(index, patterns, hidden, weights, work, advance)
                     with work.clock("write"):
-                        work.write_block(index, weights, reports, time.monotonic() - start)
+                        work.write_block(index, weights, reports, None, time.monotonic() - start)
                     spent += time.monotonic() - start
                 else:
                     for name in self._layers(index, model.family.groups):
@@ -254,7 +254,7 @@ class _Walk:
                     advance(name, None)
                 continue
             with work.clock("run"):
-                statistics = self._measure(index, stage, hidden)
+                statistics = measure(self.model, index, stage, hidden)
             for group in stage:
                 moments = statistics.pop(group)  # freed as soon as its layers are done
                 for name in self._layers(index, (group,)):
@@ -264,42 +264,6 @@ class _Walk:
                             reports.append(self._prune_layer(name, moments, pattern, weights))
                     advance(name, None if pattern is None else reports[-1].error)
         return reports
-
-    def _measure(self, index: int, stage: tuple[Group, ...], hidden: list[Tensor]) -> dict[Group, Statistics]:
-        """Second moments of what the groups of layers in a stage see."""
-        model = self.model
-        first = {group: model.blocks[index].get_submodule(group[0]) for group in stage}
-        width = {group: linear_weight(layer).shape[1] for group, layer in first.items()}
-        if not hidden:  # without tokens, every input counts alike
-            return {
-                group: Statistics.from_inputs(torch.eye(width[group], device=model.device)) for group in stage
-            }
-        statistics = {group: Statistics(width[group], device=model.device) for group in stage}
-
-        class Enough(Exception):  # noqa: N818 - not an error: the rest of the block is not needed
-            pass
-
-        def listen(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def update(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                statistics[group].update(inputs[0])
-                if group == stage[-1]:
-                    raise Enough
-
-            return update
-
-        handles = [layer.register_forward_pre_hook(listen(group)) for group, layer in first.items()]
-        try:
-            for states in hidden:
-                with suppress(Enough):
-                    model.run(index, states.to(model.device))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for group, moments in statistics.items():
-            if not moments.norms.isfinite().all():
-                name = self._layers(index, (group,))[0]
-                raise FloatingPointError(f"the inputs of '{name}' hold NaN or Inf on the calibration text")
-        return statistics
 
     def _prune_layer(
         self, name: str, moments: Statistics, pattern: Pattern, weights: dict[str, Tensor]

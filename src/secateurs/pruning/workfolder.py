@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateurs.checkpoint import INDEX, Checkpoint, copy_file, read_json, write_json, write_tensors
-from secateurs.pruning.report import RECORD, LayerReport, Report
+from secateurs.pruning.report import RECORD, LayerReport, MLPReport, Report
 from secateurs.version import __version__
 
 MARGIN_BYTES = 16 * 2**20  # for the reports
@@ -129,12 +129,20 @@ class WorkFolder:
         return load_file(shard) if shard.exists() else None
 
     def write_block(
-        self, index: int, weights: dict[str, Tensor], reports: list[LayerReport], seconds: float
+        self,
+        index: int,
+        weights: dict[str, Tensor],
+        layers: list[LayerReport],
+        mlp: MLPReport | None,
+        seconds: float,
     ) -> None:
         """Record a block as done: its report first, then the shard that makes it count."""
-        write_json(
-            self._report(index), {"seconds": seconds, "layers": [asdict(report) for report in reports]}
-        )
+        report = {
+            "seconds": seconds,
+            "layers": [asdict(layer) for layer in layers],
+            "mlps": [asdict(mlp)] if mlp else [],
+        }
+        write_json(self._report(index), report)
         write_tensors(self.model / self.shards[index + 1], weights)
 
     def _report(self, index: int) -> Path:
@@ -164,6 +172,7 @@ class WorkFolder:
             "seconds": round(seconds + sum(block["seconds"] for block in blocks), 3),
             "phases": {phase: round(value, 3) for phase, value in self.phases.items()},
             "layers": [layer for block in blocks for layer in block["layers"]],
+            "mlps": [mlp for block in blocks for mlp in block["mlps"]],
         }
         write_json(self.model / RECORD, record)
         os.replace(self.model, self.output)
