@@ -104,6 +104,9 @@ class Family:
     channels: str = "intermediate_size"
     """The configuration's field that holds the width of the MLP."""
 
+    normalised: bool = False
+    """What o and down give is normalised before it is added to what came in."""
+
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Names within a block of the layers that share an input, in the order of the forward pass."""
@@ -113,6 +116,10 @@ class Family:
     def roles(self) -> dict[Role, Projection]:
         """The linear layer that holds each role; `"gate" in family.roles` says whether the MLP is gated."""
         return {role: layer for group in self.attention + self.mlp for layer in group for role in layer.roles}
+
+    def adds(self, config: PretrainedConfig) -> bool:
+        """Whether a block's result is its input plus what o gives plus what down gives, and nothing else."""
+        return not self.normalised and getattr(config, "do_layer_norm_before", True)
 
     def sizes(self, config: PretrainedConfig) -> Sizes:
         """Read the sizes of a model of this family from its configuration."""
@@ -171,7 +178,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma2": replace(_LLAMA, activation="hidden_activation"),
+    "gemma2": replace(_LLAMA, activation="hidden_activation", normalised=True),
     "phi3": Family(
         blocks="model.layers",
         attention=(

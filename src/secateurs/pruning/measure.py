@@ -1,6 +1,7 @@
 """What the layers of a block see of the calibration text."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,46 +14,75 @@ Group = tuple[str, ...]
 """Names within a block of linear layers that share one input."""
 
 
+class Seen(NamedTuple):
+    """What a block was seen to do with a batch."""
+
+    inputs: dict[str, Tensor]
+    """What layers were given, (batch, length, in)."""
+    outputs: dict[str, Tensor]
+    """What layers gave, (batch, length, out)."""
+    result: Tensor | None
+    """What the block gave, (batch, length, hidden), if it was run to its end."""
+
+
 class _Enough(Exception):  # noqa: N818 - not an error: the rest of the block is not needed
     pass
 
 
-def inputs_of(
-    model: BlockwiseModel, index: int, layers: tuple[str, ...], hidden: list[Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Run a materialised block as far as the last of some layers, and show what they are given.
+def observe(
+    model: BlockwiseModel,
+    index: int,
+    hidden: list[Tensor],
+    *,
+    inputs: tuple[str, ...] = (),
+    outputs: tuple[str, ...] = (),
+    whole: bool = False,
+) -> Iterator[Seen]:
+    """Run a materialised block, as far as it takes, and show what some of its layers are given and give.
 
     Args:
         model: whose block it is.
         index: of the block.
-        layers: names within the block, in the order of the forward pass.
         hidden: the block's input, a (batch, length, hidden) tensor for each batch.
-
-    Yields:
-        For each batch, the input (batch, length, in) of each layer.
+        inputs: names within the block of the layers whose inputs are wanted.
+        outputs: names of those whose outputs are.
+        whole: run the block to its end, for its result.
     """
-    seen: dict[str, Tensor] = {}
+    seen = Seen({}, {}, None)
+
+    def enough() -> None:
+        if not whole and len(seen.inputs) == len(inputs) and len(seen.outputs) == len(outputs):
+            raise _Enough
 
     def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = inputs[0]
-            if name == layers[-1]:
-                raise _Enough
+        def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen.inputs[name] = given[0]
+            enough()
+
+        return note
+
+    def listen_after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def note(layer: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+            seen.outputs[name] = result
+            enough()
 
         return note
 
     block = model.blocks[index]
     for states in hidden:
-        handles = [block.get_submodule(name).register_forward_pre_hook(listen(name)) for name in layers]
+        handles = [block.get_submodule(name).register_forward_pre_hook(listen(name)) for name in inputs]
+        handles += [block.get_submodule(name).register_forward_hook(listen_after(name)) for name in outputs]
+        result = None
         try:
-            model.run(index, states.to(model.device))
+            result = model.run(index, states.to(model.device))
         except _Enough:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        yield seen
-        seen.clear()
+        yield seen._replace(result=result)
+        seen.inputs.clear()
+        seen.outputs.clear()
 
 
 def measure(
@@ -76,9 +106,9 @@ def measure(
             group: Statistics.from_inputs(torch.eye(width[group], device=model.device)) for group in stage
         }
     statistics = {group: Statistics(width[group], device=model.device) for group in stage}
-    for inputs in inputs_of(model, index, tuple(group[0] for group in stage), hidden):
+    for seen in observe(model, index, hidden, inputs=tuple(group[0] for group in stage)):
         for group, moments in statistics.items():
-            moments.update(inputs[group[0]])
+            moments.update(seen.inputs[group[0]])
     for group, moments in statistics.items():
         if not moments.norms.isfinite().all():
             name = f"{model.family.blocks}.{index}.{group[0]}"

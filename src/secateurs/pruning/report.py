@@ -32,9 +32,9 @@ class Iterate:
     objective: float
     """The weighted sum of the terms."""
     terms: dict[str, float]
-    """Squared residuals of "gate", "up", "hidden" and "output", each relative to the dense energy."""
-    held_out: float
-    """Relative squared error of the pruned MLP's output, on tokens that the solve has not seen."""
+    """Squared residuals of "gate", "up", "hidden" and "output", relative to their energy in the dense MLP."""
+    held_out: float | None
+    """Relative squared error of the pruned MLP's output, on tokens that no weights were fitted to."""
 
 
 @dataclass(frozen=True)

@@ -56,3 +56,17 @@ def finished(weight: Tensor) -> Tensor:
             "pruning gave NaN or Inf: the weight holds some, or its inputs are out of range"
         )
     return weight.add_(0.0)  # turns -0 into +0
+
+
+def rounded(weight: Tensor, stored: torch.dtype) -> Tensor:
+    """A solver's result in the dtype it will be stored in, with every zero positive.
+
+    What is scored and propagated is rounded first, so that it is what a user will load.
+
+    Raises:
+        FloatingPointError: that dtype cannot hold it.
+    """
+    weight = weight.to(stored) + 0
+    if not weight.isfinite().all():
+        raise FloatingPointError(f"pruning gave values that {stored} cannot hold")
+    return weight

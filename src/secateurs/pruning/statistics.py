@@ -147,6 +147,28 @@ class Statistics:
                 )
             damping *= 10
 
+    def fit(self, weight: Tensor, products: Tensor, damping: float) -> Tensor:
+        """The ridge step W + (P - W H) (H + damping * mean(diag H) I)^-1 towards Y, where P = Y X^T / T.
+
+        It never raises |Y - W X|^2, whatever the damping, which only shortens it where the inputs hold little
+        energy. (A plain ridge solution P (H + ...)^-1 shrinks W at every application.)
+
+        Args:
+            weight: W, (out, in).
+            products: P, (out, in).
+            damping: above 0.
+
+        Returns:
+            (out, in).
+
+        Raises:
+            FloatingPointError: see `factor`.
+        """
+        factor = self.factor(damping).to(weight.dtype)
+        gap = products - weight @ self.moment.to(weight.dtype)
+        half = torch.linalg.solve_triangular(factor.T, gap, upper=False, left=False)
+        return torch.linalg.solve_triangular(factor, half, upper=True, left=False).add_(weight)
+
     def ridge_inverse(self, ridge: float) -> Tensor:
         """(C + ridge I)^-1, (in, in), where C is H scaled to a unit diagonal: C_ij = H_ij / sqrt(H_ii H_jj).
 
@@ -177,6 +199,37 @@ class Statistics:
         if not diagonal.isfinite().all():
             raise FloatingPointError("the inputs of the layer hold NaN or Inf, or overflow when squared")
         return diagonal
+
+
+class Products:
+    """Y X^T / T over the T tokens seen so far, for targets Y (out, T) and inputs X (in, T).
+
+    Args:
+        outputs: number of targets.
+        inputs: number of inputs.
+        dtype: in which they are accumulated.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.tokens = 0
+        self.mean = torch.zeros(outputs, inputs, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def update(self, targets: Tensor, inputs: Tensor) -> None:
+        """Take more tokens into account; (tokens, out) and (tokens, in)."""
+        self.tokens += len(inputs)
+        new = 1 / self.tokens
+        self.mean.addmm_(
+            targets.to(self.mean.dtype).T, inputs.to(self.mean.dtype), beta=1 - len(inputs) * new, alpha=new
+        )
 
 
 def live(norms: Tensor) -> Tensor:

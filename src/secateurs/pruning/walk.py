@@ -8,12 +8,13 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from secateurs.anatomy import linear_weight
 from secateurs.blockwise import BlockwiseModel
@@ -22,18 +23,23 @@ from secateurs.device import resolve_device
 from secateurs.pattern import Pattern
 from secateurs.pruning.allocation import Allocation, allocate
 from secateurs.pruning.magnitude import Magnitude
-from secateurs.pruning.measure import Group, measure
-from secateurs.pruning.methods import describe_method, parse_method
-from secateurs.pruning.report import LayerReport, Report
-from secateurs.pruning.solver import Solver
-from secateurs.pruning.statistics import Statistics
+from secateurs.pruning.measure import Group, measure, observe
+from secateurs.pruning.methods import Method, describe_method, parse_method
+from secateurs.pruning.report import LayerReport, MLPReport, Report
+from secateurs.pruning.solver import Solution, Solver, rounded
+from secateurs.pruning.sparsellm import MLP, Linear, SparseLLM, Tokens
+from secateurs.pruning.statistics import Products, Statistics
 from secateurs.pruning.workfolder import WorkFolder
 
 Sequential = Literal["block", "sublayer", "linear"]
+Target = Literal["layer", "block", "dense"]
 Advance = Callable[[str, float | None], None]
 """Told the name of each layer that is done, and its error if it was pruned now."""
 
 TOKENS_AT_ONCE = 2048
+
+DAMPING = 0.01
+"""Of the fit of o, as a share of the mean of H's diagonal."""
 
 
 def prune(
@@ -41,14 +47,15 @@ def prune(
     *,
     output: str | Path,
     calibration: str | Path | Tensor | None = None,
-    method: str | Solver = "sparsegpt",
+    method: str | Method = "sparsellm",
     pattern: Allocation = "50%",
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
     field: str = "text",
     device: str | None = None,
-    sequential: Sequential = "block",
+    target: Target | None = None,
+    sequential: Sequential | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Report:
@@ -62,7 +69,8 @@ def prune(
         output: the new folder. Must not exist, unless this same run made it.
         calibration: text on which the layers' inputs are measured (see `secateurs.text`), or token ids
             (samples, length). Only magnitude pruning does without.
-        method: a solver, or its name with settings, such as "sparsegpt" or "sparsegpt:damping=0.02".
+        method: SparseLLM or a local solver, or its name with settings, such as "sparsellm:solver=admm" or
+            "sparsegpt:damping=0.02".
         pattern: which weights may stay: "70%" (of zeros), "2:4" (two of every four inputs stay), or a
             pattern per layer (see `secateurs.pruning.allocation.Allocation`).
         samples: number of calibration sequences.
@@ -70,9 +78,14 @@ def prune(
         seed: of the calibration sample.
         field: of the calibration rows (jsonl, parquet, dataset) that holds the text.
         device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
+        target: what is aimed at. Each layer's own dense output, for the inputs that it sees ("layer"; what
+            local methods were published with); the dense block's, so that o and down make up for what
+            was lost before them in the block ("block"); or the dense model's, so that they also make up
+            for blocks before ("dense"; SparseLLM's default).
         sequential: which pruned layers the inputs of a layer have seen when they are measured: those of
             the blocks before ("block", as published), also this block's attention ("sublayer"), or all
-            that come before it ("linear").
+            that come before it ("linear"). SparseLLM, and any method with a target beyond the layer, sees
+            them all; others "block" by default.
         batch_size: sequences run at once; by default as many as make 2048 tokens.
         progress: show a progress bar on standard error.
 
@@ -93,12 +106,23 @@ def prune(
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is a number of sequences, not {batch_size}")
+    target = target or ("dense" if isinstance(solver, SparseLLM) else "layer")
+    if isinstance(solver, SparseLLM) or target != "layer":
+        if sequential not in (None, "linear"):
+            raise ValueError(
+                f"sequential '{sequential}' does not go with SparseLLM, nor with a target beyond the layer: "
+                "they see all that was pruned before ('linear')"
+            )
+        if calibration is None:
+            raise ValueError(f"calibration text is needed for the target '{target}'")
+        sequential = "linear"
+    sequential = sequential or "block"
     where = resolve_device(device)
     checkpoint = Checkpoint(resolve(model))
     if Path(output).resolve() == checkpoint.folder.resolve():
         raise ValueError(f"'{output}' is the model's own folder: give another output folder")
     blockwise = BlockwiseModel(checkpoint, where)
-    walk = _Walk(blockwise, solver, sequential)
+    walk = _Walk(blockwise, solver, target, sequential)
     patterns = allocate(pattern, walk.widths)
     tokens = None if calibration is None else _tokens(calibration, blockwise, samples, length, seed, field)
     if tokens is not None:
@@ -117,6 +141,7 @@ def prune(
             "seed": seed,
             "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         },
+        "target": target,
         "sequential": sequential,
         "batch_size": batch_size,
         "device": where.type,
@@ -164,13 +189,43 @@ def _tokens(
     return tokens
 
 
+@dataclass
+class _Streams:
+    """The calibration activations before a block: a (batch, length, hidden) tensor for each batch."""
+
+    pruned: list[Tensor]
+    """Of the model as it is pruned so far."""
+    dense: list[Tensor] | None
+    """Of the dense model, where that is the target."""
+
+
+class _Aims(NamedTuple):
+    """What a dense block gives, a (batch, length, hidden) tensor for each batch."""
+
+    attention: list[Tensor]
+    """The block's input with what o gives added; where the block does more than add, what o gives."""
+    mlp: list[Tensor]
+    """The block's result; where it does more than add, what down gives."""
+    result: list[Tensor]
+
+
 @dataclass(frozen=True)
 class _Walk:
     """One pass over the blocks."""
 
     model: BlockwiseModel
-    solver: Solver
+    method: Method
+    target: Target
     sequential: Sequential
+
+    @property
+    def joint(self) -> bool:
+        """Whether layers are fitted to what their block, or the dense model, ought to give."""
+        return self.target != "layer" or isinstance(self.method, SparseLLM)
+
+    @property
+    def solver(self) -> Solver:
+        return self.method.solver if isinstance(self.method, SparseLLM) else self.method
 
     @property
     def stages(self) -> tuple[tuple[Group, ...], ...]:
@@ -211,28 +266,40 @@ class _Walk:
                 hidden = model.embed(tokens, batch_size=batch_size)
                 home = _home(hidden, model.device)
                 hidden = [states.to(home) for states in hidden]
+        streams = _Streams(hidden, list(hidden) if self.target == "dense" else None)
         spent = 0.0
         for index in range(len(model.blocks)):
             start = time.monotonic()
+            more = index + 1 < len(model.blocks)
             with work.clock("load"):
                 finished = work.block(index)
-                weights = (
-                    finished if finished is not None else model.checkpoint.load(model.block_tensors(index))
-                )
-            with model.block(index, weights):
-                if finished is None:
-                    reports = self._prune_block(index, patterns, hidden, weights, work, advance)
+                dense = finished is None or (more and streams.dense is not None)
+                weights = model.checkpoint.load(model.block_tensors(index)) if dense else {}
+            if finished is None:
+                with model.block(index, weights):
+                    prune = self._prune_jointly if self.joint else self._prune_block
+                    reports, mlp = prune(index, patterns, streams, weights, work, advance)
                     with work.clock("write"):
-                        work.write_block(index, weights, reports, None, time.monotonic() - start)
+                        work.write_block(index, weights, reports, mlp, time.monotonic() - start)
                     spent += time.monotonic() - start
-                else:
-                    for name in self._layers(index, model.family.groups):
-                        advance(name, None)
-                if index + 1 < len(model.blocks):
-                    with work.clock("run"):
-                        for i, states in enumerate(hidden):
-                            hidden[i] = model.run(index, states.to(model.device)).to(home)
+                    if more:
+                        self._push(index, streams.pruned, work)
+            elif more:
+                if streams.dense is not None:
+                    with model.block(index, weights):
+                        self._push(index, streams.dense, work)
+                with model.block(index, finished):
+                    self._push(index, streams.pruned, work)
+            if finished is not None:
+                for name in self._layers(index, model.family.groups):
+                    advance(name, None)
         return spent
+
+    def _push(self, index: int, hidden: list[Tensor], work: WorkFolder) -> None:
+        """Replace the input of a materialised block by its result."""
+        with work.clock("run"):
+            for i, states in enumerate(hidden):
+                hidden[i] = self.model.run(index, states.to(self.model.device)).to(states.device)
 
     def _layers(self, index: int, groups: tuple[Group, ...]) -> list[str]:
         return [f"{self.model.family.blocks}.{index}.{name}" for group in groups for name in group]
@@ -241,12 +308,13 @@ class _Walk:
         self,
         index: int,
         patterns: dict[str, Pattern | None],
-        hidden: list[Tensor],
+        streams: _Streams,
         weights: dict[str, Tensor],
         work: WorkFolder,
         advance: Advance,
-    ) -> list[LayerReport]:
-        """Prune a materialised block in place, and so `weights`, its tensors as they will be stored."""
+    ) -> tuple[list[LayerReport], None]:
+        """Prune a materialised block in place, layer by layer, and so `weights`, its tensors as they will be
+        stored."""
         reports: list[LayerReport] = []
         for stage in self.stages:
             if not any(patterns[name] for name in self._layers(index, stage)):
@@ -254,7 +322,7 @@ class _Walk:
                     advance(name, None)
                 continue
             with work.clock("run"):
-                statistics = measure(self.model, index, stage, hidden)
+                statistics = measure(self.model, index, stage, streams.pruned)
             for group in stage:
                 moments = statistics.pop(group)  # freed as soon as its layers are done
                 for name in self._layers(index, (group,)):
@@ -263,36 +331,192 @@ class _Walk:
                         with work.clock("solve"):
                             reports.append(self._prune_layer(name, moments, pattern, weights))
                     advance(name, None if pattern is None else reports[-1].error)
-        return reports
+        return reports, None
+
+    def _prune_jointly(
+        self,
+        index: int,
+        patterns: dict[str, Pattern | None],
+        streams: _Streams,
+        weights: dict[str, Tensor],
+        work: WorkFolder,
+        advance: Advance,
+    ) -> tuple[list[LayerReport], MLPReport | None]:
+        """The same with the target of o and of the MLP beyond themselves. Also pushes the dense stream on."""
+        model = self.model
+        reports: list[LayerReport] = []
+        with work.clock("run"):
+            aims = self._aim(index, streams.dense if streams.dense is not None else streams.pruned)
+        for group in model.family.groups[:2]:
+            names = self._layers(index, (group,))
+            if any(patterns[name] for name in names):
+                with work.clock("run"):
+                    moments, products = self._measure_aim(index, group, streams.pruned, aims)
+            for name in names:
+                pattern = patterns[name]
+                if pattern is not None:
+                    with work.clock("solve"):
+                        reports.append(self._prune_layer(name, moments, pattern, weights, products))
+                advance(name, None if pattern is None else reports[-1].error)
+        mlp = None
+        names = self._layers(index, model.family.groups[2:])
+        if any(patterns[name] for name in names):
+            layers, mlp = self._prune_mlp(index, patterns, streams.pruned, aims, weights, work)
+            reports += layers
+        errors = {layer.name: layer.error for layer in reports}
+        for name in names:
+            advance(name, errors.get(name))
+        if streams.dense is not None:
+            streams.dense = aims.result
+        return reports, mlp
+
+    def _aim(self, index: int, hidden: list[Tensor]) -> _Aims:
+        """What a materialised dense block gives for the target's activations."""
+        model, adds = self.model, self.model.family.adds(self.model.config)
+        o, down = model.family.groups[1][0], model.family.groups[3][0]
+        aims = _Aims([], [], [])
+        for states, seen in zip(
+            hidden, observe(model, index, hidden, outputs=(o, down), whole=True), strict=True
+        ):
+            assert seen.result is not None
+            home, after = states.device, seen.outputs[o].view_as(states)
+            aims.attention.append((states.to(after.device) + after if adds else after).to(home))
+            aims.result.append(seen.result.to(home))
+            aims.mlp.append(aims.result[-1] if adds else seen.outputs[down].view_as(states).to(home))
+        return aims
+
+    def _measure_aim(
+        self, index: int, group: Group, hidden: list[Tensor], aims: _Aims
+    ) -> tuple[Statistics, Products | None]:
+        """Second moments of what q, k and v, or o, see; and for o, the products that it is fitted by."""
+        model = self.model
+        name = group[0]
+        if name != model.family.groups[1][0] or self.target == "layer":
+            return measure(model, index, (group,), hidden)[group], None
+        layer = model.blocks[index].get_submodule(name)
+        outputs, inputs = linear_weight(layer).shape
+        moments = Statistics(inputs, device=model.device)
+        products = Products(outputs, inputs, device=model.device)
+        for states, aim, seen in zip(
+            hidden, aims.attention, observe(model, index, hidden, inputs=(name,)), strict=True
+        ):
+            given = seen.inputs[name].reshape(-1, inputs)
+            wanted = aim.to(model.device).float()
+            if model.family.adds(model.config):
+                wanted = wanted - states.to(model.device)
+            if isinstance(layer.bias, Tensor):
+                wanted = wanted - layer.bias
+            moments.update(given)
+            products.update(wanted.reshape(-1, outputs), given)
+        return moments, products
+
+    def _prune_mlp(
+        self,
+        index: int,
+        patterns: dict[str, Pattern | None],
+        hidden: list[Tensor],
+        aims: _Aims,
+        weights: dict[str, Tensor],
+        work: WorkFolder,
+    ) -> tuple[list[LayerReport], MLPReport | None]:
+        """Prune the MLP of a materialised block as one problem."""
+        start = time.monotonic()
+        model, family = self.model, self.model.family
+        with work.clock("run"):
+            tokens = self._mlp_tokens(index, hidden, aims)
+        names = self._layers(index, family.groups[2:])
+        layers = [model.model.get_submodule(name) for name in names]
+        stored = weights[model.stored_name(names[-1] + ".weight")].dtype
+        first = [
+            Linear(linear_weight(layer).float(), layer.bias, patterns[name])
+            for name, layer in zip(names, layers, strict=True)
+        ]
+        mlp = MLP(
+            first=tuple(first[:-1]),
+            down=first[-1],
+            gated="gate" in family.roles,
+            activation=ACT2FN[getattr(model.config, family.activation)],
+        )
+        method = self.method if isinstance(self.method, SparseLLM) else SparseLLM(self.solver, iterations=0)
+        block = f"{family.blocks}.{index}"
+        try:
+            with work.clock("solve"):
+                solution = method.prune(mlp, tokens, stored=stored)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"the MLP of '{block}': {error}") from None
+        solved = zip(names, (*solution.first, solution.down), solution.errors, strict=True)
+        reports = []
+        for name, result, lost in solved:
+            pattern = patterns[name]
+            if pattern is not None:
+                self._store(name, result.weight.to(stored), weights)
+                reports.append(_report(name, pattern, result, lost, 0.0))
+        share = round((time.monotonic() - start) / len(reports), 4)  # they are solved together
+        reports = [replace(report, seconds=share) for report in reports]
+        return reports, MLPReport(block, solution.iterates, solution.kept) if method.iterations else None
+
+    def _mlp_tokens(self, index: int, hidden: list[Tensor], aims: _Aims) -> Tokens:
+        """What the MLP of a block whose attention is pruned sees, and what it ought to give."""
+        model, adds = self.model, self.model.family.adds(self.model.config)
+        (_, (o,), (first, *_), (down,)) = model.family.groups
+        tokens = Tokens([], [])
+        for states, aim, seen in zip(
+            hidden, aims.mlp, observe(model, index, hidden, inputs=(first,), outputs=(o, down)), strict=True
+        ):
+            if self.target == "layer":
+                wanted = seen.outputs[down]
+            elif adds:
+                wanted = aim.float() - states - seen.outputs[o].view_as(states).to(states.device)
+            else:
+                wanted = aim
+            for kept, new in ((tokens.inputs, seen.inputs[first]), (tokens.targets, wanted)):
+                kept.append(new.reshape(-1, new.shape[-1]).to(states.device, states.dtype))
+        return tokens
 
     def _prune_layer(
-        self, name: str, moments: Statistics, pattern: Pattern, weights: dict[str, Tensor]
+        self,
+        name: str,
+        moments: Statistics,
+        pattern: Pattern,
+        weights: dict[str, Tensor],
+        products: Products | None = None,
     ) -> LayerReport:
+        """Prune a layer of a materialised block, fitted first if there are products to fit it by."""
         start = time.monotonic()
-        stored = self.model.stored_name(name + ".weight")
-        layer = self.model.model.get_submodule(name)
-        weight = linear_weight(layer)
-        dense = weight.float()
+        stored = weights[self.model.stored_name(name + ".weight")].dtype
+        weight = linear_weight(self.model.model.get_submodule(name)).float()
         try:
-            solution = self.solver.solve(dense, moments, pattern)
+            if products is not None:
+                weight = moments.fit(weight, products.mean, DAMPING)
+            solution = self.solver.solve(weight, moments, pattern)
+            sparse = rounded(solution.weight, stored)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
-        # Rounded first, so that what is scored and propagated is what will be stored. -0 + 0 is +0.
-        sparse = solution.weight.to(weights[stored].dtype) + 0
-        if not sparse.isfinite().all():
-            raise FloatingPointError(f"pruning '{name}' gave values that {sparse.dtype} cannot hold")
-        lost = moments.error(dense, sparse.float())
-        weight.copy_(sparse)  # in float32 it shares its memory with `dense`, which is not needed any more
-        weights[stored] = (sparse if weight is layer.weight else sparse.T).cpu()
-        return LayerReport(
-            name=name,
-            pattern=str(pattern),
-            sparsity=int((sparse == 0).sum()) / sparse.numel(),
-            weights=sparse.numel(),
-            error=lost,
-            seconds=round(time.monotonic() - start, 4),
-            objective=list(solution.objective),
-        )
+        lost = moments.error(weight, sparse.float())
+        self._store(name, sparse, weights)  # in float32 `weight` is the layer's own memory: not before this
+        return _report(name, pattern, Solution(sparse, solution.objective), lost, time.monotonic() - start)
+
+    def _store(self, name: str, sparse: Tensor, weights: dict[str, Tensor]) -> None:
+        """Put a pruned weight, in the dtype of the files, where the model runs it and where it is saved."""
+        layer = self.model.model.get_submodule(name)
+        weight = linear_weight(layer)
+        weight.copy_(sparse)
+        weights[self.model.stored_name(name + ".weight")] = (
+            sparse if weight is layer.weight else sparse.T
+        ).cpu()
+
+
+def _report(name: str, pattern: Pattern, solution: Solution, lost: float, seconds: float) -> LayerReport:
+    weight = solution.weight
+    return LayerReport(
+        name=name,
+        pattern=str(pattern),
+        sparsity=int((weight == 0).sum()) / weight.numel(),
+        weights=weight.numel(),
+        error=lost,
+        seconds=round(seconds, 4),
+        objective=list(solution.objective),
+    )
 
 
 def _home(hidden: list[Tensor], device: torch.device) -> torch.device:

@@ -1,0 +1,429 @@
+"""SparseLLM (Bai et al., arXiv 2402.17946): a block's MLP pruned as one problem.
+
+Over calibration tokens X (the MLP's input) and Y (what its output ought to be), with auxiliary variables s and
+z for the pre-activations of gate and up and p for the input of down, the method lowers
+
+    alpha |s - Wg X|^2 + alpha |z - Wu X|^2 + gamma |p - f(s) z|^2 + |Y - Wd p|^2    (the paper's equation 5)
+
+over the sparse weights and over p, z and s in turn; biases are left out here for brevity, and an MLP without
+a gate has p - f(z). What differs from the published code:
+
+- Each term is relative to its energy in the dense model: alpha and gamma mean the same for every model.
+- Weights are fitted by a ridge step from where they are, which never raises their term; there is no
+  pseudo-inverse of activations, only second moments that are summed as tokens stream by.
+- p is found in a system of the hidden size, s (and z without a gate) by safeguarded Newton steps.
+- Down is fitted to what the pruned gate and up really give, and the iterate is kept that is best on tokens
+  that none of its weights were fitted to.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.pattern import Pattern
+from secateurs.pruning.report import Iterate
+from secateurs.pruning.solver import Solution, Solver, rounded, working_dtype
+from secateurs.pruning.sparsegpt import SparseGPT
+from secateurs.pruning.statistics import Products, Statistics
+
+CHUNK = 1024
+"""Tokens that are worked on at once."""
+
+HELD_OUT = 8
+"""One token in so many chooses among the iterates."""
+
+NEWTON_STEPS = 3
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of an MLP.
+
+    Args:
+        weight: (out, in).
+        bias: (out,), or None.
+        pattern: which of its weights may stay; None leaves the layer as it is.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    pattern: Pattern | None
+
+
+@dataclass(frozen=True)
+class MLP:
+    """down(f(gate x) * up x), or down(f(up x)).
+
+    Args:
+        first: the layers that read x: gate and up, in this order; or one layer, up or both of them fused.
+        down: the layer that reads the channels.
+        gated: whether there is a gate.
+        activation: f.
+    """
+
+    first: tuple[Linear, ...]
+    down: Linear
+    gated: bool
+    activation: Activation
+
+    def preactivations(self, inputs: Tensor) -> Tensor:
+        """(tokens, hidden) -> (tokens, channels), or (tokens, 2 * channels): gate, then up."""
+        return torch.cat([_apply(layer, inputs) for layer in self.first], dim=1)
+
+    def channels(self, preactivations: Tensor) -> Tensor:
+        """What down reads, (tokens, channels)."""
+        if not self.gated:
+            return self.activation(preactivations)
+        gate, up = preactivations.chunk(2, dim=1)
+        return self.activation(gate) * up
+
+
+@dataclass(frozen=True)
+class MLPSolution:
+    """A pruned MLP."""
+
+    first: tuple[Solution, ...]
+    down: Solution
+    errors: tuple[float, ...]
+    """For each of `first` and for down: what pruning lost of the fitted output (`Statistics.error`)."""
+    iterates: list[Iterate]
+    kept: int
+    """Which of the iterates this is."""
+
+
+class Tokens(NamedTuple):
+    """Calibration tokens: one tensor of each kind for every batch."""
+
+    inputs: list[Tensor]
+    """X, (tokens, hidden)."""
+    targets: list[Tensor]
+    """Y, (tokens, hidden)."""
+
+    def divided(self) -> tuple["Tokens", "Tokens"]:
+        """Tokens to solve on, and the last of every batch, which are held out."""
+        sizes = [len(batch) - len(batch) // HELD_OUT for batch in self.inputs]
+        return (
+            Tokens(*([x[:n] for x, n in zip(kind, sizes, strict=True)] for kind in self)),
+            Tokens(*([x[n:] for x, n in zip(kind, sizes, strict=True)] for kind in self)),
+        )
+
+
+class Weights(NamedTuple):
+    """What the squared residuals of the four terms count for, per token."""
+
+    gate: float
+    up: float
+    hidden: float
+    output: float
+
+
+@dataclass(frozen=True)
+class SparseLLM:
+    """Pruning of a block's MLP as one problem, around any local solver.
+
+    Args:
+        solver: prunes each layer once it is fitted, and the layers outside MLPs.
+        iterations: after the first pruning; with none, down is fitted to the pruned gate and up, and no more.
+        alpha: weight of the pre-activations' terms, relative to the output's.
+        gamma: weight of the hidden term, relative to the output's.
+        damping: of the fits, as a share of the mean of H's diagonal.
+
+    Raises:
+        ValueError: a solver that is not local, iterations below 0, or a ratio or damping that is not positive.
+    """
+
+    solver: Solver = field(default_factory=SparseGPT)
+    iterations: int = 4
+    alpha: float = 1.0
+    gamma: float = 1.0
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.solver, "solve"):
+            raise ValueError("the solver inside SparseLLM is a local one, such as admm or sparsegpt")
+        if self.iterations < 0:
+            raise ValueError(f"iterations is a number, not {self.iterations}")
+        for name in ("alpha", "gamma", "damping"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+
+    @torch.no_grad()
+    def prune(self, mlp: MLP, tokens: Tokens, *, stored: torch.dtype) -> MLPSolution:
+        """Prune an MLP.
+
+        Memory: beside the tokens, s and z in the dtype of the inputs, and of the sums over tokens one matrix
+        (channels, channels) with the solver's factors of it, and one (hidden, hidden).
+
+        Args:
+            mlp: its dense layers; not modified.
+            tokens: what it reads, and what its output ought to be; on any device.
+            stored: dtype in which the weights will be saved: what is scored and propagated is rounded to it.
+
+        Raises:
+            FloatingPointError: the weights or tokens hold NaN or Inf, or the solver gives some. (In a later
+                iteration that only ends them.)
+        """
+        return _Run(self, mlp, tokens, stored).solution()
+
+
+class _Run:
+    """The iterations on one MLP."""
+
+    def __init__(self, settings: SparseLLM, mlp: MLP, tokens: Tokens, stored: torch.dtype) -> None:
+        self.settings, self.stored = settings, stored
+        self.dtype, self.device = working_dtype(mlp.down.weight), mlp.down.weight.device
+        self.dense = replace(
+            mlp,
+            first=tuple(self._converted(layer) for layer in mlp.first),
+            down=self._converted(mlp.down),
+        )
+        self.tokens, self.held_out = tokens.divided() if settings.iterations else (tokens, tokens)
+        self.moments = Statistics(mlp.first[0].weight.shape[1], dtype=self.dtype, device=self.device)
+        self.auxiliary: list[Tensor] = []  # s above z, for every batch
+        self.weights = self._measure()
+
+    def _converted(self, layer: Linear) -> Linear:
+        bias = None if layer.bias is None else layer.bias.to(self.dtype)
+        return replace(layer, weight=layer.weight.to(self.dtype), bias=bias)
+
+    def _chunks(self, tokens: Tokens, *more: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """Views of a few tokens at a time."""
+        for batch in zip(tokens.inputs, tokens.targets, *more, strict=True):
+            yield from zip(*(tensor.split(CHUNK) for tensor in batch), strict=True)
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+    def _measure(self) -> Weights:
+        """Take in X, start s and z where the dense MLP has them, and weigh the terms by their energy there."""
+        energy = torch.zeros(4, dtype=torch.float64)
+        rows = sum(len(layer.weight) for layer in self.dense.first)
+        if self.settings.iterations:
+            self.auxiliary = [x.new_empty(len(x), rows) for x in self.tokens.inputs]
+        for x, y, *s in self._chunks(self.tokens, *([self.auxiliary] if self.auxiliary else [])):
+            x = self._read(x)
+            self.moments.update(x)
+            before = self.dense.preactivations(x)
+            halves = before.chunk(2, dim=1) if self.dense.gated else (before, before)
+            for i, part in enumerate((*halves, self.dense.channels(before), self._read(y))):
+                energy[i] += part.square().sum().cpu()
+            if s:
+                s[0].copy_(before)
+        tiny = torch.finfo(torch.float32).tiny
+        per_token = (energy / self.moments.tokens).clamp_min(tiny).tolist()
+        alpha, gamma = self.settings.alpha, self.settings.gamma
+        return Weights(*(w / e for w, e in zip((alpha, alpha, gamma, 1.0), per_token, strict=True)))
+
+    def solution(self) -> MLPSolution:
+        iterates: list[Iterate] = []
+        best: tuple[float, MLPSolution] | None = None
+        fitted = [layer.weight for layer in self.dense.first]
+        for k in range(self.settings.iterations + 1):
+            try:
+                first, errors = self._prune_first(fitted)
+                mlp = _with(self.dense, first=first)
+                down, error, output = self._prune_down(mlp)
+                mlp = _with(mlp, down=down)
+                if self.settings.iterations:
+                    iterate, products = self._settle(mlp)
+                else:
+                    iterate = Iterate(output, {"output": output}, None)
+            except FloatingPointError:
+                if best is None:
+                    raise
+                break
+            iterates.append(iterate)
+            lost = iterate.objective if iterate.held_out is None else iterate.held_out
+            if best is None or lost < best[0]:
+                best = lost, MLPSolution(first, down, (*errors, error), iterates, k)
+            if k < self.settings.iterations:
+                fitted = self._fit_first(mlp, products)
+        assert best is not None
+        return best[1]
+
+    def _prune_first(self, fitted: Sequence[Tensor]) -> tuple[tuple[Solution, ...], list[float]]:
+        solutions, errors = [], []
+        for layer, weight in zip(self.dense.first, fitted, strict=True):
+            solution, error = self._prune_layer(layer, weight, self.moments)
+            solutions.append(solution)
+            errors.append(error)
+        return tuple(solutions), errors
+
+    def _prune_layer(self, layer: Linear, fitted: Tensor, moments: Statistics) -> tuple[Solution, float]:
+        if layer.pattern is None:
+            return Solution(layer.weight), 0.0
+        solution = self.settings.solver.solve(fitted, moments, layer.pattern)
+        weight = rounded(solution.weight, self.stored).to(self.dtype)
+        return Solution(weight, solution.objective), moments.error(fitted, weight)
+
+    def _prune_down(self, mlp: MLP) -> tuple[Solution, float, float]:
+        """Fit down to what the pruned gate and up give, and prune it; its error, and that of the output."""
+        down = mlp.down
+        moments = Statistics(down.weight.shape[1], dtype=self.dtype, device=self.device)
+        products = Products(*down.weight.shape, dtype=self.dtype, device=self.device)
+        energy = 0.0
+        for x, y in self._chunks(self.tokens):
+            channels, target = mlp.channels(mlp.preactivations(self._read(x))), self._read(y)
+            if down.bias is not None:
+                target = target - down.bias
+            moments.update(channels)
+            products.update(target, channels)
+            energy += float(target.square().sum())
+        fitted = moments.fit(down.weight, products.mean, self.settings.damping)
+        solution, error = self._prune_layer(down, fitted, moments)
+        weight = solution.weight
+        explained = (2 * products.mean - weight @ moments.moment).mul_(weight).sum()
+        return solution, error, self.weights.output * (energy / moments.tokens - float(explained))
+
+    def _settle(self, mlp: MLP) -> tuple[Iterate, Products]:
+        """Step p, z and s once; what the objective is then, and the products to fit gate and up by."""
+        weights = self.weights
+        down = mlp.down.weight
+        system = hidden_system(down, weights.hidden / weights.output)
+        rows = sum(len(layer.weight) for layer in mlp.first)
+        products = Products(rows, self.moments.moment.shape[0], dtype=self.dtype, device=self.device)
+        bias = torch.cat([torch.zeros_like(x.weight[:, 0]) if x.bias is None else x.bias for x in mlp.first])
+        squares = torch.zeros(4, dtype=torch.float64)
+        for x, y, stored in self._chunks(self.tokens, self.auxiliary):
+            inputs, target = self._read(x), self._read(y)
+            model = mlp.preactivations(inputs)
+            before = self._read(stored)
+            channels = mlp.channels(before)
+            p = step_p(channels, target - _apply(mlp.down, channels), down, system)
+            if mlp.gated:
+                gate, up = before.chunk(2, dim=1)
+                model_gate, model_up = model.chunk(2, dim=1)
+                up = step_z(mlp.activation(gate), model_up, p, weights.up, weights.hidden)
+                gate = step_s(mlp.activation, gate, model_gate, p, up, weights.gate, weights.hidden)
+                after = torch.cat([gate, up], dim=1)
+                gap = (after - model).square_()
+                squares[0] += float(gap[:, : gate.shape[1]].sum())
+                squares[1] += float(gap[:, gate.shape[1] :].sum())
+            else:
+                one = torch.ones((), dtype=self.dtype, device=self.device)
+                after = step_s(mlp.activation, before, model, p, one, weights.up, weights.hidden)
+                squares[1] += float((after - model).square_().sum())
+            squares[2] += float((p - mlp.channels(after)).square_().sum())
+            squares[3] += float((target - _apply(mlp.down, p)).square_().sum())
+            stored.copy_(after)
+            products.update(after - bias, inputs)
+        squares /= self.moments.tokens
+        objective = float(sum(w * q for w, q in zip(weights, squares.tolist(), strict=True)))
+        scale = (self.settings.alpha, self.settings.alpha, self.settings.gamma, 1.0)
+        terms = {
+            name: weight * square / share
+            for name, weight, square, share in zip(
+                weights._fields, weights, squares.tolist(), scale, strict=True
+            )
+            if name != "gate" or mlp.gated
+        }
+        return Iterate(objective, terms, self._held_out_error(mlp)), products
+
+    def _held_out_error(self, mlp: MLP) -> float | None:
+        lost = energy = 0.0
+        for x, y in self._chunks(self.held_out):
+            target = self._read(y)
+            output = _apply(mlp.down, mlp.channels(mlp.preactivations(self._read(x))))
+            lost += float((target - output).square_().sum())
+            energy += float(target.square().sum())
+        return lost / energy if energy > 0 else None
+
+    def _fit_first(self, mlp: MLP, products: Products) -> list[Tensor]:
+        weight = torch.cat([layer.weight for layer in mlp.first])
+        fitted = self.moments.fit(weight, products.mean, self.settings.damping)
+        return list(fitted.split([len(layer.weight) for layer in mlp.first]))
+
+
+def hidden_system(down: Tensor, ratio: float) -> Tensor:
+    """The Cholesky factor of Wd Wd^T + ratio I, (hidden, hidden); Wd is (hidden, channels)."""
+    system = down @ down.T
+    system.diagonal().add_(ratio)
+    return torch.linalg.cholesky(system)
+
+
+def step_p(channels: Tensor, gap: Tensor, down: Tensor, system: Tensor) -> Tensor:
+    """The p that lowers gamma |p - q|^2 + |Y - Wd p|^2 most.
+
+    By the matrix inversion lemma it is q + Wd^T (Wd Wd^T + gamma I)^-1 (Y - Wd q): a system of the hidden
+    size, where the paper's (Wd^T Wd + gamma I)^-1 (Wd^T Y + gamma q) has one of the channels'.
+
+    Args:
+        channels: q = f(s) z, (tokens, channels).
+        gap: Y - Wd q, (tokens, hidden).
+        down: Wd, (hidden, channels).
+        system: `hidden_system` of Wd and gamma.
+    """
+    return torch.addmm(channels, torch.cholesky_solve(gap.T, system).T, down)
+
+
+def step_z(active: Tensor, model: Tensor, p: Tensor, alpha: float, gamma: float) -> Tensor:
+    """The z that lowers alpha (z - m)^2 + gamma (p - f(s) z)^2 most, elementwise.
+
+    Args:
+        active: f(s).
+        model: m = Wu x + bu.
+        p: the input of down.
+    """
+    return (alpha * model + gamma * active * p) / (alpha + gamma * active.square())
+
+
+def step_s(
+    activation: Activation, start: Tensor, model: Tensor, p: Tensor, z: Tensor, alpha: float, gamma: float
+) -> Tensor:
+    """An s that lowers alpha (s - m)^2 + gamma (p - f(s) z)^2, elementwise.
+
+    The lowest there is for ReLU, as the better of two branches; for smooth activations a few Gauss-Newton
+    steps, each of which is taken where it helps, and shortened where it does not.
+
+    Args:
+        activation: f.
+        start: s before; nowhere is the result worse.
+        model: m.
+        p: the input of down.
+        z: that multiplies f(s); 1 for an MLP without a gate.
+    """
+
+    def value(s: Tensor, active: Tensor) -> Tensor:
+        return (s - model).square_().mul_(alpha).add_((p - active * z).square_(), alpha=gamma)
+
+    if isinstance(activation, nn.ReLU):
+        off = model.clamp_max(0)
+        on = ((alpha * model + gamma * z * p) / (alpha + gamma * z * z)).clamp_min_(0)
+        return torch.where(value(off, torch.zeros_like(off)) < value(on, on), off, on)
+    s, shorten = start, torch.ones_like(start)
+    for _ in range(NEWTON_STEPS):
+        active, slope = _value_and_slope(activation, s)
+        now = value(s, active)
+        slope.mul_(z)
+        step = (alpha * (model - s)).add_((p - active * z).mul_(slope), alpha=gamma)
+        step.div_(slope.square_().mul_(gamma).add_(alpha)).mul_(shorten)
+        there = s + step
+        better = value(there, activation(there)) < now
+        s = torch.where(better, there, s)
+        shorten = torch.where(better, 1, shorten * 0.25)
+    return s
+
+
+def _value_and_slope(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        s = s.detach().requires_grad_()
+        active = activation(s)
+        (slope,) = torch.autograd.grad(active.sum(), s)
+    return active.detach(), slope
+
+
+def _apply(layer: Linear, inputs: Tensor) -> Tensor:
+    return nn.functional.linear(inputs, layer.weight, layer.bias)
+
+
+def _with(mlp: MLP, *, first: Sequence[Solution] | None = None, down: Solution | None = None) -> MLP:
+    """The MLP with other weights."""
+    if first is not None:
+        layers = tuple(replace(old, weight=new.weight) for old, new in zip(mlp.first, first, strict=True))
+        mlp = replace(mlp, first=layers)
+    return mlp if down is None else replace(mlp, down=replace(mlp.down, weight=down.weight))
