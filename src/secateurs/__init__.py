@@ -16,6 +16,7 @@ from secateurs.pruning.magnitude import Magnitude
 from secateurs.pruning.report import LayerReport, Report
 from secateurs.pruning.solver import Solution, Solver
 from secateurs.pruning.sparsegpt import SparseGPT
+from secateurs.pruning.sparsellm import SparseLLM
 from secateurs.pruning.statistics import Statistics
 from secateurs.pruning.walk import prune
 from secateurs.pruning.wanda import Wanda
@@ -35,6 +36,7 @@ __all__ = [
     "Solution",
     "Solver",
     "SparseGPT",
+    "SparseLLM",
     "Statistics",
     "Unstructured",
     "UnsupportedArchitectureError",

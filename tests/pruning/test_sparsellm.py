@@ -1,0 +1,321 @@
+"""SparseLLM against its objective, the published formulas, and a run written out in full, in float64."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import Smallest, correlated_inputs, smallest, weight_of
+from torch import Tensor, nn
+from torch.nn.functional import gelu, relu, silu
+
+import secateurs.pruning.sparsellm
+from secateurs import ADMM, Solution, SparseGPT, SparseLLM, Statistics, Unstructured
+from secateurs.pattern import Pattern
+from secateurs.pruning.sparsellm import MLP, Linear, Tokens, hidden_system, step_p, step_s, step_z
+from secateurs.pruning.statistics import Products
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "relu": (nn.ReLU(), relu),
+    "silu": (nn.SiLU(), silu),
+    "gelu": (nn.GELU(), gelu),
+    "gelu_tanh": (nn.GELU(approximate="tanh"), lambda x: gelu(x, approximate="tanh")),
+}
+HIDDEN, CHANNELS, TOKENS = 12, 20, 160
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+ratios = st.floats(0.01, 100)
+seeds = st.integers(0, 1000)
+few = settings(max_examples=40, deadline=None)
+
+
+# Each step lowers the objective, written here as it stands in the paper.
+
+
+@few
+@given(seed=seeds, damping=st.floats(1e-4, 10), outputs=st.integers(1, 8))
+def test_a_fit_never_raises_its_term(seed: int, damping: float, outputs: int) -> None:
+    inputs, targets = correlated_inputs(50, 10, seed=seed), random(50, outputs, seed=seed + 1)
+    weight = weight_of(outputs, 10, seed=seed + 2)
+    products = Products(outputs, 10, dtype=torch.float64)
+    products.update(targets, inputs)
+    fitted = Statistics.from_inputs(inputs).fit(weight, products.mean, damping)
+    before, after = ((targets - inputs @ w.T).square().sum() for w in (weight, fitted))
+    assert after <= before * (1 + 1e-9)
+
+
+def test_a_fit_is_the_ridge_solution_around_the_weights() -> None:
+    inputs, targets, weight = correlated_inputs(50, 10), random(50, 6), weight_of(6, 10)
+    products = Products(6, 10, dtype=torch.float64)
+    for start in range(0, 50, 20):  # streamed
+        products.update(targets[start : start + 20], inputs[start : start + 20])
+    fitted = Statistics.from_inputs(inputs).fit(weight, products.mean, 0.1)
+    ridge = 0.1 * inputs.square().mean() * len(inputs)
+    rows = torch.cat([inputs, ridge.sqrt() * torch.eye(10, dtype=torch.float64)])
+    goals = torch.cat([targets, ridge.sqrt() * weight.T])
+    torch.testing.assert_close(fitted, torch.linalg.lstsq(rows, goals).solution.T)
+
+
+@few
+@given(seed=seeds, gamma=ratios)
+def test_p_is_that_of_the_published_formula(seed: int, gamma: float) -> None:
+    down, channels = weight_of(HIDDEN, CHANNELS, seed=seed), random(30, CHANNELS, seed=seed + 1)
+    bias, targets = random(HIDDEN, seed=seed + 2), random(30, HIDDEN, seed=seed + 3)
+    gap = targets - bias - channels @ down.T
+    p = step_p(channels, gap, down, hidden_system(down, gamma))
+    system = down.T @ down + gamma * torch.eye(CHANNELS, dtype=torch.float64)
+    published = torch.linalg.solve(system, ((targets - bias) @ down + gamma * channels).T).T
+    torch.testing.assert_close(p, published, rtol=1e-6, atol=1e-8)
+
+
+@few
+@given(seed=seeds, alpha=ratios, gamma=ratios, name=st.sampled_from(list(ACTIVATIONS)))
+def test_steps_of_z_and_s_never_raise_the_objective(seed: int, alpha: float, gamma: float, name: str) -> None:
+    module, f = ACTIVATIONS[name]
+    s, z, p, model_s, model_z = (3 * random(40, CHANNELS, seed=seed + i) for i in range(5))
+
+    def terms(s: Tensor, z: Tensor) -> Tensor:
+        return alpha * (s - model_s) ** 2 + alpha * (z - model_z) ** 2 + gamma * (p - f(s) * z) ** 2
+
+    z_new = step_z(f(s), model_z, p, alpha, gamma)
+    assert (terms(s, z_new) <= terms(s, z) * (1 + 1e-9) + 1e-12).all()
+    s_new = step_s(module, s, model_s, p, z_new, alpha, gamma)
+    assert (terms(s_new, z_new) <= terms(s, z_new) * (1 + 1e-9) + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_s_is_about_the_lowest_there_is(name: str) -> None:
+    """Against a fine grid: exactly for ReLU; for smooth activations, nearly all that can be gained is."""
+    module, f = ACTIVATIONS[name]
+    model, p, z = random(400, seed=1), random(400, seed=2), random(400, seed=3)
+    s = step_s(module, model, model, p, z, 0.5, 1.0)
+    grid = torch.linspace(-6, 6, 24001, dtype=torch.float64)[:, None]
+
+    def value(s: Tensor) -> Tensor:
+        return 0.5 * (s - model) ** 2 + (p - f(s) * z) ** 2
+
+    lowest = value(grid).min(dim=0).values
+    if name == "relu":
+        assert (value(s) - lowest).max() < 1e-6
+    else:
+        assert (value(model) - value(s)).sum() > 0.9 * (value(model) - lowest).sum()
+
+
+# A whole run.
+
+
+def problem(activation: Callable[[Tensor], Tensor], *, gated: bool, fused: bool, bias: bool) -> MLP:
+    def linear(outputs: int, inputs: int, seed: int) -> Linear:
+        weight = weight_of(outputs, inputs, seed=seed) / math.sqrt(inputs)
+        return Linear(weight, 0.3 * random(outputs, seed=seed + 50) if bias else None, Unstructured(0.6))
+
+    first: tuple[Linear, ...] = (linear(CHANNELS, HIDDEN, 1),)
+    if gated:
+        first = (linear(2 * CHANNELS, HIDDEN, 2),) if fused else (*first, linear(CHANNELS, HIDDEN, 3))
+    return MLP(first, linear(HIDDEN, CHANNELS, 4), gated, activation)
+
+
+def calibration() -> Tokens:
+    inputs = correlated_inputs(TOKENS, HIDDEN)
+    inputs = inputs / inputs.square().mean().sqrt()
+    return Tokens(list(inputs.split(64)), list(random(TOKENS, HIDDEN, seed=9).split(64)))
+
+
+def bias_of(layer: Linear) -> Tensor:
+    return layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+
+
+@dataclass
+class Reference:
+    """SparseLLM unstreamed: all tokens in one matrix, normal equations with the damping added."""
+
+    settings: SparseLLM
+    mlp: MLP
+    f: Callable[[Tensor], Tensor]
+    held_out: list[float] = field(default_factory=list)
+    objectives: list[float] = field(default_factory=list)
+
+    def fit(self, weight: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        moment = inputs.T @ inputs
+        ridge = self.settings.damping * moment.diagonal().mean()
+        moment_damped = moment + ridge * torch.eye(len(moment), dtype=torch.float64)
+        return weight + torch.linalg.solve(
+            moment_damped, (targets - inputs @ weight.T).T @ inputs, left=False
+        )
+
+    def channels(self, before: Tensor) -> Tensor:
+        if not self.mlp.gated:
+            return self.f(before)
+        return self.f(before[:, :CHANNELS]) * before[:, CHANNELS:]
+
+    def prune(self, weight: Tensor, inputs: Tensor, pieces: Sequence[int]) -> Tensor:
+        norms = inputs.square().mean(dim=0).sqrt()
+        return torch.cat([smallest(part, norms, 0.6) for part in weight.split(list(pieces))])
+
+    def run(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        mine = self.settings
+        solving = [len(x) - len(x) // 8 for x in tokens.inputs]
+        x = torch.cat([t[:n] for t, n in zip(tokens.inputs, solving, strict=True)])
+        y = torch.cat([t[:n] for t, n in zip(tokens.targets, solving, strict=True)])
+        x_out = torch.cat([t[n:] for t, n in zip(tokens.inputs, solving, strict=True)])
+        y_out = torch.cat([t[n:] for t, n in zip(tokens.targets, solving, strict=True)])
+        first = torch.cat([layer.weight for layer in self.mlp.first])
+        pieces = [len(layer.weight) for layer in self.mlp.first]
+        bias = torch.cat([bias_of(layer) for layer in self.mlp.first])
+        down, down_bias = self.mlp.down.weight, bias_of(self.mlp.down)
+        aux = x @ first.T + bias
+        gate, up = aux[:, :CHANNELS], aux[:, -CHANNELS:]
+        weights = (mine.alpha, mine.alpha, mine.gamma, 1.0)
+        energy = [part.square().sum() for part in (gate, up, self.channels(aux), y)]
+        a_gate, a_up, c, d = (w / e for w, e in zip(weights, energy, strict=True))
+        goal, results = first, []
+        for _ in range(mine.iterations + 1):
+            pruned = self.prune(goal, x, pieces)
+            model = x @ pruned.T + bias
+            given = self.channels(model)
+            pruned_down = self.prune(self.fit(down, given, y - down_bias), given, [HIDDEN])
+            guess = self.channels(x_out @ pruned.T + bias) @ pruned_down.T + down_bias
+            self.held_out.append(float((y_out - guess).square().sum() / y_out.square().sum()))
+            results.append((pruned, pruned_down))
+            q = self.channels(aux)
+            system = d * pruned_down.T @ pruned_down + c * torch.eye(CHANNELS, dtype=torch.float64)
+            p = torch.linalg.solve(system, (d * (y - down_bias) @ pruned_down + c * q).T).T
+            if self.mlp.gated:
+                active = self.f(aux[:, :CHANNELS])
+                up = (a_up * model[:, CHANNELS:] + c * active * p) / (a_up + c * active**2)
+                gate = self.newton(aux[:, :CHANNELS], model[:, :CHANNELS], p, up, a_gate, c)
+                aux = torch.cat([gate, up], dim=1)
+            else:
+                aux = self.newton(aux, model, p, torch.ones_like(p), a_up, c)
+            gap = (aux - model) ** 2
+            self.objectives.append(
+                float(
+                    (a_gate * gap[:, :CHANNELS].sum() if self.mlp.gated else 0)
+                    + a_up * gap[:, -CHANNELS:].sum()
+                    + c * (p - self.channels(aux)).square().sum()
+                    + d * (y - down_bias - p @ pruned_down.T).square().sum()
+                )
+            )
+            goal = self.fit(pruned, x, aux - bias)
+        return results[min(range(len(results)), key=lambda k: self.held_out[k])]
+
+    def newton(self, s: Tensor, model: Tensor, p: Tensor, z: Tensor, a: Tensor, c: Tensor) -> Tensor:
+        def value(s: Tensor) -> Tensor:
+            return a * (s - model) ** 2 + c * (p - self.f(s) * z) ** 2
+
+        if self.f is relu:
+            off, on = model.clamp(max=0), ((a * model + c * z * p) / (a + c * z**2)).clamp(min=0)
+            return torch.where(value(off) < value(on), off, on)
+        length = torch.ones_like(s)
+        for _ in range(3):
+            slope = torch.func.vmap(torch.func.grad(self.f))(s.flatten()).view_as(s) * z
+            step = (a * (model - s) + c * (p - self.f(s) * z) * slope) / (a + c * slope**2)
+            there = s + length * step
+            better = value(there) < value(s)
+            s, length = torch.where(better, there, s), torch.where(better, 1.0, length / 4)
+        return s
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("name", "gated", "fused"),
+    [("relu", False, False), ("gelu", False, False), ("silu", True, False), ("gelu_tanh", True, True)],
+)
+def test_a_run_is_that_of_the_reference(
+    name: str, gated: bool, fused: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secateurs.pruning.sparsellm, "CHUNK", 24)  # so that tokens really stream
+    module, f = ACTIVATIONS[name]
+    mlp = problem(module, gated=gated, fused=fused, bias=bias)
+    method = SparseLLM(Smallest(), iterations=3, alpha=0.7, gamma=2.0)
+    solution = method.prune(mlp, calibration(), stored=torch.float64)
+    reference = Reference(method, mlp, f)
+    first, down = reference.run(calibration())
+    torch.testing.assert_close(torch.cat([s.weight for s in solution.first]), first)
+    torch.testing.assert_close(solution.down.weight, down)
+    held_out = [iterate.held_out for iterate in solution.iterates]
+    assert held_out == pytest.approx(reference.held_out)
+    assert [iterate.objective for iterate in solution.iterates] == pytest.approx(reference.objectives)
+    assert solution.kept == min(range(4), key=lambda k: held_out[k])
+    for iterate in solution.iterates:
+        weights = {"gate": 0.7, "up": 0.7, "hidden": 2.0, "output": 1.0}
+        assert sum(weights[k] * v for k, v in iterate.terms.items()) == pytest.approx(iterate.objective)
+
+
+@pytest.mark.parametrize("solver", [SparseGPT(block=8), ADMM()])
+def test_without_iterations_down_is_fitted_to_the_pruned_gate_and_up(solver: SparseGPT | ADMM) -> None:
+    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
+    mlp = replace(mlp, down=replace(mlp.down, pattern=Unstructured(0.0)))  # nothing falls: the fit itself
+    tokens = calibration()
+    solution = SparseLLM(solver, iterations=0, damping=1e-6).prune(mlp, tokens, stored=torch.float64)
+    x, y = torch.cat(tokens.inputs), torch.cat(tokens.targets)
+    gate, up = (s.weight for s in solution.first)
+    channels = silu(x @ gate.T) * (x @ up.T)
+    best = torch.linalg.lstsq(channels, y).solution
+    lost = (y - channels @ best).square().sum() / y.square().sum()
+    assert solution.iterates[0].objective == pytest.approx(float(lost), rel=1e-3)
+    assert solution.iterates[0].held_out is None
+
+
+def test_a_layer_without_pattern_stays() -> None:
+    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=True)
+    mlp = replace(mlp, first=(mlp.first[0], replace(mlp.first[1], pattern=None)))
+    solution = SparseLLM(Smallest(), iterations=2).prune(mlp, calibration(), stored=torch.float64)
+    assert torch.equal(solution.first[1].weight, mlp.first[1].weight)
+    mlp = replace(mlp, down=replace(mlp.down, pattern=None))
+    solution = SparseLLM(Smallest(), iterations=2).prune(mlp, calibration(), stored=torch.float64)
+    assert torch.equal(solution.down.weight, mlp.down.weight)
+
+
+def test_what_is_propagated_is_what_is_stored() -> None:
+    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
+    solution = SparseLLM(Smallest(), iterations=1).prune(mlp, calibration(), stored=torch.bfloat16)
+    for part in (*solution.first, solution.down):
+        assert torch.equal(part.weight, part.weight.bfloat16().double())
+
+
+def test_a_step_that_is_not_finite_ends_the_iterations() -> None:
+    calls = 0
+
+    @dataclass(frozen=True)
+    class Breaks:
+        after: int
+
+        def solve(self, weight: Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
+            nonlocal calls
+            calls += 1
+            if calls > self.after:
+                raise FloatingPointError("on purpose")
+            return Smallest().solve(weight, statistics, pattern)
+
+    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
+    broken = SparseLLM(Breaks(7), iterations=5).prune(mlp, calibration(), stored=torch.float64)
+    whole = SparseLLM(Smallest(), iterations=1).prune(mlp, calibration(), stored=torch.float64)
+    assert len(broken.iterates) == 2
+    assert broken.kept == whole.kept
+    assert torch.equal(broken.down.weight, whole.down.weight)
+    calls = 0
+    with pytest.raises(FloatingPointError, match="on purpose"):
+        SparseLLM(Breaks(1)).prune(mlp, calibration(), stored=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"iterations": -1}, "iterations is a number, not -1"),
+        ({"alpha": 0.0}, "alpha must be above 0"),
+        ({"gamma": math.nan}, "gamma must be above 0"),
+        ({"damping": -1.0}, "damping must be above 0"),
+        ({"solver": SparseLLM()}, "a local one"),
+    ],
+)
+def test_settings_that_make_no_sense(settings_: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseLLM(**settings_)  # type: ignore[arg-type]
