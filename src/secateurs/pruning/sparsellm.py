@@ -1,7 +1,7 @@
 """SparseLLM (Bai et al., arXiv 2402.17946): a block's MLP pruned as one problem.
 
-Over calibration tokens X (the MLP's input) and Y (what its output ought to be), with auxiliary variables s and
-z for the pre-activations of gate and up and p for the input of down, the method lowers
+Over calibration tokens X (the MLP's input) and Y (what its output ought to be), with auxiliary variables s
+and z for the pre-activations of gate and up and p for the input of down, the method lowers
 
     alpha |s - Wg X|^2 + alpha |z - Wu X|^2 + gamma |p - f(s) z|^2 + |Y - Wd p|^2    (the paper's equation 5)
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from secateurs.pattern import Pattern
 from secateurs.pruning.report import Iterate
-from secateurs.pruning.solver import Solution, Solver, rounded, working_dtype
+from secateurs.pruning.solver import Solver, rounded, working_dtype
 from secateurs.pruning.sparsegpt import SparseGPT
 from secateurs.pruning.statistics import Products, Statistics
 
@@ -83,14 +83,23 @@ class MLP:
         return self.activation(gate) * up
 
 
+class Pruned(NamedTuple):
+    """A linear layer after pruning."""
+
+    layer: Linear
+    """With weight and bias in the dtype they are stored in."""
+    error: float
+    """What pruning lost of the fitted layer's output (`Statistics.error`)."""
+    objective: tuple[float, ...]
+    """Of the solver."""
+
+
 @dataclass(frozen=True)
 class MLPSolution:
     """A pruned MLP."""
 
-    first: tuple[Solution, ...]
-    down: Solution
-    errors: tuple[float, ...]
-    """For each of `first` and for down: what pruning lost of the fitted output (`Statistics.error`)."""
+    first: tuple[Pruned, ...]
+    down: Pruned
     iterates: list[Iterate]
     kept: int
     """Which of the iterates this is."""
@@ -134,7 +143,7 @@ class SparseLLM:
         damping: of the fits, as a share of the mean of H's diagonal.
 
     Raises:
-        ValueError: a solver that is not local, iterations below 0, or a ratio or damping that is not positive.
+        ValueError: a solver that is not local, iterations below 0, a ratio or damping that is not positive.
     """
 
     solver: Solver = field(default_factory=SparseGPT)
@@ -200,7 +209,7 @@ class _Run:
         return tensor.to(self.device, self.dtype)
 
     def _measure(self) -> Weights:
-        """Take in X, start s and z where the dense MLP has them, and weigh the terms by their energy there."""
+        """Take in X, start s and z where the dense MLP has them, weigh the terms by their energy there."""
         energy = torch.zeros(4, dtype=torch.float64)
         rows = sum(len(layer.weight) for layer in self.dense.first)
         if self.settings.iterations:
@@ -222,15 +231,16 @@ class _Run:
     def solution(self) -> MLPSolution:
         iterates: list[Iterate] = []
         best: tuple[float, MLPSolution] | None = None
-        fitted = [layer.weight for layer in self.dense.first]
+        mlp = self.dense
+        goals: Sequence[Products | None] = [None] * len(mlp.first)
         for k in range(self.settings.iterations + 1):
             try:
-                first, errors = self._prune_first(fitted)
-                mlp = _with(self.dense, first=first)
-                down, error, output = self._prune_down(mlp)
-                mlp = _with(mlp, down=down)
+                first = self._prune_first(mlp, goals)
+                mlp = replace(self.dense, first=tuple(self._converted(pruned.layer) for pruned in first))
+                down, output = self._prune_down(mlp)
+                mlp = replace(mlp, down=self._converted(down.layer))
                 if self.settings.iterations:
-                    iterate, products = self._settle(mlp)
+                    iterate, goals = self._settle(mlp)
                 else:
                     iterate = Iterate(output, {"output": output}, None)
             except FloatingPointError:
@@ -240,54 +250,44 @@ class _Run:
             iterates.append(iterate)
             lost = iterate.objective if iterate.held_out is None else iterate.held_out
             if best is None or lost < best[0]:
-                best = lost, MLPSolution(first, down, (*errors, error), iterates, k)
-            if k < self.settings.iterations:
-                fitted = self._fit_first(mlp, products)
+                best = lost, MLPSolution(first, down, iterates, k)
         assert best is not None
         return best[1]
 
-    def _prune_first(self, fitted: Sequence[Tensor]) -> tuple[tuple[Solution, ...], list[float]]:
-        solutions, errors = [], []
-        for layer, weight in zip(self.dense.first, fitted, strict=True):
-            solution, error = self._prune_layer(layer, weight, self.moments)
-            solutions.append(solution)
-            errors.append(error)
-        return tuple(solutions), errors
+    def _prune_first(self, mlp: MLP, goals: Sequence[Products | None]) -> tuple[Pruned, ...]:
+        settings = self.settings
+        return tuple(
+            prune_linear(settings.solver, layer, self.moments, goal, settings.damping, self.stored)
+            for layer, goal in zip(mlp.first, goals, strict=True)
+        )
 
-    def _prune_layer(self, layer: Linear, fitted: Tensor, moments: Statistics) -> tuple[Solution, float]:
-        if layer.pattern is None:
-            return Solution(layer.weight), 0.0
-        solution = self.settings.solver.solve(fitted, moments, layer.pattern)
-        weight = rounded(solution.weight, self.stored).to(self.dtype)
-        return Solution(weight, solution.objective), moments.error(fitted, weight)
-
-    def _prune_down(self, mlp: MLP) -> tuple[Solution, float, float]:
-        """Fit down to what the pruned gate and up give, and prune it; its error, and that of the output."""
+    def _prune_down(self, mlp: MLP) -> tuple[Pruned, float]:
+        """Prune down, fitted to what the pruned gate and up give; also the error of the MLP's output."""
         down = mlp.down
         moments = Statistics(down.weight.shape[1], dtype=self.dtype, device=self.device)
         products = Products(*down.weight.shape, dtype=self.dtype, device=self.device)
         energy = 0.0
         for x, y in self._chunks(self.tokens):
-            channels, target = mlp.channels(mlp.preactivations(self._read(x))), self._read(y)
-            if down.bias is not None:
-                target = target - down.bias
+            target = self._read(y)
+            channels = mlp.channels(mlp.preactivations(self._read(x)))
             moments.update(channels)
             products.update(target, channels)
             energy += float(target.square().sum())
-        fitted = moments.fit(down.weight, products.mean, self.settings.damping)
-        solution, error = self._prune_layer(down, fitted, moments)
-        weight = solution.weight
+        settings = self.settings
+        pruned = prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
+        weight = pruned.layer.weight.to(self.dtype)
         explained = (2 * products.mean - weight @ moments.moment).mul_(weight).sum()
-        return solution, error, self.weights.output * (energy / moments.tokens - float(explained))
+        if pruned.layer.bias is not None:
+            bias = pruned.layer.bias.to(self.dtype)
+            explained += bias @ (2 * (products.targets - weight @ moments.mean) - bias)
+        return pruned, self.weights.output * (energy / moments.tokens - float(explained))
 
-    def _settle(self, mlp: MLP) -> tuple[Iterate, Products]:
+    def _settle(self, mlp: MLP) -> tuple[Iterate, list[Products]]:
         """Step p, z and s once; what the objective is then, and the products to fit gate and up by."""
         weights = self.weights
         down = mlp.down.weight
         system = hidden_system(down, weights.hidden / weights.output)
-        rows = sum(len(layer.weight) for layer in mlp.first)
-        products = Products(rows, self.moments.moment.shape[0], dtype=self.dtype, device=self.device)
-        bias = torch.cat([torch.zeros_like(x.weight[:, 0]) if x.bias is None else x.bias for x in mlp.first])
+        goals = [Products(*x.weight.shape, dtype=self.dtype, device=self.device) for x in mlp.first]
         squares = torch.zeros(4, dtype=torch.float64)
         for x, y, stored in self._chunks(self.tokens, self.auxiliary):
             inputs, target = self._read(x), self._read(y)
@@ -311,7 +311,10 @@ class _Run:
             squares[2] += float((p - mlp.channels(after)).square_().sum())
             squares[3] += float((target - _apply(mlp.down, p)).square_().sum())
             stored.copy_(after)
-            products.update(after - bias, inputs)
+            for goal, wanted in zip(
+                goals, after.split([len(x.weight) for x in mlp.first], dim=1), strict=True
+            ):
+                goal.update(wanted, inputs)
         squares /= self.moments.tokens
         objective = float(sum(w * q for w, q in zip(weights, squares.tolist(), strict=True)))
         scale = (self.settings.alpha, self.settings.alpha, self.settings.gamma, 1.0)
@@ -322,7 +325,7 @@ class _Run:
             )
             if name != "gate" or mlp.gated
         }
-        return Iterate(objective, terms, self._held_out_error(mlp)), products
+        return Iterate(objective, terms, self._held_out_error(mlp)), goals
 
     def _held_out_error(self, mlp: MLP) -> float | None:
         lost = energy = 0.0
@@ -333,10 +336,47 @@ class _Run:
             energy += float(target.square().sum())
         return lost / energy if energy > 0 else None
 
-    def _fit_first(self, mlp: MLP, products: Products) -> list[Tensor]:
-        weight = torch.cat([layer.weight for layer in mlp.first])
-        fitted = self.moments.fit(weight, products.mean, self.settings.damping)
-        return list(fitted.split([len(layer.weight) for layer in mlp.first]))
+
+def prune_linear(
+    solver: Solver,
+    layer: Linear,
+    moments: Statistics,
+    goal: Products | None,
+    damping: float,
+    stored: torch.dtype,
+) -> Pruned:
+    """Prune a linear layer, fitted to its goal first if it has one.
+
+    A bias makes up for the mean of what is lost, so that the weights need only follow the inputs' deviations
+    from their mean.
+
+    Args:
+        solver: the local solver.
+        layer: to start from.
+        moments: of its inputs.
+        goal: what its outputs ought to be; None keeps them as they are.
+        damping: of the fit.
+        stored: dtype of the result.
+    """
+    if layer.pattern is None:
+        return Pruned(replace(layer, weight=rounded(layer.weight, stored)), 0.0, ())
+    if layer.bias is None:
+        weight = layer.weight if goal is None else moments.fit(layer.weight, goal.mean, damping)
+        solution = solver.solve(weight, moments, layer.pattern)
+        sparse = rounded(solution.weight, stored)
+        pruned = replace(layer, weight=sparse)
+        return Pruned(pruned, moments.error(weight, sparse.to(weight.dtype)), solution.objective)
+    centred = moments.centred()
+    if goal is None:
+        weight, mean = layer.weight, torch.addmv(layer.bias, layer.weight, moments.mean)
+    else:
+        deviations = torch.addr(goal.mean, goal.targets, moments.mean, alpha=-1)
+        weight, mean = centred.fit(layer.weight, deviations, damping), goal.targets
+    solution = solver.solve(weight, centred, layer.pattern)
+    sparse = rounded(solution.weight, stored)
+    bias = rounded(torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1), stored)
+    pruned = Linear(sparse, bias, layer.pattern)
+    return Pruned(pruned, centred.error(weight, sparse.to(weight.dtype)), solution.objective)
 
 
 def hidden_system(down: Tensor, ratio: float) -> Tensor:
@@ -419,11 +459,3 @@ def _value_and_slope(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]
 
 def _apply(layer: Linear, inputs: Tensor) -> Tensor:
     return nn.functional.linear(inputs, layer.weight, layer.bias)
-
-
-def _with(mlp: MLP, *, first: Sequence[Solution] | None = None, down: Solution | None = None) -> MLP:
-    """The MLP with other weights."""
-    if first is not None:
-        layers = tuple(replace(old, weight=new.weight) for old, new in zip(mlp.first, first, strict=True))
-        mlp = replace(mlp, first=layers)
-    return mlp if down is None else replace(mlp, down=replace(mlp.down, weight=down.weight))

@@ -34,8 +34,11 @@ class Statistics:
         self, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         self.tokens = 0
+        self.mean = torch.zeros(width, dtype=dtype, device=device)
+        """Of the inputs, (in,)."""
         self._moment = torch.zeros(width, width, dtype=dtype, device=device)
         self._mirrored = True
+        self._centred: Statistics | None = None
         self._factors: dict[float, Tensor] = {}
         self._inverses: dict[float, Tensor] = {}
 
@@ -65,6 +68,7 @@ class Statistics:
         """
         self._factors.clear()
         self._inverses.clear()
+        self._centred = None
         tokens = inputs.reshape(-1, len(self._moment)).to(self._moment.device)
         if (
             tokens.is_cuda
@@ -73,12 +77,14 @@ class Statistics:
         ):
             products = torch.mm(tokens.T, tokens, out_dtype=torch.float32)
             self.tokens += len(tokens)
+            self.mean.lerp_(tokens.mean(dim=0, dtype=torch.float32), len(tokens) / self.tokens)
             self.moment.mul_(1 - len(tokens) / self.tokens).add_(products, alpha=1 / self.tokens)
             return
         for chunk in tokens.split(CHUNK):
             chunk = chunk.to(self._moment.dtype)
             self.tokens += len(chunk)
             old, new = 1 - len(chunk) / self.tokens, 1 / self.tokens
+            self.mean.mul_(old).add_(chunk.sum(dim=0), alpha=new)
             # H is symmetric: what lies left of the diagonal is copied when it is asked for.
             for start in range(0, len(self._moment), PANEL):
                 panel = slice(start, start + PANEL)
@@ -94,6 +100,19 @@ class Statistics:
                 self._moment[panel, :start] = self._moment[:start, panel].T
             self._mirrored = True
         return self._moment
+
+    def centred(self) -> "Statistics":
+        """The statistics of X - mean: what is left to a layer's weights once its bias has done its part.
+
+        Memory: one more (in, in) matrix, which stays until the next `update`.
+        """
+        if self._centred is None:
+            centred = Statistics(len(self.mean), dtype=self._moment.dtype, device=self._moment.device)
+            centred.tokens = self.tokens
+            centred._moment = torch.addr(self.moment, self.mean, self.mean, alpha=-1)
+            centred._moment.diagonal().clamp_min_(0)  # rounding, where an input hardly varies
+            self._centred = centred
+        return self._centred
 
     @property
     def norms(self) -> Tensor:
@@ -221,15 +240,17 @@ class Products:
     ) -> None:
         self.tokens = 0
         self.mean = torch.zeros(outputs, inputs, dtype=dtype, device=device)
+        self.targets = torch.zeros(outputs, dtype=dtype, device=device)
+        """Mean of Y, (out,)."""
 
     @torch.no_grad()
     def update(self, targets: Tensor, inputs: Tensor) -> None:
         """Take more tokens into account; (tokens, out) and (tokens, in)."""
         self.tokens += len(inputs)
-        new = 1 / self.tokens
-        self.mean.addmm_(
-            targets.to(self.mean.dtype).T, inputs.to(self.mean.dtype), beta=1 - len(inputs) * new, alpha=new
-        )
+        old, new = 1 - len(inputs) / self.tokens, 1 / self.tokens
+        targets, inputs = targets.to(self.mean.dtype), inputs.to(self.mean.dtype)
+        self.mean.addmm_(targets.T, inputs, beta=old, alpha=new)
+        self.targets.mul_(old).add_(targets.sum(dim=0), alpha=new)
 
 
 def live(norms: Tensor) -> Tensor:

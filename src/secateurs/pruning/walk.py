@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from secateurs.anatomy import linear_weight
@@ -26,8 +26,8 @@ from secateurs.pruning.magnitude import Magnitude
 from secateurs.pruning.measure import Group, measure, observe
 from secateurs.pruning.methods import Method, describe_method, parse_method
 from secateurs.pruning.report import LayerReport, MLPReport, Report
-from secateurs.pruning.solver import Solution, Solver, rounded
-from secateurs.pruning.sparsellm import MLP, Linear, SparseLLM, Tokens
+from secateurs.pruning.solver import Solver, rounded
+from secateurs.pruning.sparsellm import MLP, Linear, Pruned, SparseLLM, Tokens, prune_linear
 from secateurs.pruning.statistics import Products, Statistics
 from secateurs.pruning.workfolder import WorkFolder
 
@@ -356,7 +356,7 @@ class _Walk:
                 pattern = patterns[name]
                 if pattern is not None:
                     with work.clock("solve"):
-                        reports.append(self._prune_layer(name, moments, pattern, weights, products))
+                        reports.append(self._prune_to(name, moments, products, pattern, weights))
                 advance(name, None if pattern is None else reports[-1].error)
         mlp = None
         names = self._layers(index, model.family.groups[2:])
@@ -404,8 +404,6 @@ class _Walk:
             wanted = aim.to(model.device).float()
             if model.family.adds(model.config):
                 wanted = wanted - states.to(model.device)
-            if isinstance(layer.bias, Tensor):
-                wanted = wanted - layer.bias
             moments.update(given)
             products.update(wanted.reshape(-1, outputs), given)
         return moments, products
@@ -428,7 +426,7 @@ class _Walk:
         layers = [model.model.get_submodule(name) for name in names]
         stored = weights[model.stored_name(names[-1] + ".weight")].dtype
         first = [
-            Linear(linear_weight(layer).float(), layer.bias, patterns[name])
+            Linear(linear_weight(layer).float(), _bias(layer), patterns[name])
             for name, layer in zip(names, layers, strict=True)
         ]
         mlp = MLP(
@@ -444,13 +442,11 @@ class _Walk:
                 solution = method.prune(mlp, tokens, stored=stored)
         except FloatingPointError as error:
             raise FloatingPointError(f"the MLP of '{block}': {error}") from None
-        solved = zip(names, (*solution.first, solution.down), solution.errors, strict=True)
         reports = []
-        for name, result, lost in solved:
-            pattern = patterns[name]
-            if pattern is not None:
-                self._store(name, result.weight.to(stored), weights)
-                reports.append(_report(name, pattern, result, lost, 0.0))
+        for name, pruned in zip(names, (*solution.first, solution.down), strict=True):
+            if patterns[name] is not None:
+                self._store(name, pruned.layer.weight, pruned.layer.bias, weights)
+                reports.append(_report(name, pruned, 0.0))
         share = round((time.monotonic() - start) / len(reports), 4)  # they are solved together
         reports = [replace(report, seconds=share) for report in reports]
         return reports, MLPReport(block, solution.iterates, solution.kept) if method.iterations else None
@@ -474,48 +470,70 @@ class _Walk:
         return tokens
 
     def _prune_layer(
-        self,
-        name: str,
-        moments: Statistics,
-        pattern: Pattern,
-        weights: dict[str, Tensor],
-        products: Products | None = None,
+        self, name: str, moments: Statistics, pattern: Pattern, weights: dict[str, Tensor]
     ) -> LayerReport:
-        """Prune a layer of a materialised block, fitted first if there are products to fit it by."""
+        """Prune a layer of a materialised block by the local solver alone."""
         start = time.monotonic()
-        stored = weights[self.model.stored_name(name + ".weight")].dtype
         weight = linear_weight(self.model.model.get_submodule(name)).float()
+        stored = weights[self.model.stored_name(name + ".weight")].dtype
         try:
-            if products is not None:
-                weight = moments.fit(weight, products.mean, DAMPING)
             solution = self.solver.solve(weight, moments, pattern)
             sparse = rounded(solution.weight, stored)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
-        lost = moments.error(weight, sparse.float())
-        self._store(name, sparse, weights)  # in float32 `weight` is the layer's own memory: not before this
-        return _report(name, pattern, Solution(sparse, solution.objective), lost, time.monotonic() - start)
+        pruned = Pruned(
+            Linear(sparse, None, pattern), moments.error(weight, sparse.float()), solution.objective
+        )
+        self._store(name, sparse, None, weights)  # in float32 `weight` is the layer's own memory: not before
+        return _report(name, pruned, time.monotonic() - start)
 
-    def _store(self, name: str, sparse: Tensor, weights: dict[str, Tensor]) -> None:
-        """Put a pruned weight, in the dtype of the files, where the model runs it and where it is saved."""
+    def _prune_to(
+        self,
+        name: str,
+        moments: Statistics,
+        goal: Products | None,
+        pattern: Pattern,
+        weights: dict[str, Tensor],
+    ) -> LayerReport:
+        """Prune a layer of a materialised block, fitted to its goal."""
+        start = time.monotonic()
+        layer = self.model.model.get_submodule(name)
+        linear = Linear(linear_weight(layer).float(), _bias(layer), pattern)
+        stored = weights[self.model.stored_name(name + ".weight")].dtype
+        try:
+            pruned = prune_linear(self.solver, linear, moments, goal, DAMPING, stored)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"'{name}': {error}") from None
+        self._store(name, pruned.layer.weight, pruned.layer.bias, weights)
+        return _report(name, pruned, time.monotonic() - start)
+
+    def _store(self, name: str, sparse: Tensor, bias: Tensor | None, weights: dict[str, Tensor]) -> None:
+        """Put a pruned layer, in the dtype of the files, where the model runs it and where it is saved."""
         layer = self.model.model.get_submodule(name)
         weight = linear_weight(layer)
         weight.copy_(sparse)
         weights[self.model.stored_name(name + ".weight")] = (
             sparse if weight is layer.weight else sparse.T
         ).cpu()
+        if bias is not None:
+            layer.get_parameter("bias").copy_(bias)
+            weights[self.model.stored_name(name + ".bias")] = bias.cpu()
 
 
-def _report(name: str, pattern: Pattern, solution: Solution, lost: float, seconds: float) -> LayerReport:
-    weight = solution.weight
+def _bias(layer: nn.Module) -> Tensor | None:
+    return layer.bias.float() if isinstance(layer.bias, Tensor) else None
+
+
+def _report(name: str, pruned: Pruned, seconds: float) -> LayerReport:
+    weight = pruned.layer.weight
     return LayerReport(
         name=name,
-        pattern=str(pattern),
+        pattern=str(pruned.layer.pattern),
         sparsity=int((weight == 0).sum()) / weight.numel(),
         weights=weight.numel(),
-        error=lost,
+        error=pruned.error,
         seconds=round(seconds, 4),
-        objective=list(solution.objective),
+        objective=list(pruned.objective),
     )
 
 
