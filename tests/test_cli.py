@@ -127,7 +127,7 @@ def test_the_defaults_do(place: Place) -> None:
     assert result.status == 0
     settings = json.loads((place.output / "secateurs.json").read_text())["settings"]
     assert settings["method"]["name"] == "sparsegpt"
-    assert set(settings["pattern"].values()) == {"50%"}
+    assert (settings["pattern"], settings["allocation"]) == ("50%", "uniform")
     assert settings["calibration"]["samples"] == 128
     assert settings["calibration"]["length"] == 64  # all the positions that the model has
 
@@ -135,7 +135,7 @@ def test_the_defaults_do(place: Place) -> None:
 def test_a_table_of_patterns(place: Place) -> None:
     table = place.folder / "table.json"
     table.write_text('{"*.mlp.*": "75%", "*.q_proj": 0.25}')
-    assert place.prune("--pattern", str(table), "--method", "wanda").status == 0
+    assert place.prune("--allocation", str(table), "--method", "wanda").status == 0
     for name, weight in tensors_of(place.output).items():
         expected = 0.75 if ".mlp." in name else 0.25 if "q_proj" in name else 0.0
         assert (weight == 0).double().mean().item() == pytest.approx(expected, abs=1e-9)
@@ -185,7 +185,9 @@ def test_help_teaches(place: Place, arguments: list[str], words: list[str]) -> N
         (("--pattern", "100%"), "outside (0, 1)"),
         (("--pattern", "1.5"), "outside (0, 1)"),
         (("--pattern", "2:7"), "model.layers.0.self_attn.q_proj has 48 inputs"),
-        (("--pattern", "missing.json"), "'missing.json' is missing"),
+        (("--allocation", "missing.json"), "'missing.json' is missing"),
+        (("--allocation", "owls"), "unknown allocation"),
+        (("--allocation", "owl:level=head"), "block or layer, not 'head'"),
         (("--device", "toaster"), "'toaster' is no device"),
         (("--device", "cuda:99"), "there is no device 'cuda:99'"),
         (("--length", "65"), "length 65 is more than the 64 positions"),

@@ -13,6 +13,7 @@ from secateurs.evaluation import Measurement, evaluate, evaluate_tasks, perplexi
 from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
 from secateurs.pruning.admm import ADMM
 from secateurs.pruning.magnitude import Magnitude
+from secateurs.pruning.owl import OWL
 from secateurs.pruning.report import LayerReport, Report
 from secateurs.pruning.solver import Solution, Solver
 from secateurs.pruning.sparsegpt import SparseGPT
@@ -26,6 +27,7 @@ from secateurs.version import __version__
 __all__ = [
     "ADMM",
     "NM",
+    "OWL",
     "Checkpoint",
     "LayerReport",
     "Magnitude",

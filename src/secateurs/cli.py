@@ -20,6 +20,7 @@ def prune(
     calibration: str | None = None,
     method: str = "sparsegpt",
     pattern: str = "50%",
+    allocation: str = "uniform",
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
@@ -41,8 +42,10 @@ def prune(
         calibration: Text like that which the model will see: a .txt, .jsonl or .parquet file, a folder of
             these, a dataset on the hub, or wikitext2, ptb, c4. Only magnitude does without.
         method: magnitude, wanda, sparsegpt or admm; with settings: sparsegpt:block=64,damping=0.02.
-        pattern: 70% (zeros anywhere), 2:4 (keep two of every four inputs; any n:m), or a .json file that
-            maps layer names with wildcards to patterns, such as {"*.mlp.*": "70%"}.
+        pattern: 70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m).
+        allocation: How the pattern's zeros are shared out between layers: uniform, or owl (fewer where there
+            are outliers; with settings: owl:level=layer,m=5,lambda=0.08). Or, whatever the pattern, a .json
+            file that maps layer names with wildcards to patterns, such as {"*.mlp.*": "70%"}.
         samples: Calibration sequences.
         length: Tokens in each. By default as many as the model was made for, at most 2048.
         seed: Of the calibration sample.
@@ -60,6 +63,7 @@ def prune(
         calibration=calibration,
         method=method,
         pattern=pattern,
+        allocation=allocation,
         samples=samples,
         length=length,
         seed=seed,
