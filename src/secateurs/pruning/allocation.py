@@ -10,6 +10,7 @@ from secateurs.checkpoint import read_json
 from secateurs.pattern import Pattern, parse_pattern
 from secateurs.pruning.methods import parse_named
 from secateurs.pruning.owl import OWL
+from secateurs.pruning.sensitivity import Sensitivity
 from secateurs.pruning.survey import Allocator, Patterns
 
 Choice = str | float | Pattern | None
@@ -19,7 +20,7 @@ what each layer gets, whatever the pattern: a table from names with wildcards to
 file with one, or a rule from a layer's name to its pattern. None keeps a layer dense."""
 
 UNIFORM = "uniform"
-ALLOCATORS: dict[str, type[Any]] = {"owl": OWL}
+ALLOCATORS: dict[str, type[Any]] = {"owl": OWL, "sensitivity": Sensitivity}
 
 
 def as_pattern(choice: str | float | Pattern) -> Pattern:

@@ -130,6 +130,11 @@ def choose(
     return chosen[::-1]
 
 
+def most_zeros(sparsity: float) -> float:
+    """The largest share of a layer that may fall: a tenth of what the budget would leave stays everywhere."""
+    return 1 - (1 - sparsity) / 10
+
+
 def zeros(count: int, size: int) -> Pattern | None:
     """The pattern of so many zeros in a layer of that size, as the shortest decimal share; None for none."""
     if count == 0:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateurs.pattern import NM, Pattern
-from secateurs.pruning.budget import choose, fill, kept, levels_around, zeros
+from secateurs.pruning.budget import choose, fill, kept, levels_around, most_zeros, zeros
 from secateurs.pruning.survey import Layer, Patterns, Survey
 
 LEVELS = ("block", "layer")
@@ -48,8 +48,8 @@ class OWL:
         """See `Allocator.allocate`."""
         members: list[dict[str, int]] = []  # of each block or layer: names and sizes
         outliers: list[float] = []
-        for layers in survey.blocks():
-            for unit in [layers] if self.level == "block" else [[layer] for layer in layers]:
+        for block in survey.blocks():
+            for unit in [block.layers] if self.level == "block" else [[layer] for layer in block.layers]:
                 members.append({layer.name: layer.weight.numel() for layer in unit})
                 outliers.append(outlier_share(unit, self.m))
         width = max(outliers) - min(outliers)
@@ -82,6 +82,5 @@ def _scores(layer: Layer) -> Tensor:
 
 
 def _fill(wanted: Sequence[float], sizes: Sequence[int], budget: Pattern) -> list[int]:
-    # However outliers lie, a tenth of what the budget would leave stays everywhere.
-    most = 1 - (1 - budget.sparsity) / 10
-    return fill(wanted, sizes, round(budget.sparsity * sum(sizes)), most=most)
+    total = round(budget.sparsity * sum(sizes))
+    return fill(wanted, sizes, total, most=most_zeros(budget.sparsity))

@@ -32,6 +32,17 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Block:
+    """A materialised block of the dense model."""
+
+    index: int
+    layers: list[Layer]
+    """Its linear layers, in the order of the forward pass."""
+    hidden: list[Tensor]
+    """Its input, (batch, length, hidden) for each batch; empty without text."""
+
+
+@dataclass(frozen=True)
 class Survey:
     """A dense model and its calibration text.
 
@@ -48,8 +59,8 @@ class Survey:
     advance: Callable[[str], None]
 
     @torch.no_grad()
-    def blocks(self) -> Iterator[list[Layer]]:
-        """The layers of each block, materialised until the next is asked for."""
+    def blocks(self) -> Iterator[Block]:
+        """Each block, materialised until the next is asked for. It must be left as it was."""
         model, groups = self.model, self.model.family.groups
         hidden: list[Tensor] = []
         home = model.device
@@ -69,7 +80,7 @@ class Survey:
                     for group in groups
                     for name in group
                 ]
-                yield layers
+                yield Block(index, layers, hidden)
                 for layer in layers:
                     self.advance(layer.name)
                 if index + 1 < len(model.blocks):

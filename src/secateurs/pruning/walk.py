@@ -25,6 +25,7 @@ from secateurs.pruning.magnitude import Magnitude
 from secateurs.pruning.measure import Group, measure
 from secateurs.pruning.methods import describe_method, parse_method
 from secateurs.pruning.report import LayerReport, Report
+from secateurs.pruning.sensitivity import Sensitivity
 from secateurs.pruning.solver import Solver
 from secateurs.pruning.statistics import Statistics
 from secateurs.pruning.survey import Survey, layer_shapes
@@ -66,8 +67,8 @@ def prune(
             (samples, length). Only magnitude pruning does without.
         method: a solver, or its name with settings, such as "sparsegpt" or "sparsegpt:damping=0.02".
         pattern: which weights may stay: "70%" (of zeros) or "2:4" (two of every four inputs stay).
-        allocation: how the pattern's zeros are shared out between layers: "uniform", or "owl" with settings
-            ("owl:level=layer"). Or one pattern for each layer, whatever `pattern` says, by a table, a JSON
+        allocation: how the pattern's zeros are shared out between layers: "uniform", "owl" or "sensitivity",
+            with settings if need be ("owl:level=layer"). Or one pattern for each layer, whatever `pattern` says, by a table, a JSON
             file or a rule (see `secateurs.pruning.allocation.Allocation`).
         samples: number of calibration sequences.
         length: tokens in each; by default as many as the model was made for, and at most 2048.
@@ -105,6 +106,8 @@ def prune(
     walk = _Walk(blockwise, solver, sequential)
     budget, shapes = as_pattern(pattern), layer_shapes(blockwise)
     planned = plan(allocation, budget, shapes)
+    if calibration is None and isinstance(planned, Sensitivity):
+        raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
     tokens = None if calibration is None else _tokens(calibration, blockwise, samples, length, seed, field)
     if tokens is not None:
         batch_size = batch_size or max(1, TOKENS_AT_ONCE // tokens.shape[1])
