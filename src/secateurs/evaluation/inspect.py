@@ -225,7 +225,7 @@ def inspect_layer(name: str, kind: str, weight: Tensor, dense: Tensor | None) ->
 def _rms(weight: Tensor) -> float:
     """Of the non-zero weights; 1 if there are none."""
     count = int(torch.count_nonzero(weight))
-    return float(weight.norm()) / math.sqrt(count) if count else 1.0
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / math.sqrt(count) if count else 1.0
 
 
 def _spread(zeros: Tensor, size: int) -> Spread:

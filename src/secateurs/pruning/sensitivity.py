@@ -1,14 +1,14 @@
 """An allocation by measured error: sparsity goes where it harms the residual stream least.
 
-Errors of layers relative to their own outputs cannot be compared: where half of q's output may be lost without
-notice, a tenth of down's may not. So each layer is pruned alone, at several sparsities, and what is compared
-is how far that moves the block's output, token by token:
+Errors of layers relative to their own outputs cannot be compared: where half of q's output may be lost
+without notice, a tenth of down's may not. So each layer is pruned alone, at several sparsities, and what is
+compared is how far that moves the block's output, token by token:
 
     e_l(s) = mean over tokens t of  |y_t(l pruned to s) - y_t|^2 / |y_t|^2
 
-By the energy of the stream y_t later blocks and the last norm divide, which makes blocks comparable; and token
-by token, because a few tokens have most of the energy. The errors of different layers are taken to add up, and
-their sum is made the least that the budget allows (`spend`, `choose`).
+By the energy of the stream y_t later blocks and the last norm divide, which makes blocks comparable; and
+token by token, because a few tokens have most of the energy. The errors of different layers are taken to
+add up, and their sum is made the least that the budget allows (`spend`, `choose`).
 """
 
 import math

@@ -68,8 +68,8 @@ def prune(
         method: a solver, or its name with settings, such as "sparsegpt" or "sparsegpt:damping=0.02".
         pattern: which weights may stay: "70%" (of zeros) or "2:4" (two of every four inputs stay).
         allocation: how the pattern's zeros are shared out between layers: "uniform", "owl" or "sensitivity",
-            with settings if need be ("owl:level=layer"). Or one pattern for each layer, whatever `pattern` says, by a table, a JSON
-            file or a rule (see `secateurs.pruning.allocation.Allocation`).
+            with settings if need be ("owl:level=layer"). Or one pattern for each layer, whatever `pattern`
+            says, by a table, a JSON file or a rule (see `secateurs.pruning.allocation.Allocation`).
         samples: number of calibration sequences.
         length: tokens in each; by default as many as the model was made for, and at most 2048.
         seed: of the calibration sample.
