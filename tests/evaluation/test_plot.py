@@ -47,7 +47,7 @@ def iterated(pruned: Path, folder: Path, *, blocks: int = 3) -> Path:
 
 
 def assert_pictures(files: list[Path], words: dict[str, list[str]]) -> None:
-    """PNG that Pillow reads, and SVG that parses and has the words: of text drawn as paths a comment tells."""
+    """PNG that Pillow reads, and SVG that parses and has the words, in comments beside their outlines."""
     assert sorted(file.name for file in files) == sorted(
         f"{name}.{kind}" for name in words for kind in ("png", "svg")
     )

@@ -11,7 +11,6 @@ token by token, because a few tokens have most of the energy. The errors of diff
 add up, and their sum is made the least that the budget allows (`spend`, `choose`).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from secateurs.pruning.budget import choose, kept, levels_around, most_zeros, sp
 from secateurs.pruning.survey import Patterns, Survey
 from secateurs.pruning.wanda import Wanda
 
-MEASURED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+MEASURED = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Sparsities at which errors are measured, as far as a layer may go; then the most that it may have."""
 
 STEP = 0.01
@@ -45,7 +44,7 @@ class Sensitivity:
         ValueError: tokens below 1.
     """
 
-    tokens: int = 4096
+    tokens: int = 1024
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -62,7 +61,7 @@ class Sensitivity:
         shares = [*(share for share in MEASURED if share < most), most]
         sizes, errors = self._measure(survey, [Unstructured(share) for share in shares])
         fine = [*np.arange(0, most, STEP).tolist(), most]
-        counts = [[math.floor(share * size) for share in fine] for size in sizes.values()]
+        counts = [[min(round(share * size), size - 1) for share in fine] for size in sizes.values()]
         costs = [interpolate(fine, shares, own) for own in errors]
         zeroed = spend(counts, costs, round(budget.sparsity * sum(sizes.values())))
         return {name: zeros(count, size) for (name, size), count in zip(sizes.items(), zeroed, strict=True)}
