@@ -141,6 +141,41 @@ def test_a_table_of_patterns(place: Place) -> None:
         assert (weight == 0).double().mean().item() == pytest.approx(expected, abs=1e-9)
 
 
+def test_allocations_by_name(place: Place) -> None:
+    for index, allocation in enumerate(("owl:level=layer,m=2,lambda=0.1", "sensitivity:tokens=24")):
+        output = place.folder / f"out-{index}"
+        options = (
+            "--allocation",
+            allocation,
+            "--pattern",
+            "60%",
+            "--method",
+            "wanda",
+            "--output",
+            str(output),
+        )
+        result = place.prune(*options)
+        assert result.status == 0
+        assert "survey of model.layers." in result.err
+        settings = json.loads((output / "secateurs.json").read_text())["settings"]
+        assert settings["pattern"] == "60%"
+        assert settings["allocation"]["name"] == allocation.partition(":")[0]
+
+
+def test_inspect_and_plot(place: Place) -> None:
+    assert place.prune("--pattern", "2:4").status == 0
+    result = place.run(["inspect", str(place.output), "--against", str(place.model)])
+    assert result.status == 0
+    assert "top 10% kept" in result.out
+    assert f"{place.output}: 50.00% zeros in 21 layers" in result.out.replace("\n", "")
+    result = place.run(["plot", str(place.output)])
+    assert result.status == 0
+    assert [Path(line).name for line in result.out.splitlines()] == ["layers.png", "layers.svg"]
+    result = place.run(["plot", str(place.model)])
+    assert result.status == 2
+    assert "has no secateurs.json" in result.err
+
+
 def test_repeated_it_says_the_same_and_changes_nothing(place: Place) -> None:
     first = place.prune()
     before = everything_in(place.folder)
