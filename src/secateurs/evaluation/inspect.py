@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.checkpoint import Checkpoint, resolve
-from secateurs.evaluation.plot import grid, lines_by_kind, new_figure, place, save
+from secateurs.evaluation.plot import grid, lines_by_kind, new_figure, percent, place, save
 from secateurs.runtime.convert import skeleton_of, unpacked
 from secateurs.runtime.quantizer import METHOD, SecateursConfig, module_name
 
@@ -393,7 +393,7 @@ def _draw_over_blocks(
             },
         )
         ax.set_title(title, fontsize=9)
-        ax.yaxis.set_major_formatter("{x:.0%}")
+        percent(ax)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 

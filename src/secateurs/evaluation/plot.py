@@ -68,10 +68,20 @@ def tidy(ax: "Axes") -> None:
 
 def logarithmic(ax: "Axes") -> None:
     """A logarithmic y axis that says 0.2, not 2 times a power of ten."""
+    from matplotlib.ticker import LogLocator
+
     ax.set_yscale("log")
-    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-        axis("{x:.3g}")
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.tick_params(which="minor", labelsize=7)
+
+
+def percent(ax: "Axes") -> None:
+    """A y axis of shares, with as many digits as tell its ticks apart."""
+    from matplotlib.ticker import PercentFormatter
+
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def lines_by_kind(ax: "Axes", points: dict[str, list[tuple[int, float]]]) -> None:
@@ -128,7 +138,7 @@ def _layers(report: Report) -> "Figure":
         logarithmic(left)
     lines_by_kind(right, sparsities)
     right.set_ylabel("share of zeros", fontsize=9)
-    right.yaxis.set_major_formatter("{x:.0%}")
+    percent(right)
     low, high = (pick(layer.sparsity for layer in report.layers) for pick in (min, max))
     margin = max(0.02, 0.1 * (high - low))
     right.set_ylim(max(0.0, low - margin), min(1.0, high + margin))
