@@ -4,7 +4,8 @@ The table shows the mean over the calibration seeds, and each allocation's margi
 log-perplexity (below zero is better), paired by seed: mean (least to most). A combination in the results is
 not repeated: interrupt at will, and run the same command again.
 
-    python benchmarks/allocation.py --model src/secateurs/demo/model --calibration ../data/wikitext-2/valid.txt \
+    python benchmarks/allocation.py --model src/secateurs/demo/model \
+        --calibration ../data/wikitext-2/valid.txt \
         --text ../data/books/The-Adventures-of-Sherlock-Holmes_1661.txt \
         --results benchmarks/results/allocation_llama.json
 """
