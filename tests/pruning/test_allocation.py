@@ -47,7 +47,7 @@ def test_a_table_in_a_file_is_the_table(tmp_path: Path) -> None:
     table = {"*.self_attn.*": None, "*.mlp.*": "60%", "*": 0.5}
     file = tmp_path / "table.json"
     file.write_text(json.dumps(table))
-    assert planned(str(file)) == planned(table)
+    assert planned(str(file)) == planned(file) == planned(table)
 
 
 def test_a_rule_is_asked_for_every_layer() -> None:
@@ -81,6 +81,7 @@ def test_a_rule_is_asked_for_every_layer() -> None:
         ({"*": "2:4"}, r"^model.layers.0.mlp.down_proj has 90 inputs, which is not a multiple of 4"),
         ({"*.layers.3.*": "2:4"}, r"^model.layers.3.mlp.down_proj has 90 inputs"),
         ("missing.json", "'missing.json' is missing"),
+        (0.7, "0.7 is no allocation"),
         ("70%", "unknown allocation .*uniform.* '70%'"),
         ("owl:depth=3", "'owl' has no setting 'depth'; it has: level, m, lambda$"),
     ],

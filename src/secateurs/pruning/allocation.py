@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from secateurs.checkpoint import read_json
 from secateurs.pattern import Pattern, parse_pattern
@@ -14,12 +14,12 @@ from secateurs.pruning.sensitivity import Sensitivity
 from secateurs.pruning.survey import Allocator, Patterns
 
 Choice = str | float | Pattern | None
-Allocation = str | Allocator | Mapping[str, Choice] | Callable[[str], Choice]
+Allocation = str | Path | Allocator | Mapping[str, Choice] | Callable[[str], Choice]
 """How a pattern's zeros are shared out: "uniform", or an allocator or its name with settings ("owl:m=3"). Or
 what each layer gets, whatever the pattern: a table from names with wildcards to patterns, the path of a JSON
 file with one, or a rule from a layer's name to its pattern. None keeps a layer dense."""
 
-UNIFORM = "uniform"
+UNIFORM: Literal["uniform"] = "uniform"
 ALLOCATORS: dict[str, type[Any]] = {"owl": OWL, "sensitivity": Sensitivity}
 
 
@@ -43,23 +43,34 @@ def plan(
         ValueError: an unknown allocation, a pattern that cannot be read or does not divide a layer's width,
             or an entry of a table that matches no layer.
     """
-    if isinstance(allocation, str) and allocation.endswith(".json"):
-        allocation = read_json(Path(allocation))
-    if isinstance(allocation, str) and allocation.strip().lower() != UNIFORM:
-        allocation = parse_allocation(allocation)
+    if isinstance(allocation, str | Path):
+        allocation = _read(str(allocation).strip())
     if isinstance(allocation, Mapping):
         rule = _table(allocation, list(shapes))
-        patterns = {name: _parse(rule(name)) for name in shapes}
     elif callable(allocation):
-        patterns = {name: _parse(allocation(name)) for name in shapes}
+        rule = allocation
+    elif allocation != UNIFORM and not hasattr(allocation, "allocate"):
+        raise ValueError(f"{allocation!r} is no allocation: give a name, a table, a rule or a .json file")
     else:
-        patterns = dict.fromkeys(shapes, budget)
+
+        def rule(name: str) -> Choice:
+            return budget
+
+    patterns = {name: _parse(rule(name)) for name in shapes}
     for name, pattern in patterns.items():
         if pattern is not None:
             pattern.check_width(name, shapes[name][1])
     if not any(patterns.values()):
         raise ValueError("the allocation leaves every layer dense: there is nothing to prune")
-    return patterns if isinstance(allocation, str | Mapping) or callable(allocation) else allocation
+    if allocation == UNIFORM or isinstance(allocation, Mapping) or callable(allocation):
+        return patterns
+    return allocation
+
+
+def _read(text: str) -> Allocator | Mapping[str, Choice] | Literal["uniform"]:
+    if text.endswith(".json"):
+        return read_json(Path(text))
+    return UNIFORM if text.lower() == UNIFORM else parse_allocation(text)
 
 
 def parse_allocation(text: str) -> Allocator:
