@@ -127,7 +127,7 @@ def test_the_defaults_do(place: Place) -> None:
     assert result.status == 0
     settings = json.loads((place.output / "secateurs.json").read_text())["settings"]
     assert settings["method"]["name"] == "sparsegpt"
-    assert set(settings["pattern"].values()) == {"50%"}
+    assert (settings["pattern"], settings["allocation"]) == ("50%", "uniform")
     assert settings["calibration"]["samples"] == 128
     assert settings["calibration"]["length"] == 64  # all the positions that the model has
 
@@ -135,10 +135,45 @@ def test_the_defaults_do(place: Place) -> None:
 def test_a_table_of_patterns(place: Place) -> None:
     table = place.folder / "table.json"
     table.write_text('{"*.mlp.*": "75%", "*.q_proj": 0.25}')
-    assert place.prune("--pattern", str(table), "--method", "wanda").status == 0
+    assert place.prune("--allocation", str(table), "--method", "wanda").status == 0
     for name, weight in tensors_of(place.output).items():
         expected = 0.75 if ".mlp." in name else 0.25 if "q_proj" in name else 0.0
         assert (weight == 0).double().mean().item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_allocations_by_name(place: Place) -> None:
+    for index, allocation in enumerate(("owl:level=layer,m=2,lambda=0.1", "sensitivity:tokens=24")):
+        output = place.folder / f"out-{index}"
+        options = (
+            "--allocation",
+            allocation,
+            "--pattern",
+            "60%",
+            "--method",
+            "wanda",
+            "--output",
+            str(output),
+        )
+        result = place.prune(*options)
+        assert result.status == 0
+        assert "survey of model.layers." in result.err
+        settings = json.loads((output / "secateurs.json").read_text())["settings"]
+        assert settings["pattern"] == "60%"
+        assert settings["allocation"]["name"] == allocation.partition(":")[0]
+
+
+def test_inspect_and_plot(place: Place) -> None:
+    assert place.prune("--pattern", "2:4").status == 0
+    result = place.run(["inspect", str(place.output), "--against", str(place.model)])
+    assert result.status == 0
+    assert "top 10% kept" in result.out
+    assert f"{place.output}: 50.00% zeros in 21 layers" in result.out.replace("\n", "")
+    result = place.run(["plot", str(place.output)])
+    assert result.status == 0
+    assert [Path(line).name for line in result.out.splitlines()] == ["layers.png", "layers.svg"]
+    result = place.run(["plot", str(place.model)])
+    assert result.status == 2
+    assert "has no secateurs.json" in result.err
 
 
 def test_repeated_it_says_the_same_and_changes_nothing(place: Place) -> None:
@@ -185,7 +220,9 @@ def test_help_teaches(place: Place, arguments: list[str], words: list[str]) -> N
         (("--pattern", "100%"), "outside (0, 1)"),
         (("--pattern", "1.5"), "outside (0, 1)"),
         (("--pattern", "2:7"), "model.layers.0.self_attn.q_proj has 48 inputs"),
-        (("--pattern", "missing.json"), "'missing.json' is missing"),
+        (("--allocation", "missing.json"), "'missing.json' is missing"),
+        (("--allocation", "owls"), "unknown allocation"),
+        (("--allocation", "owl:level=head"), "block or layer, not 'head'"),
         (("--device", "toaster"), "'toaster' is no device"),
         (("--device", "cuda:99"), "there is no device 'cuda:99'"),
         (("--length", "65"), "length 65 is more than the 64 positions"),

@@ -9,11 +9,22 @@ for measurement in secateurs.evaluate("my-llama-70", text=["novel.txt"]):
 
 from secateurs.anatomy import UnsupportedArchitectureError, family_of
 from secateurs.checkpoint import Checkpoint
-from secateurs.evaluation import Measurement, evaluate, evaluate_tasks, perplexity
+from secateurs.evaluation import (
+    Inspection,
+    LayerInspection,
+    Measurement,
+    evaluate,
+    evaluate_tasks,
+    inspect,
+    perplexity,
+    plot,
+)
 from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
 from secateurs.pruning.admm import ADMM
 from secateurs.pruning.magnitude import Magnitude
+from secateurs.pruning.owl import OWL
 from secateurs.pruning.report import LayerReport, Report
+from secateurs.pruning.sensitivity import Sensitivity
 from secateurs.pruning.solver import Solution, Solver
 from secateurs.pruning.sparsegpt import SparseGPT
 from secateurs.pruning.sparsellm import SparseLLM
@@ -27,12 +38,16 @@ from secateurs.version import __version__
 __all__ = [
     "ADMM",
     "NM",
+    "OWL",
     "Checkpoint",
+    "Inspection",
+    "LayerInspection",
     "LayerReport",
     "Magnitude",
     "Measurement",
     "Pattern",
     "Report",
+    "Sensitivity",
     "Solution",
     "Solver",
     "SparseGPT",
@@ -49,7 +64,9 @@ __all__ = [
     "evaluate_tasks",
     "evaluation_tokens",
     "family_of",
+    "inspect",
     "parse_pattern",
     "perplexity",
+    "plot",
     "prune",
 ]

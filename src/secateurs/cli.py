@@ -20,6 +20,7 @@ def prune(
     calibration: str | None = None,
     method: str = "sparsegpt",
     pattern: str = "50%",
+    allocation: str = "uniform",
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
@@ -41,8 +42,11 @@ def prune(
         calibration: Text like that which the model will see: a .txt, .jsonl or .parquet file, a folder of
             these, a dataset on the hub, or wikitext2, ptb, c4. Only magnitude does without.
         method: magnitude, wanda, sparsegpt or admm; with settings: sparsegpt:block=64,damping=0.02.
-        pattern: 70% (zeros anywhere), 2:4 (keep two of every four inputs; any n:m), or a .json file that
-            maps layer names with wildcards to patterns, such as {"*.mlp.*": "70%"}.
+        pattern: 70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m).
+        allocation: How the pattern's zeros are shared out between layers: uniform; sensitivity (most where
+            that moves a block's output least); owl (fewer where there are outliers; with settings:
+            owl:level=layer,m=5,lambda=0.08). Or, whatever the pattern, a .json file that maps layer names
+            with wildcards to patterns, such as {"*.mlp.*": "70%"}.
         samples: Calibration sequences.
         length: Tokens in each. By default as many as the model was made for, at most 2048.
         seed: Of the calibration sample.
@@ -60,6 +64,7 @@ def prune(
         calibration=calibration,
         method=method,
         pattern=pattern,
+        allocation=allocation,
         samples=samples,
         length=length,
         seed=seed,
@@ -119,6 +124,38 @@ def evaluate(
         limit=limit,
     ):
         print(row, flush=True)
+
+
+def inspect(model: Model, *, against: str | None = None, output: Path | None = None) -> None:
+    """Show where a model's weights went: zeros, structure and what was kept, layer by layer.
+
+    Any model folder will do, whoever pruned it.
+
+    Example: secateurs inspect my-llama-70 --against my-llama --output pictures
+
+    Args:
+        model: A Hugging Face model folder, compressed or not, or a name on the hub. It is only read.
+        against: The dense model that it was made from: what was kept of its largest weights, and how the
+            distribution changed.
+        output: A folder for pictures, PNG and SVG. Without it there is only the table.
+    """
+    from secateurs.evaluation.inspect import inspect as run
+    from secateurs.evaluation.inspect import print_tables
+
+    print_tables(run(model, against=against, output=output))
+
+
+def plot(folder: Annotated[Path, tyro.conf.Positional], *, output: Path | None = None) -> None:
+    """Draw what the record of a pruned model holds: error and sparsity per layer, convergence per block.
+
+    Args:
+        folder: A folder that `secateurs prune` made.
+        output: A folder for the pictures, PNG and SVG. By default `plots` inside the model's.
+    """
+    from secateurs.evaluation.plot import plot as run
+
+    for file in run(folder, output):
+        print(file)
 
 
 def demo(*, pattern: str = "70%", device: str | None = "cpu") -> None:
@@ -230,6 +267,8 @@ def main() -> None:
     commands: dict[str, Callable[..., Any]] = {
         "prune": prune,
         "eval": evaluate,
+        "inspect": inspect,
+        "plot": plot,
         "compress": compress,
         "decompress": decompress,
         "generate": generate,

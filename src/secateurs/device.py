@@ -14,3 +14,12 @@ def resolve_device(device: str | None) -> torch.device:
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no device '{device}' ({torch.cuda.device_count()} GPUs here): use cpu")
     return where
+
+
+def home_of(hidden: list[torch.Tensor], device: torch.device) -> torch.device:
+    """Where activations live between blocks: on the GPU if they leave most of it free."""
+    if device.type != "cuda":
+        return device
+    size = sum(states.nbytes for states in hidden)
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if size < 0.3 * (free + size) else torch.device("cpu")

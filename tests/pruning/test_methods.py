@@ -36,7 +36,7 @@ def test_settings_have_the_type_of_the_field() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gptq", r"unknown method 'gptq'; there are magnitude, wanda, sparsegpt, admm$"),
+        ("gptq", r"unknown method 'gptq'; there are magnitude, wanda, sparsegpt, admm, sparsellm$"),
         ("", "unknown method ''"),
         ("sparsegpt:blok=64", r"'sparsegpt' has no setting 'blok'; it has: block, damping$"),
         ("wanda:block=64", r"'wanda' has no setting 'block'; it has: none$"),

@@ -329,7 +329,7 @@ def test_the_record(name: str, tmp_path: Path) -> None:
     )
     record = json.loads((tmp_path / "out" / "secateurs.json").read_text())
     assert record["settings"]["method"] == {"name": "admm", "iterations": 6, "polish": 3, "ridge": 0.01}
-    assert set(record["settings"]["pattern"].values()) == {"70%"}
+    assert (record["settings"]["pattern"], record["settings"]["allocation"]) == ("70%", "uniform")
     assert record["settings"]["sequential"] == "block"
     assert record["settings"]["device"] == "cpu"
     calibration = record["settings"]["calibration"]
@@ -370,7 +370,7 @@ def test_the_record(name: str, tmp_path: Path) -> None:
 def test_every_layer_gets_the_pattern_of_its_own(tmp_path: Path) -> None:
     source = save(tmp_path / "source", "llama")
     table = {"*.layers.1.*": None, "*.q_proj": "2:4", "*.k_proj": "30%", "*.mlp.*": "5:8"}
-    report = prune(source, output=tmp_path / "out", calibration=tokens(), method="wanda", pattern=table)
+    report = prune(source, output=tmp_path / "out", calibration=tokens(), method="wanda", allocation=table)
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     expected = {"q_proj": "2:4", "k_proj": "30%", "gate_proj": "5:8", "up_proj": "5:8", "down_proj": "5:8"}
     pruned = {

@@ -1,8 +1,20 @@
-"""What a model is worth: perplexity on text, accuracy on zero-shot tasks."""
+"""What a model is worth: perplexity on text, accuracy on zero-shot tasks. And what became of its weights."""
 
+from secateurs.evaluation.inspect import Inspection, LayerInspection, inspect
 from secateurs.evaluation.measure import Measurement, evaluate
 from secateurs.evaluation.perplexity import perplexity
+from secateurs.evaluation.plot import plot
 from secateurs.evaluation.tasks import evaluate_tasks
 from secateurs.runtime.load import load_model
 
-__all__ = ["Measurement", "evaluate", "evaluate_tasks", "load_model", "perplexity"]
+__all__ = [
+    "Inspection",
+    "LayerInspection",
+    "Measurement",
+    "evaluate",
+    "evaluate_tasks",
+    "inspect",
+    "load_model",
+    "perplexity",
+    "plot",
+]

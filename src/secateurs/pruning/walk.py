@@ -19,16 +19,18 @@ from transformers.activations import ACT2FN
 from secateurs.anatomy import linear_weight
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint, resolve
-from secateurs.device import resolve_device
+from secateurs.device import home_of, resolve_device
 from secateurs.pattern import Pattern
-from secateurs.pruning.allocation import Allocation, allocate
+from secateurs.pruning.allocation import Allocation, as_pattern, describe_allocation, plan
 from secateurs.pruning.magnitude import Magnitude
 from secateurs.pruning.measure import Group, measure, observe
 from secateurs.pruning.methods import Method, describe_method, parse_method
 from secateurs.pruning.report import LayerReport, MLPReport, Report
+from secateurs.pruning.sensitivity import Sensitivity
 from secateurs.pruning.solver import Solver, rounded
 from secateurs.pruning.sparsellm import MLP, Linear, Pruned, SparseLLM, Tokens, prune_linear
 from secateurs.pruning.statistics import Products, Statistics
+from secateurs.pruning.survey import Survey, layer_shapes
 from secateurs.pruning.workfolder import WorkFolder
 
 Sequential = Literal["block", "sublayer", "linear"]
@@ -48,7 +50,8 @@ def prune(
     output: str | Path,
     calibration: str | Path | Tensor | None = None,
     method: str | Method = "sparsellm",
-    pattern: Allocation = "50%",
+    pattern: str | float | Pattern = "50%",
+    allocation: Allocation = "uniform",
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
@@ -71,8 +74,10 @@ def prune(
             (samples, length). Only magnitude pruning does without.
         method: SparseLLM or a local solver, or its name with settings, such as "sparsellm:solver=admm" or
             "sparsegpt:damping=0.02".
-        pattern: which weights may stay: "70%" (of zeros), "2:4" (two of every four inputs stay), or a
-            pattern per layer (see `secateurs.pruning.allocation.Allocation`).
+        pattern: which weights may stay: "70%" (of zeros) or "2:4" (two of every four inputs stay).
+        allocation: how the pattern's zeros are shared out between layers: "uniform", "owl" or "sensitivity",
+            with settings if need be ("owl:level=layer"). Or one pattern for each layer, whatever `pattern`
+            says, by a table, a JSON file or a rule (see `secateurs.pruning.allocation.Allocation`).
         samples: number of calibration sequences.
         length: tokens in each; by default as many as the model was made for, and at most 2048.
         seed: of the calibration sample.
@@ -123,14 +128,18 @@ def prune(
         raise ValueError(f"'{output}' is the model's own folder: give another output folder")
     blockwise = BlockwiseModel(checkpoint, where)
     walk = _Walk(blockwise, solver, target, sequential)
-    patterns = allocate(pattern, walk.widths)
+    budget, shapes = as_pattern(pattern), layer_shapes(blockwise)
+    planned = plan(allocation, budget, shapes)
+    if calibration is None and isinstance(planned, Sensitivity):
+        raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
     tokens = None if calibration is None else _tokens(calibration, blockwise, samples, length, seed, field)
     if tokens is not None:
         batch_size = batch_size or max(1, TOKENS_AT_ONCE // tokens.shape[1])
     settings = {
         "model": str(model),
         "method": describe_method(solver),
-        "pattern": {name: str(chosen) for name, chosen in patterns.items() if chosen is not None},
+        "pattern": str(budget),
+        "allocation": describe_allocation(planned, budget),
         "calibration": None
         if tokens is None
         else {
@@ -152,6 +161,14 @@ def prune(
         return Report.read(work.output)
     with work.clock("write"):
         work.write_outside()
+    if isinstance(planned, dict):
+        patterns = planned
+    else:
+        with _progress_bar(len(shapes), shown=progress) as advance:
+            survey = Survey(
+                blockwise, tokens, batch_size or 1, lambda name: advance(f"survey of {name}", None)
+            )
+            patterns = work.allocation(lambda: planned.allocate(survey, budget))
     with _progress_bar(len(patterns), shown=progress) as advance:
         in_blocks = walk.run(patterns, tokens, batch_size or 1, work, advance)
     return work.finish(time.monotonic() - start - in_blocks)
@@ -238,17 +255,6 @@ class _Walk:
             "linear": tuple((group,) for group in groups),
         }[self.sequential]
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """Every layer's name and number of inputs, in the order of the walk."""
-        family = self.model.family
-        return {
-            f"{family.blocks}.{index}.{name}": linear_weight(block.get_submodule(name)).shape[1]
-            for index, block in enumerate(self.model.blocks)
-            for group in family.groups
-            for name in group
-        }
-
     def run(
         self,
         patterns: dict[str, Pattern | None],
@@ -264,7 +270,7 @@ class _Walk:
         if tokens is not None:
             with work.clock("run"):
                 hidden = model.embed(tokens, batch_size=batch_size)
-                home = _home(hidden, model.device)
+                home = home_of(hidden, model.device)
                 hidden = [states.to(home) for states in hidden]
         streams = _Streams(hidden, list(hidden) if self.target == "dense" else None)
         spent = 0.0
@@ -535,15 +541,6 @@ def _report(name: str, pruned: Pruned, seconds: float) -> LayerReport:
         seconds=round(seconds, 4),
         objective=list(pruned.objective),
     )
-
-
-def _home(hidden: list[Tensor], device: torch.device) -> torch.device:
-    """Where the activations live between blocks: on the GPU if they leave most of it free."""
-    if device.type != "cuda":
-        return device
-    size = sum(states.nbytes for states in hidden)
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if size < 0.3 * (free + size) else torch.device("cpu")
 
 
 @contextmanager

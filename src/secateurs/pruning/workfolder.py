@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateurs.checkpoint import INDEX, Checkpoint, copy_file, read_json, write_json, write_tensors
+from secateurs.pattern import parse_pattern
 from secateurs.pruning.report import RECORD, LayerReport, MLPReport, Report
+from secateurs.pruning.survey import Patterns
 from secateurs.version import __version__
 
 MARGIN_BYTES = 16 * 2**20  # for the reports
@@ -122,6 +124,13 @@ class WorkFolder:
         shard = self.model / self.shards[0]
         if not shard.exists():
             write_tensors(shard, self.checkpoint.load(self.parts[0]))
+
+    def allocation(self, survey: Callable[[], Patterns]) -> Patterns:
+        """Each layer's pattern by a survey, which is made once: a run that goes on remembers it."""
+        memory = self.progress / "allocation.json"
+        if not memory.exists():
+            write_json(memory, {name: pattern and str(pattern) for name, pattern in survey().items()})
+        return {name: text and parse_pattern(text) for name, text in read_json(memory).items()}
 
     def block(self, index: int) -> dict[str, Tensor] | None:
         """A finished block's tensors by their names in the files, or None."""

@@ -47,7 +47,7 @@ def compress(model: str | Path, output: Path) -> Compression:
     checkpoint = Checkpoint(resolve(model))
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"'{checkpoint.folder}' is compressed or quantised already")
-    skeleton = _skeleton(checkpoint)
+    skeleton = skeleton_of(checkpoint)
     shapes = linear_shapes(skeleton)
     layers: dict[str, Any] = {}
 
@@ -90,7 +90,7 @@ def decompress(model: str | Path, output: Path) -> None:
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
         raise ValueError(f"'{checkpoint.folder}' is not compressed")
     layouts = SecateursConfig.from_dict(settings).layers
-    skeleton = _skeleton(checkpoint)
+    skeleton = skeleton_of(checkpoint)
 
     def dense(key: str, packed: torch.Tensor) -> torch.Tensor:
         name = (
@@ -98,8 +98,7 @@ def decompress(model: str | Path, output: Path) -> None:
         )
         if name is None:
             return packed
-        offsets = row_offsets(name, packed, layouts[name])
-        matrix = expand(packed, offsets, layouts[name], 0, layouts[name].rows)
+        matrix = unpacked(name, packed, layouts[name])
         return matrix.T if _is_transposed(skeleton, name) else matrix
 
     _rewrite(
@@ -110,8 +109,13 @@ def decompress(model: str | Path, output: Path) -> None:
     )
 
 
-def _skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model without weights."""
+def unpacked(name: str, packed: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The dense weight (rows, columns) of a packed one; ValueError if it is not what its layout says."""
+    return expand(packed, row_offsets(name, packed, layout), layout, 0, layout.rows)
+
+
+def skeleton_of(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model without weights; ValueError if transformers cannot tell it from the configuration."""
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         if hasattr(config, "quantization_config"):

@@ -1,0 +1,420 @@
+"""Where the weights went: what a pruned model's layers have lost, kept, and become.
+
+Works on the files alone, one layer in memory at a time, so on any model folder, whoever pruned it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from secateurs.anatomy import family_of, linear_weight
+from secateurs.checkpoint import Checkpoint, resolve
+from secateurs.evaluation.plot import grid, lines_by_kind, new_figure, percent, place, save
+from secateurs.runtime.convert import skeleton_of, unpacked
+from secateurs.runtime.quantizer import METHOD, SecateursConfig, module_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+LARGEST = (0.01, 0.1)
+"""Shares of the dense model's largest weights that are followed."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+MEDIAN = QUANTILES.index(0.5)
+
+BINS, REACH = 100, 5.0
+"""Of the histograms: from -REACH to REACH times the layer's root mean square; the last bins hold the rest."""
+
+GROUPS = (2, 4, 8, 16)
+"""Sizes of groups of inputs in which an n:m pattern is looked for."""
+
+CHUNK = 2**22
+"""Weights sorted into bins at a time."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The non-zero weights of a layer."""
+
+    quantiles: tuple[float, ...]
+    """Of |w|, at QUANTILES."""
+    histogram: tuple[int, ...]
+    """Of w over the root mean square of the dense layer (without one, of the non-zero weights); see BINS."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Sparsity of the rows or columns of a layer."""
+
+    least: float
+    mean: float
+    most: float
+    dead: int
+    """How many hold nothing but zeros."""
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One linear layer."""
+
+    name: str
+    block: int
+    kind: str
+    """Its role: q, k, v, o, gate, up or down; of a fused layer, its name."""
+    shape: tuple[int, int]
+    """(out, in)."""
+    sparsity: float
+    """Share of weights that are zero."""
+    rows: Spread
+    """Over outputs."""
+    columns: Spread
+    """Over inputs."""
+    pattern: str | None
+    """The tightest n:m that every m inputs obey and that makes four fifths of the zeros, or None."""
+    after: Distribution
+    before: Distribution | None
+    """In the dense model, if there is one to compare with."""
+    largest_kept: tuple[float, ...] | None
+    """How many of the dense layer's largest weights by magnitude are not zero, for each of LARGEST."""
+
+    @property
+    def weights(self) -> int:
+        """How many there are, zeros included."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's linear layers, in the order of the forward pass."""
+
+    model: str
+    layers: list[LayerInspection]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in all layers together."""
+        return sum(x.sparsity * x.weights for x in self.layers) / sum(x.weights for x in self.layers)
+
+    @property
+    def kinds(self) -> dict[str, list[LayerInspection]]:
+        """The layers by kind."""
+        kinds: dict[str, list[LayerInspection]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.kind, []).append(layer)
+        return kinds
+
+
+def inspect(
+    model: str | Path, *, against: str | Path | None = None, output: str | Path | None = None
+) -> Inspection:
+    """Look at every linear layer of a model's blocks.
+
+    Args:
+        model: a model folder, dense or compressed, or a name on the hub; pruned by whatever means.
+        against: the dense model that it was made from, for what was kept of its largest weights.
+        output: a folder for pictures, as PNG and SVG; without it there are none.
+
+    Raises:
+        ValueError: a folder is broken, of no supported family, quantised, or the two models differ in shape.
+    """
+    pruned, dense = _Weights(model), None if against is None else _Weights(against)
+    for name, shape in pruned.shapes.items():
+        if dense is not None and dense.shapes.get(name) != shape:
+            raise ValueError(
+                f"'{name}' is {shape} in '{model}' and {dense.shapes.get(name)} in '{against}': compare with "
+                "the model that it was pruned from"
+            )
+    inspection = Inspection(
+        str(model),
+        [
+            inspect_layer(name, kind, pruned.read(name), None if dense is None else dense.read(name))
+            for name, kind in pruned.kinds.items()
+        ],
+    )
+    if output is not None:
+        draw(inspection, Path(output))
+    return inspection
+
+
+class _Weights:
+    """The linear layers of a model folder's blocks, read from its files one at a time."""
+
+    def __init__(self, model: str | Path) -> None:
+        self._checkpoint = checkpoint = Checkpoint(resolve(model))
+        settings = checkpoint.config.get("quantization_config")
+        if settings and (not isinstance(settings, dict) or settings.get("quant_method") != METHOD):
+            raise ValueError(f"'{model}' holds quantised weights: inspect the model before quantising")
+        layouts = SecateursConfig.from_dict(settings).layers if settings else {}
+        skeleton = skeleton_of(checkpoint)
+        family = family_of(skeleton.config)
+        self.kinds = {
+            f"{family.blocks}.{index}.{layer.name}": layer.roles[0]
+            if len(layer.roles) == 1
+            else layer.name.rpartition(".")[2]
+            for index in range(len(skeleton.get_submodule(family.blocks)))  # type: ignore[arg-type]
+            for group in family.attention + family.mlp
+            for layer in group
+        }
+        self._transposed = {name: isinstance(skeleton.get_submodule(name), Conv1D) for name in self.kinds}
+        self._layouts = {module_name(key, self.kinds, skeleton): layout for key, layout in layouts.items()}
+        self._keys = {
+            module_name(key.removesuffix(".weight"), self.kinds, skeleton): key
+            for key in checkpoint.file_of
+            if key.endswith(".weight")
+        }
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name in self.kinds:
+            if name not in self._keys:
+                raise ValueError(f"'{checkpoint.folder}' holds no tensor '{name}.weight'")
+            wanted = tuple(linear_weight(skeleton.get_submodule(name)).shape)
+            stored = checkpoint.shapes[self._keys[name]]
+            layout = self._layouts.get(name)
+            found = (
+                (layout.rows, layout.columns) if layout else stored[:: -1 if self._transposed[name] else 1]
+            )
+            if found != wanted:
+                raise ValueError(
+                    f"'{self._keys[name]}' in '{checkpoint.folder}' is {found}: config.json asks for {wanted}"
+                )
+            self.shapes[name] = found
+
+    def read(self, name: str) -> Tensor:
+        """A layer's weight, (out, in), float32."""
+        weight = self._checkpoint.load([self._keys[name]])[self._keys[name]]
+        if name in self._layouts:
+            weight = unpacked(name, weight, self._layouts[name])
+        elif self._transposed[name]:
+            weight = weight.T
+        return weight.float()
+
+
+def inspect_layer(name: str, kind: str, weight: Tensor, dense: Tensor | None) -> LayerInspection:
+    """Look at one layer.
+
+    Args:
+        name: within the model, its block's number included.
+        kind: see `LayerInspection`.
+        weight: (out, in), float32.
+        dense: the same before pruning, or None.
+    """
+    zero = weight == 0
+    unit = _rms(weight if dense is None else dense)
+    return LayerInspection(
+        name=name,
+        block=place(name)[0],
+        kind=kind,
+        shape=(weight.shape[0], weight.shape[1]),
+        sparsity=int(zero.sum()) / zero.numel(),
+        rows=_spread(zero.sum(dim=1), zero.shape[1]),
+        columns=_spread(zero.sum(dim=0), zero.shape[0]),
+        pattern=_pattern(zero),
+        after=_distribution(weight, unit),
+        before=None if dense is None else _distribution(dense, unit),
+        largest_kept=None if dense is None else tuple(_kept(zero, dense.abs(), share) for share in LARGEST),
+    )
+
+
+def _rms(weight: Tensor) -> float:
+    """Of the non-zero weights; 1 if there are none."""
+    count = int(torch.count_nonzero(weight))
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / math.sqrt(count) if count else 1.0
+
+
+def _spread(zeros: Tensor, size: int) -> Spread:
+    """Of the numbers of zeros in rows or columns of a size."""
+    shares = zeros.double() / size
+    return Spread(float(shares.min()), float(shares.mean()), float(shares.max()), int((zeros == size).sum()))
+
+
+def _pattern(zero: Tensor) -> str | None:
+    found = []
+    for m in GROUPS:
+        if zero.shape[1] % m == 0:
+            n = m - int(zero.unflatten(1, (-1, m)).sum(dim=-1).min())
+            if 0 < n < m and 1 - n / m >= 0.8 * float(zero.double().mean()):
+                found.append((n / m, m, f"{n}:{m}"))
+    return min(found)[2] if found else None
+
+
+def _distribution(weight: Tensor, unit: float) -> Distribution:
+    values = weight[weight != 0]
+    if not len(values):
+        return Distribution((0.0,) * len(QUANTILES), (0,) * BINS)
+    size = values.abs().numpy()
+    places = [round(quantile * (len(size) - 1)) for quantile in QUANTILES]
+    quantiles = np.partition(size, places)[places]
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    for chunk in values.split(CHUNK):
+        bins = ((chunk / unit + REACH) * (BINS / (2 * REACH))).floor_().clamp_(0, BINS - 1)
+        counts += torch.bincount(bins.long(), minlength=BINS)
+    return Distribution(tuple(map(float, quantiles)), tuple(counts.tolist()))
+
+
+def _kept(zero: Tensor, size: Tensor, share: float) -> float:
+    """How many of the largest dense weights, and of what equals the last of these, are not zero."""
+    count = max(1, round(share * size.numel()))
+    threshold = np.partition(size.flatten().numpy(), -count)[-count]
+    largest = size >= float(threshold)
+    return 1 - int((zero & largest).sum()) / int(largest.sum())
+
+
+def print_tables(inspection: Inspection) -> None:
+    """A table of all layers, and one of their kinds, on standard output."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file is no reason to cut columns
+    console.print(_table("layer", {layer.name: [layer] for layer in inspection.layers}))
+    console.print(_table("kind", inspection.kinds))
+    console.print(f"{inspection.model}: {inspection.sparsity:.2%} zeros in {len(inspection.layers)} layers")
+
+
+def _table(what: str, groups: dict[str, list[LayerInspection]]) -> "Table":
+    """One line for each group of layers: means over weights, the least and most, and sums of what is dead."""
+    from rich.table import Table
+
+    table = Table(caption="rows, columns: least and most zeros in one, and how many hold nothing else")
+    table.add_column(what)
+    columns = ["zeros", "n:m", "rows", "dead", "columns", "dead", "median |w|"]
+    compared = any(layer.before for layers in groups.values() for layer in layers)
+    if compared:
+        columns += ["before", *(f"top {share:.0%} kept" for share in LARGEST)]
+    for column in columns:
+        table.add_column(column, justify="right")
+
+    for name, layers in groups.items():
+        patterns = {layer.pattern for layer in layers}
+        cells = [
+            f"{_mean(layers, [layer.sparsity for layer in layers]):.1%}",
+            (patterns.pop() or "") if len(patterns) == 1 else "",
+        ]
+        for spreads in ([layer.rows for layer in layers], [layer.columns for layer in layers]):
+            least, most = min(spread.least for spread in spreads), max(spread.most for spread in spreads)
+            cells += [f"{least:.0%} to {most:.0%}", str(sum(spread.dead for spread in spreads))]
+        cells.append(f"{_mean(layers, [layer.after.quantiles[MEDIAN] for layer in layers]):.2g}")
+        if compared:
+            before = [layer.before.quantiles[MEDIAN] if layer.before else math.nan for layer in layers]
+            cells.append(f"{_mean(layers, before):.2g}")
+            for index in range(len(LARGEST)):
+                kept = [layer.largest_kept[index] if layer.largest_kept else math.nan for layer in layers]
+                cells.append(f"{_mean(layers, kept):.1%}")
+        table.add_row(name, *cells)
+    return table
+
+
+def _mean(layers: list[LayerInspection], values: list[float]) -> float:
+    """Of the layers' values, weighted by their sizes."""
+    return float(np.average(values, weights=[layer.weights for layer in layers]))
+
+
+def draw(inspection: Inspection, folder: Path) -> list[Path]:
+    """Pictures of an inspection, each as PNG and SVG, in a folder that is made if need be.
+
+    Returns:
+        The files: `sparsity`, `structure`, `distribution` and, where there is a dense model, `largest`.
+    """
+    files = save(_draw_sparsity(inspection), folder, "sparsity")
+    files += save(_draw_structure(inspection), folder, "structure")
+    files += save(_draw_distribution(inspection), folder, "distribution")
+    if all(layer.largest_kept for layer in inspection.layers):
+        files += save(_draw_largest(inspection), folder, "largest")
+    return files
+
+
+def _draw_sparsity(inspection: Inspection) -> "Figure":
+    """A map of blocks and kinds."""
+    kinds, blocks = inspection.kinds, 1 + max(layer.block for layer in inspection.layers)
+    shares = np.full((blocks, len(kinds)), np.nan)
+    for column, layers in enumerate(kinds.values()):
+        for layer in layers:
+            shares[layer.block, column] = layer.sparsity
+    figure = new_figure(1.8 + 0.75 * len(kinds), 1.6 + 0.32 * blocks)
+    ax = figure.add_subplot()
+    image = ax.imshow(shares, aspect="auto", cmap="viridis")
+    middle = (np.nanmin(shares) + np.nanmax(shares)) / 2
+    for (block, column), share in np.ndenumerate(shares):
+        ax.text(
+            column,
+            block,
+            f"{share:.1%}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="black" if share > middle else "white",
+        )
+    ax.set_xticks(range(len(kinds)), list(kinds), fontsize=9)
+    ax.set_yticks(range(blocks), [str(block) for block in range(blocks)], fontsize=8)
+    ax.set_ylabel("block", fontsize=9)
+    figure.colorbar(image, label="share of zeros", format="{x:.0%}")
+    figure.suptitle(f"{inspection.sparsity:.1%} zeros", fontsize=11)
+    return figure
+
+
+def _draw_structure(inspection: Inspection) -> "Figure":
+    """Dead rows and columns, and how unevenly zeros fall on the living ones, over the blocks."""
+    panels: dict[str, Callable[[LayerInspection], float]] = {
+        "dead rows": lambda layer: layer.rows.dead / layer.shape[0],
+        "dead columns": lambda layer: layer.columns.dead / layer.shape[1],
+        "sparsity of rows, most less least": lambda layer: layer.rows.most - layer.rows.least,
+        "sparsity of columns, most less least": lambda layer: layer.columns.most - layer.columns.least,
+    }
+    return _draw_over_blocks(inspection, panels, columns=2)
+
+
+def _draw_largest(inspection: Inspection) -> "Figure":
+    """How much of the dense model's largest weights is still there, over the blocks."""
+
+    def kept(index: int) -> Callable[[LayerInspection], float]:
+        return lambda layer: layer.largest_kept[index] if layer.largest_kept else math.nan
+
+    panels = {f"kept of the largest {share:.0%}": kept(index) for index, share in enumerate(LARGEST)}
+    return _draw_over_blocks(inspection, panels, columns=2)
+
+
+def _draw_over_blocks(
+    inspection: Inspection, panels: dict[str, Callable[[LayerInspection], float]], *, columns: int
+) -> "Figure":
+    figure, axes = grid(len(panels), columns=columns)
+    for ax, (title, value) in zip(axes, panels.items(), strict=True):
+        lines_by_kind(
+            ax,
+            {
+                kind: [(layer.block, value(layer)) for layer in layers]
+                for kind, layers in inspection.kinds.items()
+            },
+        )
+        ax.set_title(title, fontsize=9)
+        percent(ax)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def _draw_distribution(inspection: Inspection) -> "Figure":
+    """Histograms of the non-zero weights, before and after, of each kind of layer."""
+    edges = np.linspace(-REACH, REACH, BINS + 1)
+    kinds = inspection.kinds
+    figure, axes = grid(len(kinds))
+    for ax, (kind, layers) in zip(axes, kinds.items(), strict=True):
+        before = [layer.before.histogram for layer in layers if layer.before]
+        if before:
+            ax.stairs(np.sum(before, axis=0), edges, fill=True, color="0.82", label="before")
+        after = np.sum([layer.after.histogram for layer in layers], axis=0)
+        ax.stairs(after, edges, color="C0", linewidth=1.3, label="after")
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=0.8)
+        ax.set_title(kind, fontsize=9)
+    figure.supxlabel("weight, in units of its layer's root mean square; zeros are left out", fontsize=9)
+    figure.supylabel("weights", fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, frameon=False
+    )
+    return figure
