@@ -18,7 +18,7 @@ def prune(
     *,
     output: Path,
     calibration: str | None = None,
-    method: str = "sparsegpt",
+    method: str = "sparsellm",
     pattern: str = "50%",
     allocation: str = "uniform",
     samples: int = 128,
@@ -26,7 +26,8 @@ def prune(
     seed: int = 0,
     field: str = "text",
     device: str | None = None,
-    sequential: Literal["block", "sublayer", "linear"] = "block",
+    target: Literal["layer", "block", "dense"] | None = None,
+    sequential: Literal["block", "sublayer", "linear"] | None = None,
     batch_size: int | None = None,
 ) -> None:
     """Prune a pretrained model into a new folder that transformers loads.
@@ -41,7 +42,8 @@ def prune(
         output: The folder to make. It must not exist, unless this same command began it.
         calibration: Text like that which the model will see: a .txt, .jsonl or .parquet file, a folder of
             these, a dataset on the hub, or wikitext2, ptb, c4. Only magnitude does without.
-        method: magnitude, wanda, sparsegpt or admm; with settings: sparsegpt:block=64,damping=0.02.
+        method: sparsellm, or a local method by itself: magnitude, wanda, sparsegpt or admm. With settings:
+            sparsellm:solver=sparsegpt,iterations=2 or sparsegpt:block=64,damping=0.02.
         pattern: 70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m).
         allocation: How the pattern's zeros are shared out between layers: uniform; sensitivity (most where
             that moves a block's output least); owl (fewer where there are outliers; with settings:
@@ -52,8 +54,12 @@ def prune(
         seed: Of the calibration sample.
         field: Of jsonl, parquet or dataset rows: the one that holds the text.
         device: cpu, cuda, cuda:1. By default a GPU if there is one.
+        target: What is aimed at: each layer's own dense output (layer), the dense block's (block) or the
+            dense model's (dense), for which o and down make up for what was lost before them. By default
+            dense for sparsellm and layer, as published, for the others.
         sequential: What a layer's inputs have seen when they are measured: the pruned blocks before it
-            (block), also its own block's pruned attention (sublayer), or every pruned layer (linear).
+            (block, as local methods were published), also its own block's pruned attention (sublayer), or
+            every pruned layer (linear). Sparsellm and targets beyond the layer always see every layer.
         batch_size: Sequences run at once. By default 2048 tokens' worth.
     """
     from secateurs.pruning.walk import prune as run
@@ -70,6 +76,7 @@ def prune(
         seed=seed,
         field=field,
         device=device,
+        target=target,
         sequential=sequential,
         batch_size=batch_size,
         progress=True,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from secateurs import ADMM, Magnitude, SparseGPT, Wanda
+from secateurs import ADMM, Magnitude, SparseGPT, SparseLLM, Wanda
 from secateurs.pruning.methods import METHODS, describe_method, parse_method
 
 
@@ -20,6 +20,7 @@ from secateurs.pruning.methods import METHODS, describe_method, parse_method
         ("sparsegpt:block=64,damping=0.02", SparseGPT(block=64, damping=0.02)),
         (" sparsegpt: damping = 2e-2, block=64 ", SparseGPT(block=64, damping=0.02)),
         ("admm:iterations=5,polish=0,ridge=1", ADMM(iterations=5, polish=0, ridge=1.0)),
+        ("sparsellm:solver=wanda,iterations=2", SparseLLM(Wanda(), iterations=2)),
     ],
 )
 def test_methods_as_people_write_them(text: str, solver: object) -> None:
@@ -46,6 +47,8 @@ def test_settings_have_the_type_of_the_field() -> None:
         ("sparsegpt:block=0", "block is a number of columns, not 0"),
         ("sparsegpt:damping=nan", "damping must be above 0, not nan"),
         ("admm:iterations=1", "at least 3 iterations, not 1"),
+        ("sparsellm:solver=gptq", "unknown method 'gptq'"),
+        ("sparsellm:solver=sparsellm", "the solver inside SparseLLM is a local one"),
     ],
 )
 def test_what_is_no_method(text: str, message: str) -> None:
@@ -58,6 +61,8 @@ def test_what_is_no_method(text: str, message: str) -> None:
 def test_the_record_of_a_method_makes_it_again(name: str) -> None:
     record = describe_method(METHODS[name]())
     assert record.pop("name") == name
+    if "solver" in record:
+        record["solver"] = record["solver"]["name"]
     settings = ",".join(f"{key}={value}" for key, value in record.items())
     assert parse_method(f"{name}:{settings}") == METHODS[name]()
 

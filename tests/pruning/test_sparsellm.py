@@ -155,38 +155,46 @@ class Reference:
             return self.f(before)
         return self.f(before[:, :CHANNELS]) * before[:, CHANNELS:]
 
-    def prune(self, weight: Tensor, inputs: Tensor, pieces: Sequence[int]) -> Tensor:
-        norms = inputs.square().mean(dim=0).sqrt()
-        return torch.cat([smallest(part, norms, 0.6) for part in weight.split(list(pieces))])
+    def prune(self, layer: Linear, inputs: Tensor, targets: Tensor | None) -> Linear:
+        """Around the means of inputs and targets if there is a bias to hold them."""
+        if targets is None:
+            targets = inputs @ layer.weight.T + bias_of(layer)
+        mean, goal = inputs.mean(dim=0), targets.mean(dim=0)
+        if layer.bias is None:
+            mean, goal = torch.zeros_like(mean), torch.zeros_like(goal)
+        weight = self.fit(layer.weight, inputs - mean, targets - goal)
+        pruned = smallest(weight, (inputs - mean).square().mean(dim=0).sqrt(), 0.6)
+        return Linear(pruned, None if layer.bias is None else goal - pruned @ mean, layer.pattern)
 
-    def run(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def before(self, layers: Sequence[Linear], inputs: Tensor) -> Tensor:
+        return torch.cat([inputs @ layer.weight.T + bias_of(layer) for layer in layers], dim=1)
+
+    def run(self, tokens: Tokens) -> tuple[list[Linear], Linear]:
         mine = self.settings
         solving = [len(x) - len(x) // 8 for x in tokens.inputs]
         x = torch.cat([t[:n] for t, n in zip(tokens.inputs, solving, strict=True)])
         y = torch.cat([t[:n] for t, n in zip(tokens.targets, solving, strict=True)])
         x_out = torch.cat([t[n:] for t, n in zip(tokens.inputs, solving, strict=True)])
         y_out = torch.cat([t[n:] for t, n in zip(tokens.targets, solving, strict=True)])
-        first = torch.cat([layer.weight for layer in self.mlp.first])
-        pieces = [len(layer.weight) for layer in self.mlp.first]
-        bias = torch.cat([bias_of(layer) for layer in self.mlp.first])
-        down, down_bias = self.mlp.down.weight, bias_of(self.mlp.down)
-        aux = x @ first.T + bias
+        aux = self.before(self.mlp.first, x)
         gate, up = aux[:, :CHANNELS], aux[:, -CHANNELS:]
         weights = (mine.alpha, mine.alpha, mine.gamma, 1.0)
         energy = [part.square().sum() for part in (gate, up, self.channels(aux), y)]
         a_gate, a_up, c, d = (w / e for w, e in zip(weights, energy, strict=True))
-        goal, results = first, []
+        layers: Sequence[Linear] = self.mlp.first
+        goals: Sequence[Tensor | None] = [None] * len(layers)
+        results = []
         for _ in range(mine.iterations + 1):
-            pruned = self.prune(goal, x, pieces)
-            model = x @ pruned.T + bias
-            given = self.channels(model)
-            pruned_down = self.prune(self.fit(down, given, y - down_bias), given, [HIDDEN])
-            guess = self.channels(x_out @ pruned.T + bias) @ pruned_down.T + down_bias
+            layers = [self.prune(layer, x, goal) for layer, goal in zip(layers, goals, strict=True)]
+            model = self.before(layers, x)
+            down = self.prune(self.mlp.down, self.channels(model), y)
+            down_bias = bias_of(down)
+            guess = self.channels(self.before(layers, x_out)) @ down.weight.T + down_bias
             self.held_out.append(float((y_out - guess).square().sum() / y_out.square().sum()))
-            results.append((pruned, pruned_down))
+            results.append((list(layers), down))
             q = self.channels(aux)
-            system = d * pruned_down.T @ pruned_down + c * torch.eye(CHANNELS, dtype=torch.float64)
-            p = torch.linalg.solve(system, (d * (y - down_bias) @ pruned_down + c * q).T).T
+            system = d * down.weight.T @ down.weight + c * torch.eye(CHANNELS, dtype=torch.float64)
+            p = torch.linalg.solve(system, (d * (y - down_bias) @ down.weight + c * q).T).T
             if self.mlp.gated:
                 active = self.f(aux[:, :CHANNELS])
                 up = (a_up * model[:, CHANNELS:] + c * active * p) / (a_up + c * active**2)
@@ -200,10 +208,10 @@ class Reference:
                     (a_gate * gap[:, :CHANNELS].sum() if self.mlp.gated else 0)
                     + a_up * gap[:, -CHANNELS:].sum()
                     + c * (p - self.channels(aux)).square().sum()
-                    + d * (y - down_bias - p @ pruned_down.T).square().sum()
+                    + d * (y - down_bias - p @ down.weight.T).square().sum()
                 )
             )
-            goal = self.fit(pruned, x, aux - bias)
+            goals = aux.split([len(layer.weight) for layer in layers], dim=1)
         return results[min(range(len(results)), key=lambda k: self.held_out[k])]
 
     def newton(self, s: Tensor, model: Tensor, p: Tensor, z: Tensor, a: Tensor, c: Tensor) -> Tensor:
@@ -238,8 +246,9 @@ def test_a_run_is_that_of_the_reference(
     solution = method.prune(mlp, calibration(), stored=torch.float64)
     reference = Reference(method, mlp, f)
     first, down = reference.run(calibration())
-    torch.testing.assert_close(torch.cat([s.weight for s in solution.first]), first)
-    torch.testing.assert_close(solution.down.weight, down)
+    for pruned, expected in zip((*solution.first, solution.down), (*first, down), strict=True):
+        torch.testing.assert_close(pruned.layer.weight, expected.weight)
+        torch.testing.assert_close(pruned.layer.bias, expected.bias)
     held_out = [iterate.held_out for iterate in solution.iterates]
     assert held_out == pytest.approx(reference.held_out)
     assert [iterate.objective for iterate in solution.iterates] == pytest.approx(reference.objectives)
@@ -256,7 +265,7 @@ def test_without_iterations_down_is_fitted_to_the_pruned_gate_and_up(solver: Spa
     tokens = calibration()
     solution = SparseLLM(solver, iterations=0, damping=1e-6).prune(mlp, tokens, stored=torch.float64)
     x, y = torch.cat(tokens.inputs), torch.cat(tokens.targets)
-    gate, up = (s.weight for s in solution.first)
+    gate, up = (pruned.layer.weight for pruned in solution.first)
     channels = silu(x @ gate.T) * (x @ up.T)
     best = torch.linalg.lstsq(channels, y).solution
     lost = (y - channels @ best).square().sum() / y.square().sum()
@@ -264,21 +273,37 @@ def test_without_iterations_down_is_fitted_to_the_pruned_gate_and_up(solver: Spa
     assert solution.iterates[0].held_out is None
 
 
+def test_a_bias_makes_up_for_the_mean_of_what_is_lost() -> None:
+    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=True)
+    tokens = calibration()
+    solution = SparseLLM(Smallest(), iterations=0).prune(mlp, tokens, stored=torch.float64)
+    x, y = torch.cat(tokens.inputs), torch.cat(tokens.targets)
+    (gate, up), down = (pruned.layer for pruned in solution.first), solution.down.layer
+    for layer, dense in zip((gate, up), mlp.first, strict=True):
+        lost = nn.functional.linear(x, dense.weight - layer.weight, dense.bias - layer.bias)  # type: ignore[operator]
+        torch.testing.assert_close(lost.mean(dim=0), torch.zeros(CHANNELS, dtype=torch.float64))
+    before = (nn.functional.linear(x, layer.weight, layer.bias) for layer in (gate, up))
+    channels = silu(next(before)) * next(before)
+    lost = y - nn.functional.linear(channels, down.weight, down.bias)
+    torch.testing.assert_close(lost.mean(dim=0), torch.zeros(HIDDEN, dtype=torch.float64))
+
+
 def test_a_layer_without_pattern_stays() -> None:
     mlp = problem(nn.SiLU(), gated=True, fused=False, bias=True)
     mlp = replace(mlp, first=(mlp.first[0], replace(mlp.first[1], pattern=None)))
     solution = SparseLLM(Smallest(), iterations=2).prune(mlp, calibration(), stored=torch.float64)
-    assert torch.equal(solution.first[1].weight, mlp.first[1].weight)
+    assert torch.equal(solution.first[1].layer.weight, mlp.first[1].weight)
     mlp = replace(mlp, down=replace(mlp.down, pattern=None))
     solution = SparseLLM(Smallest(), iterations=2).prune(mlp, calibration(), stored=torch.float64)
-    assert torch.equal(solution.down.weight, mlp.down.weight)
+    assert torch.equal(solution.down.layer.weight, mlp.down.weight)
 
 
 def test_what_is_propagated_is_what_is_stored() -> None:
     mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
     solution = SparseLLM(Smallest(), iterations=1).prune(mlp, calibration(), stored=torch.bfloat16)
     for part in (*solution.first, solution.down):
-        assert torch.equal(part.weight, part.weight.bfloat16().double())
+        assert part.layer.weight.dtype == torch.bfloat16
+        assert float((part.layer.weight == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
 
 
 def test_a_step_that_is_not_finite_ends_the_iterations() -> None:
@@ -300,7 +325,7 @@ def test_a_step_that_is_not_finite_ends_the_iterations() -> None:
     whole = SparseLLM(Smallest(), iterations=1).prune(mlp, calibration(), stored=torch.float64)
     assert len(broken.iterates) == 2
     assert broken.kept == whole.kept
-    assert torch.equal(broken.down.weight, whole.down.weight)
+    assert torch.equal(broken.down.layer.weight, whole.down.layer.weight)
     calls = 0
     with pytest.raises(FloatingPointError, match="on purpose"):
         SparseLLM(Breaks(1)).prune(mlp, calibration(), stored=torch.float64)
