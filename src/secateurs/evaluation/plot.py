@@ -163,7 +163,7 @@ def _convergence(mlps: list[MLPReport]) -> "Figure":
         ),
     ]
     for ax, mlp in zip(axes, mlps, strict=True):
-        curves = {
+        curves: dict[str, list[float]] = {
             "objective": [iterate.objective for iterate in mlp.iterates],
             "held-out error": [iterate.held_out for iterate in mlp.iterates],
             **{term: [iterate.terms.get(term, math.nan) for iterate in mlp.iterates] for term in terms},

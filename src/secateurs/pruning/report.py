@@ -33,7 +33,7 @@ class Iterate:
     """The weighted sum of the terms."""
     terms: dict[str, float]
     """Squared residuals of "gate", "up", "hidden" and "output", relative to their energy in the dense MLP."""
-    held_out: float | None
+    held_out: float
     """Relative squared error of the pruned MLP's output, on tokens that no weights were fitted to."""
 
 

@@ -101,6 +101,7 @@ class MLPSolution:
     first: tuple[Pruned, ...]
     down: Pruned
     iterates: list[Iterate]
+    """Empty where no iterations were asked for."""
     kept: int
     """Which of the iterates this is."""
 
@@ -230,29 +231,27 @@ class _Run:
 
     def solution(self) -> MLPSolution:
         iterates: list[Iterate] = []
-        best: tuple[float, MLPSolution] | None = None
+        best: MLPSolution | None = None
         mlp = self.dense
         goals: Sequence[Products | None] = [None] * len(mlp.first)
         for k in range(self.settings.iterations + 1):
             try:
                 first = self._prune_first(mlp, goals)
                 mlp = replace(self.dense, first=tuple(self._converted(pruned.layer) for pruned in first))
-                down, output = self._prune_down(mlp)
+                down = self._prune_down(mlp)
+                if not self.settings.iterations:
+                    return MLPSolution(first, down, [], 0)
                 mlp = replace(mlp, down=self._converted(down.layer))
-                if self.settings.iterations:
-                    iterate, goals = self._settle(mlp)
-                else:
-                    iterate = Iterate(output, {"output": output}, None)
+                iterate, goals = self._settle(mlp)
             except FloatingPointError:
                 if best is None:
                     raise
                 break
             iterates.append(iterate)
-            lost = iterate.objective if iterate.held_out is None else iterate.held_out
-            if best is None or lost < best[0]:
-                best = lost, MLPSolution(first, down, iterates, k)
+            if best is None or iterate.held_out < iterates[best.kept].held_out:
+                best = MLPSolution(first, down, iterates, k)
         assert best is not None
-        return best[1]
+        return best
 
     def _prune_first(self, mlp: MLP, goals: Sequence[Products | None]) -> tuple[Pruned, ...]:
         settings = self.settings
@@ -261,26 +260,16 @@ class _Run:
             for layer, goal in zip(mlp.first, goals, strict=True)
         )
 
-    def _prune_down(self, mlp: MLP) -> tuple[Pruned, float]:
-        """Prune down, fitted to what the pruned gate and up give; also the error of the MLP's output."""
-        down = mlp.down
+    def _prune_down(self, mlp: MLP) -> Pruned:
+        """Prune down, fitted to what the pruned gate and up give."""
+        settings, down = self.settings, mlp.down
         moments = Statistics(down.weight.shape[1], dtype=self.dtype, device=self.device)
         products = Products(*down.weight.shape, dtype=self.dtype, device=self.device)
-        energy = 0.0
         for x, y in self._chunks(self.tokens):
-            target = self._read(y)
             channels = mlp.channels(mlp.preactivations(self._read(x)))
             moments.update(channels)
-            products.update(target, channels)
-            energy += float(target.square().sum())
-        settings = self.settings
-        pruned = prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
-        weight = pruned.layer.weight.to(self.dtype)
-        explained = (2 * products.mean - weight @ moments.moment).mul_(weight).sum()
-        if pruned.layer.bias is not None:
-            bias = pruned.layer.bias.to(self.dtype)
-            explained += bias @ (2 * (products.targets - weight @ moments.mean) - bias)
-        return pruned, self.weights.output * (energy / moments.tokens - float(explained))
+            products.update(self._read(y), channels)
+        return prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
 
     def _settle(self, mlp: MLP) -> tuple[Iterate, list[Products]]:
         """Step p, z and s once; what the objective is then, and the products to fit gate and up by."""
@@ -327,14 +316,14 @@ class _Run:
         }
         return Iterate(objective, terms, self._held_out_error(mlp)), goals
 
-    def _held_out_error(self, mlp: MLP) -> float | None:
+    def _held_out_error(self, mlp: MLP) -> float:
         lost = energy = 0.0
         for x, y in self._chunks(self.held_out):
             target = self._read(y)
             output = _apply(mlp.down, mlp.channels(mlp.preactivations(self._read(x))))
             lost += float((target - output).square_().sum())
             energy += float(target.square().sum())
-        return lost / energy if energy > 0 else None
+        return lost / energy if energy > 0 else 0.0
 
 
 def prune_linear(
