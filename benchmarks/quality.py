@@ -7,6 +7,11 @@ the results is not repeated: interrupt at will, and run the same command again.
 
     python benchmarks/quality.py --models ../out/llama ../out/opt --calibration ../data/wikitext-2/valid.txt \
         --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
+
+What each part of SparseLLM adds, one after the other, in the same walk:
+
+    python benchmarks/quality.py ... --methods sparsegpt +sequential +fit +iterations +dense +allocation \
+        admm everything --results benchmarks/results/ablation.json
 """
 
 import math
@@ -26,6 +31,16 @@ from secateurs.text import calibration_blocks, evaluation_tokens
 
 Cell = tuple[str, str, int | None]  # method, pattern, calibration seed
 DENSE: Cell = ("dense", "0%", None)
+
+RUNGS: dict[str, Record] = {
+    "+sequential": {"method": "sparsegpt", "sequential": "linear"},
+    "+fit": {"method": "sparsegpt", "target": "block"},
+    "+iterations": {"method": "sparsellm:solver=sparsegpt", "target": "block"},
+    "+dense": {"method": "sparsellm:solver=sparsegpt", "target": "dense"},
+    "+allocation": {"method": "sparsellm:solver=sparsegpt", "target": "dense", "allocation": "sensitivity"},
+    "everything": {"method": "sparsellm:solver=admm", "target": "dense", "allocation": "sensitivity"},
+}
+"""What `secateurs.prune` is given for methods that are more than a name."""
 
 
 def grid(methods: tuple[str, ...], patterns: tuple[str, ...], seeds: tuple[int, ...]) -> list[Cell]:
@@ -54,9 +69,8 @@ def measure(
             model,
             output=output,
             calibration=ids.get(seed),
-            method=method,
             pattern=pattern,
-            sequential=sequential,
+            **RUNGS.get(method, {"method": method, "sequential": sequential}),
         )
         return {
             "perplexity": perplexities(output, texts, length),
@@ -104,7 +118,7 @@ def main(
     samples: int = 64,
     length: int = 512,
     windows: int = 64,
-    sequential: Sequential = "sublayer",
+    sequential: Sequential = "block",
     results: Path = RESULTS / "quality.json",
 ) -> None:
     about = {
