@@ -28,7 +28,7 @@ TOOLS: dict[str, Record] = {
     "llmcompressor": {"tool": "llmcompressor"},
     "llmcompressor, batches of 8": {"tool": "llmcompressor", "batch_size": 8},
     "secateurs, block": {"tool": "secateurs", "sequential": "block"},
-    "secateurs": {"tool": "secateurs"},
+    "secateurs": {"tool": "secateurs", "sequential": "sublayer"},
 }
 PEERS = [name for name, tool in TOOLS.items() if tool["tool"] == "llmcompressor"]
 

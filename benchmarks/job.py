@@ -33,10 +33,8 @@ def finish_imports(model: str) -> int:
     return peak_bytes()
 
 
-def secateurs(
-    model: str, tokens: str, output: str, method: str, pattern: str, sequential: str = "sublayer"
-) -> Record:
-    """Ours, with its default settings but for the order."""
+def secateurs(model: str, tokens: str, output: str, **settings: Any) -> Record:
+    """Ours, with its default settings but for those given."""
     from safetensors.torch import load_file
 
     import secateurs
@@ -44,15 +42,7 @@ def secateurs(
     imports = finish_imports(model)
     start = time.perf_counter()
     ids = load_file(tokens)["ids"]
-    report = secateurs.prune(
-        model,
-        output=output,
-        calibration=ids,
-        method=method,
-        pattern=pattern,
-        sequential=sequential,
-        device="cpu",
-    )
+    report = secateurs.prune(model, output=output, calibration=ids, device="cpu", **settings)
     return {"seconds": time.perf_counter() - start, "phases": report.phases, "import_bytes": imports}
 
 

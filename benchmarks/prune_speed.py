@@ -50,7 +50,7 @@ def main(
     tools: dict[str, Record] = {
         "published": {"tool": "published", "repository": str(sparsegpt_repository)},
         "secateurs, block": {"tool": "secateurs", "method": "sparsegpt", "sequential": "block"},
-        "secateurs": {"tool": "secateurs", "method": "sparsegpt"},
+        "secateurs": {"tool": "secateurs", "method": "sparsegpt", "sequential": "sublayer"},
     }
     rows: list[Record] = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.pattern import Pattern
+from secateurs.pruning.admm import ADMM
 from secateurs.pruning.report import Iterate
 from secateurs.pruning.solver import Solver, rounded, working_dtype
-from secateurs.pruning.sparsegpt import SparseGPT
 from secateurs.pruning.statistics import Products, Statistics
 
 CHUNK = 1024
@@ -147,10 +147,10 @@ class SparseLLM:
         ValueError: a solver that is not local, iterations below 0, a ratio or damping that is not positive.
     """
 
-    solver: Solver = field(default_factory=SparseGPT)
+    solver: Solver = field(default_factory=ADMM)
     iterations: int = 4
-    alpha: float = 1.0
-    gamma: float = 1.0
+    alpha: float = 0.3
+    gamma: float = 0.3
     damping: float = 0.01
 
     def __post_init__(self) -> None:

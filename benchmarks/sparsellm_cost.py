@@ -1,0 +1,64 @@
+"""SparseLLM's seconds and memory on a processor, by depth.
+
+The model is a Llama of width 512 and MLP 1376 with random weights; 32 x 256 calibration tokens; 70 %; four
+iterations. "as published" has SparseGPT inside and each MLP's own output as the target; "dense" aims at the
+dense model. Each run has a process of its own; the clock covers loading, pruning and writing, not the
+imports. Beside the peak stands what it is above the imports and the model's own bytes.
+
+    python benchmarks/sparsellm_cost.py
+"""
+
+import tempfile
+from pathlib import Path
+
+import tyro
+
+from common import (
+    RESULTS,
+    Record,
+    alternate,
+    environment,
+    middle,
+    print_table,
+    random_llama,
+    random_tokens,
+    save,
+)
+
+
+def main(
+    depths: tuple[int, ...] = (2, 8),
+    samples: int = 32,
+    length: int = 256,
+    repetitions: int = 3,
+    results: Path = RESULTS / "sparsellm_cost.json",
+) -> None:
+    about = {**environment(), "samples": samples, "length": length, "pattern": "70%", "iterations": 4}
+    tools: dict[str, Record] = {
+        "as published": {"method": "sparsellm:solver=sparsegpt,iterations=4", "target": "layer"},
+        "dense": {"method": "sparsellm:solver=sparsegpt,iterations=4", "target": "dense"},
+        "dense, ADMM inside": {"method": "sparsellm:solver=admm,iterations=4", "target": "dense"},
+    }
+    rows: list[Record] = []
+    table = []
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary)
+        tokens = random_tokens(here / "ids.safetensors", samples, length)
+        for depth in depths:
+            model = random_llama(here / str(depth), layers=depth, dtype="float32")
+            size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+            shared = {"tool": "secateurs", "model": str(model), "tokens": str(tokens), "pattern": "70%"}
+            jobs = {name: {**shared, **tool, "output": str(here / "out")} for name, tool in tools.items()}
+            for name, runs in alternate(jobs, repetitions).items():
+                rows.append({"blocks": depth, "method": name, "model_bytes": size, "runs": runs})
+                peak, imports = middle(runs, "peak_bytes"), middle(runs, "import_bytes")
+                above = (peak - imports - size) / 1e6
+                table.append(
+                    [depth, name, middle(runs, "seconds"), peak / 1e6, imports / 1e6, size / 1e6, above]
+                )
+            save(results, about, rows)
+    print_table(["blocks", "method", "seconds", "peak MB", "imports MB", "model MB", "above both MB"], table)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
