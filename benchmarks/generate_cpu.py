@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from machine import write
+from common import RESULTS, environment, save
 from secateurs.evaluation.speed import bench
 from secateurs.runtime import compress
 from secateurs.runtime.quantizer import linear_shapes
@@ -59,7 +59,7 @@ def main() -> None:
                 row = dataclasses.asdict(cost) | {"model": Path(cost.model).name, "sparsity": sparsity}
                 rows.append(row)
                 print(row, flush=True)
-    write("generate_cpu", vars(settings) | {"parameters": parameters}, rows)
+    save(RESULTS / "generate_cpu.json", environment() | vars(settings) | {"parameters": parameters}, rows)
 
 
 if __name__ == "__main__":

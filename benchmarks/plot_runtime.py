@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from machine import RESULTS
+from common import RESULTS
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
 

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from machine import write
+from common import RESULTS, environment, save
 from secateurs.runtime import kernels
 from secateurs.runtime.format import pack, row_offsets
 from secateurs.runtime.kernels import sparse_linear
@@ -62,7 +62,7 @@ def main() -> None:
                 f"expanded {1e3 * row['expanded']:.2f} ms",
                 flush=True,
             )
-    write("prefill_cpu", vars(settings), rows)
+    save(RESULTS / "prefill_cpu.json", environment() | vars(settings), rows)
 
 
 if __name__ == "__main__":
