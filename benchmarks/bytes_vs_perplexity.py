@@ -1,9 +1,9 @@
 """Perplexity against bytes: a trained model pruned and compressed, beside dense bfloat16, int8 and int4.
 
 Bytes are those of the linear layers in the blocks, the part that pruning and quantisation change, with all
-scales, minima and masks. int8 is torchao's weight-only quantisation (one float scale per row). torchao's int4
-needs a GPU, so int4 is simulated, rounded to nearest in groups with a bfloat16 scale and minimum each, as its GPU
-kernels store it.
+scales, minima and masks. int8 is torchao's weight-only quantisation (one scale per row). torchao's int4 needs a
+GPU, so int4 is simulated: rounded to nearest in groups with a bfloat16 scale and minimum each, as its GPU kernels
+store it.
 
     python benchmarks/bytes_vs_perplexity.py MODEL --calibration FILE --texts FILE ... --name llama
 """
@@ -57,10 +57,13 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the model, in the result")
     parser.add_argument("--method", default="admm")
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=65536, help="of each text, from its start")
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.5, 0.6, 0.7, 0.8, 0.9])
     settings = parser.parse_args()
     tokenizer = load_tokenizer(settings.model)
-    texts = {Path(text).stem: evaluation_tokens(text, tokenizer) for text in settings.texts}
+    texts = {
+        Path(text).stem: evaluation_tokens(text, tokenizer)[: settings.tokens] for text in settings.texts
+    }
     rows: list[Record] = []
 
     def load(folder: Path) -> PreTrainedModel:
@@ -104,7 +107,9 @@ def main() -> None:
             model = load(compressed)
             used = sum(module.weight.nbytes for module in block_linears(model).values())
             measure(f"bfloat16, {sparsity:.0%} zeros", model, used, sparsity=sparsity)
-    about = environment() | {"model": settings.name, "method": settings.method, "samples": settings.samples}
+    about = environment() | {
+        key: value for key, value in vars(settings).items() if key in ("name", "method", "samples", "tokens")
+    }
     save(RESULTS / f"bytes_vs_perplexity_{settings.name}.json", about, rows)
 
 

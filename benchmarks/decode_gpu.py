@@ -2,8 +2,8 @@
 
 Both sides are captured in CUDA graphs over enough blocks that the weights exceed the second-level cache
 several times over, and replayed in turns; medians over rounds. The bound is a device-to-device copy, which
-reads and writes: half its bytes per second count as reads, twice over. With --semi-structured, 2:4 weights through
-torch's tensor cores against dense, for batches and prefill.
+reads and writes: half its bytes per second count as reads, twice over. With --semi-structured, 2:4 weights
+through torch's tensor cores against dense, for batches and prefill.
 
     python benchmarks/decode_gpu.py
 """
