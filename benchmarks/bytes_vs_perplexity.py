@@ -1,9 +1,9 @@
 """Perplexity against bytes: a trained model pruned and compressed, beside dense bfloat16, int8 and int4.
 
 Bytes are those of the linear layers in the blocks, the part that pruning and quantisation change, with all
-scales, minima and masks. int8 is torchao's weight-only quantisation (one scale per row). torchao's int4 needs a
-GPU, so int4 is simulated: rounded to nearest in groups with a bfloat16 scale and minimum each, as its GPU kernels
-store it.
+scales, minima and masks. int8 is torchao's weight-only quantisation (one scale per row). torchao's int4
+needs a GPU, so int4 is simulated: rounded to nearest in groups with a bfloat16 scale and minimum each, as
+its GPU kernels store it.
 
     python benchmarks/bytes_vs_perplexity.py MODEL --calibration FILE --texts FILE ... --name llama
 """

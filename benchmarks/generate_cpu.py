@@ -1,8 +1,8 @@
 """Tokens per second of a whole model on the CPU, dense and compressed, over sparsity.
 
-A Llama with random weights, pruned by magnitude, written, compressed and loaded as a user would; speed does not
-depend on what the weights say. Each model is measured in a process of its own by `secateurs bench`, the dense one
-anew beside each compressed one.
+A Llama with random weights, pruned by magnitude, written, compressed and loaded as a user would; speed does
+not depend on what the weights say. Each model is measured in a process of its own by `secateurs bench`, the
+dense one anew beside each compressed one.
 
     python benchmarks/generate_cpu.py
 """

@@ -1,7 +1,7 @@
 """Where expanding a weight and using the ordinary product overtakes the kernel that reads it packed.
 
-Linear layers of Llama's MLP over the number of tokens: straight from the packed weight, expanded in panels of
-several sizes, and dense, in turns; medians. The fewest tokens at which expansion wins are where
+Linear layers of Llama's MLP over the number of tokens: straight from the packed weight, expanded in panels
+of several sizes, and dense, in turns; medians. The fewest tokens at which expansion wins are where
 `secateurs.runtime.kernels.DIRECT_TOKENS` should lie, and the panel that wins is `PANEL_BYTES`.
 
     python benchmarks/prefill_cpu.py
