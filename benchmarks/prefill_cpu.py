@@ -26,7 +26,7 @@ MEGABYTE = 1 << 20
 def packed_seconds(
     x: Tensor, weights: list[tuple[Tensor, Tensor, Layout]], direct_tokens: int, panel_bytes: int
 ) -> float:
-    kernels.DIRECT_TOKENS, kernels.PANEL_BYTES = direct_tokens, panel_bytes
+    kernels.DIRECT_TOKENS, kernels.PANEL_BYTES = {x.dtype: direct_tokens}, panel_bytes
     start = time.perf_counter()
     for data, offsets, layout in weights:
         sparse_linear(x, data, offsets, None, layout)
@@ -44,10 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 4, 8, 12, 16, 24, 32, 64, 256])
-    parser.add_argument("--sparsities", type=float, nargs="*", default=[0.5, 0.7, 0.9])
-    parser.add_argument("--panels", type=float, nargs="*", default=[1, 4, 16, 64], help="MB of dense weight")
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128])
+    parser.add_argument("--sparsities", type=float, nargs="*", default=[0.7])
+    parser.add_argument("--panels", type=int, nargs="*", default=[2, 4, 8, 16], help="MB of dense weight")
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     settings = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
                     if tokens <= 64:
                         taken["direct"] = packed_seconds(x, packed, tokens, MEGABYTE)
                     for panel in settings.panels:
-                        taken[f"panels of {panel:g} MB"] = packed_seconds(x, packed, 0, int(panel * MEGABYTE))
+                        taken[f"panels of {panel} MB"] = packed_seconds(x, packed, 0, panel * MEGABYTE)
                     for name, value in taken.items():
                         seconds.setdefault(name, []).append(value)
                 medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}

@@ -244,7 +244,7 @@ def main() -> None:
             description="Prune, train and run sparse large language models. Start with: secateurs demo",
         )
     except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
+        print("interrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"secateurs: {' '.join(str(error).split())}", file=sys.stderr)

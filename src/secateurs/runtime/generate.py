@@ -50,6 +50,15 @@ def memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def check_positions(model: PreTrainedModel, tokens: int) -> None:
+    """Raises ValueError if a model was not made for so many tokens."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"prompt and new tokens are {tokens}, more than the model's {positions}: ask for fewer"
+        )
+
+
 @torch.inference_mode()
 def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterator[int]:
     """The likeliest next token, again and again, without end.
@@ -87,7 +96,8 @@ def generate(
         pace: is updated as tokens come.
 
     Raises:
-        ValueError: the model is broken or has no tokenizer, the prompt is empty or no tokens are asked for.
+        ValueError: the model is broken or has no tokenizer, the prompt is empty, or no tokens are asked for or
+            more than the model has positions for.
     """
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
@@ -95,6 +105,7 @@ def generate(
     if ids.numel() == 0 or tokens < 1:
         raise ValueError("there is nothing to generate: the prompt is empty, or no tokens are asked for")
     loaded = load_model(folder, device)
+    check_positions(loaded, ids.numel() + tokens)
     ends = loaded.generation_config.eos_token_id if loaded.generation_config is not None else None
     ends = set(ends if isinstance(ends, list) else [ends])
     new: list[int] = []
