@@ -154,8 +154,8 @@ def test_activations_may_have_another_dtype(folders: dict[str, tuple[Path, Path]
 
 
 def test_plain_transformers_never_loads_it(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
-    # `save_pretrained` drops what stands guard in config.json; then the packed weights have a shape that no linear
-    # layer takes, which is an error unless one asks for sizes to be ignored.
+    # `save_pretrained` drops what stands guard in config.json; then the packed weights have a shape that no
+    # linear layer takes, which is an error unless one asks for sizes to be ignored.
     AutoModelForCausalLM.from_pretrained(folders["opt"][1]).save_pretrained(tmp_path)
     script = f"""
 from transformers import AutoModelForCausalLM

@@ -55,7 +55,7 @@ def check_positions(model: PreTrainedModel, tokens: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ValueError(
-            f"prompt and new tokens are {tokens}, more than the model's {positions}: ask for fewer"
+            f"prompt and new tokens are {tokens}, but the model is made for {positions}: ask for fewer"
         )
 
 
@@ -96,8 +96,8 @@ def generate(
         pace: is updated as tokens come.
 
     Raises:
-        ValueError: the model is broken or has no tokenizer, the prompt is empty, or no tokens are asked for or
-            more than the model has positions for.
+        ValueError: the model is broken or has no tokenizer, the prompt is empty, or no tokens are asked for
+            or more than the model has positions for.
     """
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)

@@ -20,9 +20,9 @@ from secateurs.runtime.format import Layout, mask_of, unpack, values_of
 
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16")  # by their numbers in kernels.cpp, best last
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they stay
-# in the cache for the product. benchmarks/prefill_cpu.py measures both: the faster torch multiplies, the sooner
-# expansion pays.
+# More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they
+# stay in the cache for the product. benchmarks/prefill_cpu.py measures both: the faster torch multiplies, the
+# sooner expansion pays.
 DIRECT_TOKENS = {torch.float32: 32, torch.bfloat16: 12, torch.float16: 12}
 PANEL_BYTES = 4 << 20
 

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.device import resolve_device
@@ -27,7 +28,8 @@ def serve(model: str | Path, *, host: str = "localhost", port: int = 8000, devic
         from transformers.cli.serving.model_manager import ModelManager
 
         # `/v1/models` would list the hub's cache, or fail where there is none, but never this model.
-        ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [entry])
+        manager: Any = ModelManager
+        manager.get_gen_models = staticmethod(lambda cache_dir=None: [entry])
         Serve(force_model=str(folder), host=host, port=port, device=str(where))
     except ImportError as error:
         raise ValueError(f"serving needs `pip install 'secateurs[serve]'` ({error})") from None
