@@ -1,7 +1,7 @@
 """Memory that loading a model takes, dense and compressed: at its peak, and when every weight has been read.
 
-The Llama of generate_cpu.py, each folder in a process of its own. Weights are memory-mapped: their pages count
-as the process's once they are read, and the system may drop them again; "private" is what it may not.
+The Llama of generate_cpu.py, each folder in a process of its own. Weights are memory-mapped: their pages
+count as the process's once they are read, and the system may drop them again; "private" is what it may not.
 
     python benchmarks/load_memory.py
 """

@@ -184,8 +184,9 @@ def generate(
     from secateurs.runtime.generate import generate as run
 
     pace = Pace()
+    pieces = run(model, prompt, tokens=tokens, device=device, pace=pace)
     print(prompt, end="", flush=True)
-    for piece in run(model, prompt, tokens=tokens, device=device, pace=pace):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     if stats:

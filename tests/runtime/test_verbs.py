@@ -67,13 +67,13 @@ def test_generate_shows_only_whole_characters(dense: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(("prompt", "tokens"), [("", 5), ("once", 0)])
 def test_nothing_to_generate_is_refused(dense: Path, prompt: str, tokens: int) -> None:
     with pytest.raises(ValueError, match="nothing to generate"):
-        next(generate(dense, prompt, tokens=tokens))
+        generate(dense, prompt, tokens=tokens)
 
 
 def test_more_tokens_than_positions_are_refused(dense: Path) -> None:
     positions = json.loads((dense / "config.json").read_text())["max_position_embeddings"]
     with pytest.raises(ValueError, match=f"made for {positions}: ask for fewer"):
-        next(generate(dense, "once", tokens=positions, device="cpu"))
+        generate(dense, "once", tokens=positions, device="cpu")
 
 
 def test_bench_finds_mistakes_before_it_measures(dense: Path, tmp_path: Path) -> None:
