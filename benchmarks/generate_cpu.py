@@ -1,8 +1,8 @@
 """Tokens per second of a whole model on the CPU, dense and compressed, paired in one run.
 
 A Llama with random weights, pruned by magnitude, written, compressed and loaded as a user would; speed does
-not depend on what the weights say. All models take turns within each round, at a prompt and at the tokens after
-it; figures are medians over rounds, and ratios of the same round.
+not depend on what the weights say. All models take turns within each round, at a prompt and at the tokens
+after it; figures are medians over rounds, and ratios of the same round.
 
     python benchmarks/generate_cpu.py
 """
