@@ -53,6 +53,7 @@ def main() -> None:
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
+    about = environment() | vars(settings)
     rows: list[Record] = []
     for dtype in settings.dtypes:
         for sparsity in settings.sparsities:
@@ -81,7 +82,7 @@ def main() -> None:
                     ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in medians.items()),
                     flush=True,
                 )
-    save(RESULTS / "prefill_cpu.json", environment() | vars(settings), rows)
+                save(RESULTS / "prefill_cpu.json", about, rows)
 
 
 if __name__ == "__main__":
