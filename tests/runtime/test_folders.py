@@ -95,6 +95,17 @@ def test_the_bare_model_loads_and_saves_too(folders: dict[str, tuple[Path, Path]
     assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
+def test_a_device_map_is_followed_but_not_to_the_disk(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    compressed = folders["llama"][1]
+    expected = logits(AutoModelForCausalLM.from_pretrained(compressed))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(compressed, device_map="auto")), expected)
+    where = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(ValueError, match="'lm_head' cannot be offloaded"):
+        AutoModelForCausalLM.from_pretrained(compressed, device_map=where, offload_folder=tmp_path)
+
+
 def test_a_loaded_model_is_as_small_as_promised(tmp_path: Path) -> None:
     sizes = {
         "hidden_size": 512,

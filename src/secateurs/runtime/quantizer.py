@@ -112,7 +112,9 @@ class SecateursQuantizer(HfQuantizer):
             dense = model.get_submodule(name)
             has_bias = getattr(dense, "bias", None) is not None
             with torch.device("meta"):
-                model.set_submodule(name, SparseLinear(layout, has_bias, next(dense.parameters()).dtype))
+                packed = SparseLinear(layout, has_bias, next(dense.parameters()).dtype)
+            packed.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or it would be drawn at random
+            model.set_submodule(name, packed)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
