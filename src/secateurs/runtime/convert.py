@@ -23,7 +23,7 @@ from secateurs.runtime.quantizer import (
     module_name,
 )
 
-WORTH = 0.9  # of the dense bytes: a layer that would stay larger gains too little to pay for its expansion
+WORTH = 0.9  # of the dense bytes: saving less does not pay for expanding the layer at every long prompt
 
 
 @dataclass(frozen=True)
