@@ -67,7 +67,7 @@ def generate_cpu() -> None:
         ax.set(xlabel="sparsity of the blocks", ylabel=label, ylim=(0, None))
         ax.legend()
     figure.suptitle(
-        f"A Llama of {about['parameters'] / 1e6:.0f} million parameters, {about['threads']} threads"
+        f"A Llama of {about['parameters'] / 1e6:.0f} million parameters; threads: {about['threads']}"
     )
     figure.savefig(PLOTS / "generate_cpu.svg")
 

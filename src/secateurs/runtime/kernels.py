@@ -23,7 +23,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they
 # stay in the cache for the product. benchmarks/prefill_cpu.py measures both: the faster torch multiplies, the
 # sooner expansion pays.
-DIRECT_TOKENS = {torch.float32: 32, torch.bfloat16: 12, torch.float16: 12}
+DIRECT_TOKENS = {torch.float32: 48, torch.bfloat16: 12, torch.float16: 48}
 PANEL_BYTES = 4 << 20
 
 
