@@ -17,7 +17,15 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PACKAGES = ("secateurs", "torch", "transformers", "safetensors", "llmcompressor", "compressed-tensors")
+PACKAGES = (
+    "secateurs",
+    "torch",
+    "torchao",
+    "transformers",
+    "safetensors",
+    "llmcompressor",
+    "compressed-tensors",
+)
 
 Record = dict[str, Any]
 

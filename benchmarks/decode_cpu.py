@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from machine import write
+from common import RESULTS, environment, save
 from secateurs.runtime.format import pack, row_offsets
 from secateurs.runtime.kernels import sparse_linear
 
@@ -122,7 +122,7 @@ def main() -> None:
             ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in row["seconds"].items()),
             flush=True,
         )
-    write(settings.name, vars(settings), rows)
+    save(RESULTS / f"{settings.name}.json", environment() | vars(settings), rows)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 Both sides are captured in CUDA graphs over enough blocks that the weights exceed the second-level cache
 several times over, and replayed in turns; medians over rounds. The bound is a device-to-device copy, which
-reads and
-writes: half its bytes per second count as reads, twice over. With --semi-structured, 2:4 weights through
-    torch's
-tensor cores against dense, for batches and prefill.
+reads and writes: half its bytes per second count as reads, twice over. With --semi-structured, 2:4 weights
+through torch's tensor cores against dense, for batches and prefill.
 
     python benchmarks/decode_gpu.py
 """
@@ -16,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from machine import write
+from common import RESULTS, environment, save
 from secateurs.runtime import gpu
 from secateurs.runtime.format import mask_of, pack, row_offsets, values_of
 
@@ -151,7 +149,7 @@ def main() -> None:
     for tokens in settings.semi_structured:
         rows.append(semi_structured(tokens, settings.rounds))
         print(rows[-1], flush=True)
-    write("decode_gpu", vars(settings), rows)
+    save(RESULTS / "decode_gpu.json", environment() | vars(settings), rows)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,30 @@
-"""Tokens per second of a whole model on the CPU, dense and compressed, over sparsity.
+"""Tokens per second of a whole model on the CPU, dense and compressed, paired in one run.
 
-A Llama with random weights, pruned by magnitude row by row, written, compressed and loaded as a user would;
-speed does not depend on what the weights say. Each model is measured in a process of its own by `secateurs
-bench`.
+A Llama with random weights, pruned by magnitude, written, compressed and loaded as a user would; speed does
+not depend on what the weights say. All models take turns within each round, at a prompt and at the tokens
+after it; figures are medians over rounds, and ratios of the same round.
 
     python benchmarks/generate_cpu.py
 """
 
 import argparse
-import dataclasses
+import itertools
+import math
+import statistics
 import tempfile
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from machine import write
-from secateurs.evaluation.speed import bench
+from common import RESULTS, Record, environment, save
+from secateurs.checkpoint import Checkpoint
 from secateurs.runtime import compress
+from secateurs.runtime.generate import Pace, greedy_tokens
+from secateurs.runtime.load import load_model
 from secateurs.runtime.quantizer import linear_shapes
 
-# 368 million weights in the blocks, 33 million in each of the embedding and the head.
+# 369 million weights in the blocks, 34 million in each of the embedding and the head.
 GEOMETRY = LlamaConfig(
     vocab_size=16384,
     hidden_size=2048,
@@ -32,34 +36,78 @@ GEOMETRY = LlamaConfig(
 )
 
 
+def prune_by_magnitude(model: LlamaForCausalLM, sparsity: float) -> None:
+    """Zeroes the smallest weights of the blocks; they are as normal as they were initialised."""
+    threshold = GEOMETRY.initializer_range * math.sqrt(2) * float(torch.erfinv(torch.tensor(sparsity)))
+    for name in linear_shapes(model):
+        if name != "lm_head":
+            weight = model.get_submodule(name).weight.data
+            weight[weight.abs() < threshold] = 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens")
+    parser.add_argument("--new", type=int, default=17, help="tokens")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
     settings = parser.parse_args()
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    rows = []
+    prompt = torch.randint(GEOMETRY.vocab_size, (1, settings.prompt))
+    models, sizes, sparsity_of = {}, {}, {}
     with tempfile.TemporaryDirectory() as scratch:
-        dense = Path(scratch) / "dense"
-        model = LlamaForCausalLM(GEOMETRY).to(torch.bfloat16)
+
+        def add(kind: str, folder: Path, sparsity: float) -> None:
+            models[kind], sizes[kind] = load_model(folder, "cpu"), Checkpoint(folder).bytes
+            sparsity_of[kind] = sparsity
+
+        model = LlamaForCausalLM(GEOMETRY)
         parameters = sum(weight.numel() for weight in model.parameters())
+        for dtype in (torch.float32, torch.bfloat16):
+            kind = f"dense {dtype}".replace("torch.", "")
+            model.to(dtype).save_pretrained(Path(scratch) / kind)
+            add(kind, Path(scratch) / kind, 0.0)
         for sparsity in sorted(settings.sparsities):
-            for name in linear_shapes(model):
-                if name != "lm_head":
-                    weight = model.get_submodule(name).weight.data
-                    scores = weight.abs().float()
-                    weight[
-                        scores < scores.kthvalue(int(sparsity * weight.shape[1]), dim=1, keepdim=True).values
-                    ] = 0
-            folder = Path(scratch) / f"{sparsity}"
-            model.save_pretrained(dense)
-            compress(dense, folder)
-            for cost in bench(folder, against=dense):
-                row = dataclasses.asdict(cost) | {"model": Path(cost.model).name, "sparsity": sparsity}
-                rows.append(row)
-                print(row, flush=True)
-    write("generate_cpu", vars(settings) | {"parameters": parameters}, rows)
+            prune_by_magnitude(model, sparsity)
+            kind = f"compressed {sparsity:.0%}"
+            model.save_pretrained(Path(scratch) / "pruned")
+            compress(Path(scratch) / "pruned", Path(scratch) / kind)
+            add(kind, Path(scratch) / kind, sparsity)
+        del model
+        paces: dict[str, list[Pace]] = {kind: [] for kind in models}
+        for round_number in range(settings.rounds + 1):
+            for kind, loaded in models.items():
+                pace = Pace()
+                for _ in itertools.islice(greedy_tokens(loaded, prompt, pace), settings.new):
+                    pass
+                if round_number:  # the first one warms up
+                    paces[kind].append(pace)
+
+    def beside_dense(kind: str, figure: str) -> float:
+        """How often faster than the faster dense model of the same round."""
+        sign = -1 if figure == "seconds_to_first" else 1
+        dense = [[getattr(pace, figure) ** sign for pace in paces[name]] for name in paces if "dense" in name]
+        own = [getattr(pace, figure) ** sign for pace in paces[kind]]
+        return statistics.median(mine / max(theirs) for mine, *theirs in zip(own, *dense, strict=True))
+
+    rows: list[Record] = []
+    for kind, measured in paces.items():
+        row = {
+            "kind": kind,
+            "sparsity": sparsity_of[kind],
+            "file_bytes": sizes[kind],
+            "tokens_per_second": statistics.median(pace.tokens_per_second for pace in measured),
+            "seconds_to_first_token": statistics.median(pace.seconds_to_first for pace in measured),
+            "decoding_speedup": beside_dense(kind, "tokens_per_second"),
+            "prompt_speedup": beside_dense(kind, "seconds_to_first"),
+        }
+        rows.append(row)
+        print(row, flush=True)
+    save(RESULTS / "generate_cpu.json", environment() | vars(settings) | {"parameters": parameters}, rows)
 
 
 if __name__ == "__main__":

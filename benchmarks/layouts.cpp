@@ -73,7 +73,7 @@ int main() {
         std::vector<uint16_t> y(kRows);
         const double bitmask = best_ms([&] {
             secateurs_linear(mask.data(), reinterpret_cast<const uint8_t*>(values.data()), offsets.data(), nullptr,
-                             x.data(), y.data(), kRows, kColumns, 1, kBfloat16, kBfloat16, 1, secateurs_isa());
+                             x.data(), y.data(), kRows, kColumns, 1, kBfloat16, kBfloat16, 1, secateurs_has_isa(kAvx512Bf16) ? kAvx512Bf16 : kAvx512);
         });
         const double index = best_ms([&] {
             for (int64_t row = 0; row < kRows; ++row) {

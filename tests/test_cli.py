@@ -441,7 +441,7 @@ def test_interrupted_it_says_how_to_go_on(place: Place, monkeypatch: pytest.Monk
         patch.setattr(Wanda, "solve", interrupt)
         result = place.prune("--method", "wanda")
     assert result.status == 130
-    assert result.err.splitlines()[-1] == "interrupted: the same command continues"
+    assert result.err.splitlines()[-1] == "interrupted: run the same command again"
     assert "Traceback" not in result.err
     assert not place.output.exists()
     assert place.prune("--method", "wanda").status == 0

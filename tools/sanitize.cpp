@@ -82,7 +82,10 @@ void check(int64_t rows, int64_t columns, int64_t tokens, double sparsity, int32
 int main() {
     const int64_t shapes[][2] = {{1, 1}, {1, 64}, {3, 31}, {5, 63}, {4, 65}, {2, 127}, {17, 100}, {9, 1000}};
     long checks = 0;
-    for (int32_t isa = 0; isa <= secateurs_isa(); ++isa)
+    std::vector<int32_t> isas;
+    for (int32_t isa = 0; isa < kIsas; ++isa)
+        if (secateurs_has_isa(isa)) isas.push_back(isa);
+    for (int32_t isa : isas)
         for (int32_t dtype = 0; dtype < kDtypes; ++dtype)
             for (int32_t x_dtype = 0; x_dtype < kDtypes; ++x_dtype)
                 for (const auto& shape : shapes)
@@ -93,6 +96,6 @@ int main() {
                                 ++checks;
                             }
     // Large enough for two threads.
-    for (int32_t isa = 0; isa <= secateurs_isa(); ++isa) check(301, 2049, 3, 0.5, kBfloat16, kBfloat16, isa, false);
-    std::printf("ok: %ld products and expansions, %d instruction sets\n", checks, secateurs_isa() + 1);
+    for (int32_t isa : isas) check(301, 2049, 3, 0.5, kBfloat16, kBfloat16, isa, false);
+    std::printf("ok: %ld products and expansions, %d instruction sets\n", checks, int(isas.size()));
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs the CPU kernels on awkward shapes, on every instruction set of this machine, under AddressSanitizer and
-# UndefinedBehaviorSanitizer. Ends with "ok", or with the sanitizer's report and a failing status.
+# UndefinedBehaviorSanitizer. Ends with "ok", or with the sanitizer's report and a failing status. Where Debian's
+# g++-aarch64-linux-gnu and qemu-user are installed, NEON runs too, under UndefinedBehaviorSanitizer.
 set -eu
 cd "$(dirname "$0")/.."
 build=$(mktemp -d)
@@ -8,3 +9,8 @@ trap 'rm -rf "$build"' EXIT
 "${CXX:-g++}" -std=c++17 -O1 -g -w -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all \
     tools/sanitize.cpp -o "$build/sanitize"
 ASAN_OPTIONS=detect_leaks=0 "$build/sanitize"
+if command -v aarch64-linux-gnu-g++ qemu-aarch64 > "$build/found"; then
+    aarch64-linux-gnu-g++ -std=c++17 -O1 -g -w -fopenmp -static -fsanitize=undefined -fno-sanitize-recover=all \
+        tools/sanitize.cpp -o "$build/neon"
+    qemu-aarch64 "$build/neon"
+fi

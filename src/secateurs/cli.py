@@ -228,8 +228,9 @@ def generate(
     from secateurs.runtime.generate import generate as run
 
     pace = Pace()
+    pieces = run(model, prompt, tokens=tokens, device=device, pace=pace)
     print(prompt, end="", flush=True)
-    for piece in run(model, prompt, tokens=tokens, device=device, pace=pace):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     if stats:
@@ -290,7 +291,7 @@ def main() -> None:
             description="Prune, train and run sparse large language models. Start with: secateurs demo",
         )
     except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
+        print("interrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"secateurs: {' '.join(str(error).split())}", file=sys.stderr)

@@ -91,6 +91,7 @@ def _flip(packed: torch.Tensor, layout: Layout, row: int, column: int) -> torch.
         ({"shape": [2, True], "values": "float16", "nonzeros": 1}, "positive sizes"),
         ({"shape": [2, 3, 4], "values": "float16", "nonzeros": 1}, "positive sizes"),
         ({"shape": [2**16, 2**16], "values": "float16", "nonzeros": 1}, "at most 2\\^31"),
+        ({"shape": [2**26, 1], "values": "float16", "nonzeros": 1}, "at most 2\\^31"),
         ({"shape": [2, 3], "values": "float16", "nonzeros": 7}, "promises 7"),
         ({"shape": [2, 3], "values": "float16", "nonzeros": -1}, "promises -1"),
         ({"shape": [2, 3], "values": "float16", "nonzeros": 1.0}, "promises 1.0"),

@@ -1,6 +1,7 @@
 """The verbs that run a model, through the command line where that is how they are used."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -66,7 +67,18 @@ def test_generate_shows_only_whole_characters(dense: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(("prompt", "tokens"), [("", 5), ("once", 0)])
 def test_nothing_to_generate_is_refused(dense: Path, prompt: str, tokens: int) -> None:
     with pytest.raises(ValueError, match="nothing to generate"):
-        next(generate(dense, prompt, tokens=tokens))
+        generate(dense, prompt, tokens=tokens)
+
+
+def test_more_tokens_than_positions_are_refused(dense: Path) -> None:
+    positions = json.loads((dense / "config.json").read_text())["max_position_embeddings"]
+    with pytest.raises(ValueError, match=f"made for {positions}: ask for fewer"):
+        generate(dense, "once", tokens=positions, device="cpu")
+
+
+def test_bench_finds_mistakes_before_it_measures(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no model folder"):
+        bench(dense, against=tmp_path / "none")
 
 
 def test_bench_measures_both(
@@ -108,6 +120,7 @@ def test_serve_streams_to_an_http_client(compressed: Path) -> None:
         [*COMMAND, "serve", str(compressed), "--port", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_CACHE": str(compressed.parent / "no-cache")},
     )
     try:
         question = {"model": str(compressed), "prompt": "once", "max_tokens": 5, "stream": True}
@@ -116,11 +129,14 @@ def test_serve_streams_to_an_http_client(compressed: Path) -> None:
             json.dumps(question).encode(),
             {"Content-Type": "application/json"},
         )
+        models = f"http://localhost:{port}/v1/models"
         for _ in range(240):
             assert server.poll() is None, "the server ended"
             try:
                 with urllib.request.urlopen(request, timeout=60) as reply:
                     events = [line.decode() for line in reply if line.startswith(b"data: {")]
+                with urllib.request.urlopen(models, timeout=60) as reply:
+                    names = [model["id"] for model in json.load(reply)["data"]]
                 break
             except urllib.error.URLError:
                 time.sleep(0.25)
@@ -129,4 +145,5 @@ def test_serve_streams_to_an_http_client(compressed: Path) -> None:
         server.wait(30)
     choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
     assert sum(bool(choice["text"]) for choice in choices) >= 2
+    assert names == [str(compressed)]
     assert choices[-1]["finish_reason"] == "length"

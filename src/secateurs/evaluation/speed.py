@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.device import resolve_device
 from secateurs.evaluation.perplexity import perplexity
-from secateurs.runtime.generate import Pace, greedy_tokens, memory_bytes
+from secateurs.runtime.generate import Pace, check_positions, greedy_tokens, memory_bytes
 from secateurs.runtime.load import load_model
 from secateurs.text import evaluation_tokens, load_tokenizer
 
@@ -62,17 +62,21 @@ def bench(
         ValueError: a model is broken, the device is not there, or the text cannot be had.
     """
     costs = []
-    for name in (model, against):
-        if name is not None:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                costs.append(pool.submit(_cost, str(name), text, device).result())
+    names = [str(name) for name in (model, against) if name is not None]
+    for name in names:
+        Checkpoint(resolve(name))
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            costs.append(pool.submit(_cost, name, text, device).result())
     return costs
 
 
 def _cost(name: str, text: str | None, device: str | None) -> Cost:
     folder, where = resolve(name), resolve_device(device)
+    tokens = None if text is None else evaluation_tokens(text, load_tokenizer(folder))
     before = memory_bytes(where)
     model = load_model(folder, device)
+    check_positions(model, PROMPT_TOKENS + NEW_TOKENS)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(where)
@@ -86,9 +90,7 @@ def _cost(name: str, text: str | None, device: str | None) -> Cost:
         memory_bytes=memory,
         seconds_to_first_token=statistics.median(pace.seconds_to_first for pace in paces),
         tokens_per_second=statistics.median(pace.tokens_per_second for pace in paces),
-        perplexity=None
-        if text is None
-        else perplexity(model, evaluation_tokens(text, load_tokenizer(folder))),
+        perplexity=None if tokens is None else perplexity(model, tokens),
     )
 
 

@@ -1,5 +1,7 @@
 """From a folder of dense weights to a compressed one, and back, shard by shard."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateurs.checkpoint import INDEX, Checkpoint, copy_file, resolve, write_json, write_tensors
-from secateurs.runtime.format import DTYPES, MOST_WEIGHTS, VERSION, Layout, pack, row_offsets
+from secateurs.runtime.format import DTYPES, MOST_WEIGHTS, VERSION, Layout, pack, padded, row_offsets
 from secateurs.runtime.kernels import expand
-from secateurs.runtime.quantizer import METHOD, SecateursConfig, linear_shapes, module_name
+from secateurs.runtime.quantizer import (
+    GUARD,
+    METHOD,
+    SecateursConfig,
+    linear_shapes,
+    matching_layers,
+    module_name,
+)
 
-WORTH = 0.9  # of the dense bytes: a layer that would stay larger gains too little to pay for its expansion
+WORTH = 0.9  # of the dense bytes: saving less does not pay for expanding the layer at every long prompt
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,11 @@ def compress(model: str | Path, output: Path) -> Compression:
 
     def packed(key: str, weight: torch.Tensor) -> torch.Tensor:
         name = module_name(key.removesuffix(".weight"), shapes, skeleton) if key.endswith(".weight") else None
-        if name is None or weight.dtype not in DTYPES.values() or weight.numel() > MOST_WEIGHTS:
+        if name is None or weight.dtype not in DTYPES.values():
             return weight
         matrix = weight.T if _is_transposed(skeleton, name) else weight
+        if matrix.shape[0] * padded(matrix.shape[1]) > MOST_WEIGHTS:
+            return weight
         layout = Layout(matrix.shape[0], matrix.shape[1], int(torch.count_nonzero(matrix)), matrix.dtype)
         if layout.bytes > WORTH * layout.dense_bytes:
             return weight
@@ -63,14 +74,11 @@ def compress(model: str | Path, output: Path) -> Compression:
         layers[name] = layout.to_json()
         return result
 
-    _rewrite(
-        checkpoint,
-        output,
-        packed,
-        lambda config: (
-            config | {"quantization_config": {"quant_method": METHOD, "version": VERSION, "layers": layers}}
-        ),
-    )
+    def compressed(config: dict[str, Any]) -> dict[str, Any]:
+        settings = {"quant_method": METHOD, "version": VERSION, "layers": layers}
+        return config | {"quantization_config": settings, "transformers_weights": GUARD}
+
+    _rewrite(checkpoint, output, packed, compressed)
     after = Checkpoint(output)
     return Compression(len(layers), len(shapes) - len(layers), checkpoint.bytes, after.bytes)
 
@@ -89,8 +97,9 @@ def decompress(model: str | Path, output: Path) -> None:
     settings = checkpoint.config.get("quantization_config")
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
         raise ValueError(f"'{checkpoint.folder}' is not compressed")
-    layouts = SecateursConfig.from_dict(settings).layers
     skeleton = skeleton_of(checkpoint)
+    files = [checkpoint.folder / file for file in checkpoint.files]
+    layouts = matching_layers(SecateursConfig.from_dict(settings).layers, skeleton, files)
 
     def dense(key: str, packed: torch.Tensor) -> torch.Tensor:
         name = (
@@ -101,12 +110,10 @@ def decompress(model: str | Path, output: Path) -> None:
         matrix = unpacked(name, packed, layouts[name])
         return matrix.T if _is_transposed(skeleton, name) else matrix
 
-    _rewrite(
-        checkpoint,
-        output,
-        dense,
-        lambda config: {k: v for k, v in config.items() if k != "quantization_config"},
-    )
+    def plain(config: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in config.items() if k not in ("quantization_config", "transformers_weights")}
+
+    _rewrite(checkpoint, output, dense, plain)
 
 
 def unpacked(name: str, packed: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -139,19 +146,25 @@ def _rewrite(
     convert: Callable[[str, torch.Tensor], torch.Tensor],
     new_config: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
-    """Copies a model folder, each tensor through `convert`; `config.json`, written last, completes it."""
+    """Copies a model folder, each tensor through `convert`. The output appears when it is complete."""
     if output.exists():
         raise ValueError(f"'{output}' exists already; name another output folder")
-    output.mkdir(parents=True)
-    total = 0
-    for file in checkpoint.files:
-        keys = [key for key, home in checkpoint.file_of.items() if home == file]
-        tensors = {key: convert(key, checkpoint.load([key])[key]) for key in keys}
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        write_tensors(output / file, tensors)
-    if (checkpoint.folder / INDEX).is_file():
-        write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": checkpoint.file_of})
-    for companion in checkpoint.companions():
-        if companion.name != "config.json":
-            copy_file(companion, output / companion.name)
-    write_json(output / "config.json", new_config(checkpoint.config))
+    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        total = 0
+        for file in checkpoint.files:
+            keys = [key for key, home in checkpoint.file_of.items() if home == file]
+            tensors = {key: convert(key, checkpoint.load([key])[key]) for key in keys}
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            write_tensors(partial / file, tensors)
+        if (checkpoint.folder / INDEX).is_file():
+            write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": checkpoint.file_of})
+        for companion in checkpoint.companions():
+            if companion.name != "config.json":
+                copy_file(companion, partial / companion.name)
+        write_json(partial / "config.json", new_config(checkpoint.config))
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -16,7 +16,12 @@ VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RESERVED_DTYPES = ("int8", "int4")  # with group scales; named in version 1 so that its readers can say so
 TAIL_BYTES = 64  # zeros behind the last value, so that vector loads may run over it
-MOST_WEIGHTS = 2**31 - 1  # offsets are 32-bit
+MOST_WEIGHTS = 2**31 - 1  # of a layer, its columns rounded up to 64: what counts them has 32 bits
+
+
+def padded(columns: int) -> int:
+    """Columns of a row's mask: rounded up to 64."""
+    return (columns + 63) // 64 * 64
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Layout:
     @property
     def row_mask_bytes(self) -> int:
         """Bytes of one row's mask: padded to 64 bits."""
-        return (self.columns + 63) // 64 * 8
+        return padded(self.columns) // 8
 
     @property
     def mask_bytes(self) -> int:
@@ -83,7 +88,7 @@ class Layout:
                 f"compressed layer '{name}' needs two positive sizes as its shape, not {shape!r}"
             )
         rows, columns = shape
-        if rows * columns > MOST_WEIGHTS:
+        if rows * padded(columns) > MOST_WEIGHTS:
             raise ValueError(
                 f"compressed layer '{name}' has {rows} x {columns} weights; at most 2^31 - 1 fit"
             )
@@ -105,7 +110,7 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     """
     assert weight.ndim == 2
     assert weight.dtype in DTYPES.values()
-    assert weight.numel() <= MOST_WEIGHTS
+    assert weight.shape[0] * padded(weight.shape[1]) <= MOST_WEIGHTS
     weight = weight.detach().cpu()
     kept = weight != 0
     values = weight[kept]

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateurs.checkpoint import resolve
 from secateurs.runtime.load import load_model
@@ -37,10 +37,9 @@ class Pace:
         return (self.tokens - 1) / self.seconds_after if self.tokens > 1 else float("nan")
 
     def __str__(self) -> str:
-        return (
-            f"first token after {self.seconds_to_first:.2f} s, then {self.tokens_per_second:.1f} tokens "
-            f"per second; {self.memory_bytes / 1e6:.0f} MB of memory"
-        )
+        then = f", then {self.tokens_per_second:.1f} tokens per second" if self.tokens > 1 else ""
+        memory = f"{self.memory_bytes / 1e6:.0f} MB of memory"
+        return f"first token after {self.seconds_to_first:.2f} s{then}; {memory}"
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -48,6 +47,15 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def check_positions(model: PreTrainedModel, tokens: int) -> None:
+    """Raises ValueError if a model was not made for so many tokens."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"prompt and new tokens are {tokens}, but the model is made for {positions}: ask for fewer"
+        )
 
 
 @torch.inference_mode()
@@ -77,7 +85,7 @@ def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterato
 def generate(
     model: str | Path, prompt: str, *, tokens: int = 100, device: str | None = None, pace: Pace | None = None
 ) -> Iterator[str]:
-    """Continues a prompt greedily, yielding text as soon as it is certain.
+    """Continues a prompt greedily. What can be wrong is found before this returns.
 
     Args:
         model: a model folder or a name on the Hugging Face hub, dense or compressed.
@@ -86,8 +94,12 @@ def generate(
         device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
         pace: is updated as tokens come.
 
+    Returns:
+        The text that follows, in pieces, each as soon as it is certain.
+
     Raises:
-        ValueError: the model is broken or has no tokenizer, the prompt is empty or no tokens are asked for.
+        ValueError: the model is broken or has no tokenizer, the prompt is empty, or no tokens are asked for
+            or more than the model has positions for.
     """
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
@@ -95,13 +107,20 @@ def generate(
     if ids.numel() == 0 or tokens < 1:
         raise ValueError("there is nothing to generate: the prompt is empty, or no tokens are asked for")
     loaded = load_model(folder, device)
+    check_positions(loaded, ids.numel() + tokens)
+    new_tokens = greedy_tokens(loaded, ids.to(loaded.device), pace or Pace())
     ends = loaded.generation_config.eos_token_id if loaded.generation_config is not None else None
-    ends = set(ends if isinstance(ends, list) else [ends])
+    return _pieces(new_tokens, tokens, set(ends if isinstance(ends, list) else [ends]), tokenizer)
+
+
+def _pieces(
+    tokens: Iterator[int], most: int, ends: set[int | None], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
     new: list[int] = []
     shown = ""
-    for token in greedy_tokens(loaded, ids.to(loaded.device), pace or Pace()):
+    for token in tokens:
         new.append(token)
-        finished = token in ends or len(new) == tokens
+        finished = token in ends or len(new) == most
         text = str(tokenizer.decode(new, skip_special_tokens=True))
         # A character may take several tokens; until the last of them it decodes to a replacement character.
         if finished or not text.endswith("\ufffd"):

@@ -60,7 +60,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.arange(0, TOKENS)
+    token = tl.arange(0, TOKENS).to(tl.int64)
     inside = row < rows
     begin = tl.load(offsets + row, mask=inside, other=0)
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)

@@ -1,9 +1,9 @@
 // Products with a sparse matrix held as a bitmask and its packed non-zeros, on the CPU.
 //
 // Decoding is bound by the bytes of weights read, so a row is expanded in registers and multiplied at once:
-// nothing dense is ever written. With AVX-512 VBMI2 the expansion is one instruction per 32 weights; with AVX2 a
-// byte of the mask picks a shuffle from a table; elsewhere the set bits are walked one by one. The instruction set
-// is chosen by the caller at run time, so one binary serves every machine.
+// nothing dense is ever written. With AVX-512 VBMI2 the expansion is one instruction per 32 weights; with AVX2 and
+// NEON a byte of the mask picks a shuffle from a table; elsewhere the set bits are walked one by one. The
+// instruction set is chosen by the caller at run time, so one binary serves every machine.
 //
 // A plain C interface over pointers: no torch headers, hence no rebuild when torch changes.
 //
@@ -31,12 +31,17 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,fma,f16c,popcnt,bmi,bmi2")))
 #endif
 
+#if defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__)
+#define SECATEURS_NEON 1
+#include <arm_neon.h>
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kDtypes = 3 };
-enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Isa : int32_t { kPortable = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3, kAvx512Bf16 = 4, kIsas = 5 };
 
 constexpr int kTokens = 8;  // tokens that share one expansion of a row; more would spill registers
 
@@ -124,12 +129,13 @@ void row_portable(const uint8_t* mask, const uint8_t* values, int64_t words, con
     std::copy(sums, sums + N, y);
 }
 
-#ifdef SECATEURS_X86
+#if defined(SECATEURS_X86) || defined(SECATEURS_NEON)
 
 // A byte of the mask -> where each of eight lanes finds its value among the packed ones.
 struct Shuffles {
     alignas(16) uint8_t words[256][16];  // byte indices of 16-bit lanes, 0x80 (which shuffles in a zero) if empty
     alignas(8) uint8_t lanes[256][8];    // lane indices of 32-bit lanes
+    alignas(16) uint8_t quads[16][16];   // byte indices of four 32-bit lanes, by half a byte
 };
 
 constexpr Shuffles make_shuffles() {
@@ -141,6 +147,9 @@ constexpr Shuffles make_shuffles() {
             table.words[byte][2 * lane] = kept ? uint8_t(2 * next) : 0x80;
             table.words[byte][2 * lane + 1] = kept ? uint8_t(2 * next + 1) : 0x80;
             table.lanes[byte][lane] = next;
+            for (int i = 0; byte < 16 && lane < 4 && i < 4; ++i) {
+                table.quads[byte][4 * lane + i] = kept ? uint8_t(4 * next + i) : 0x80;
+            }
             next = uint8_t(next + kept);
         }
     }
@@ -148,6 +157,48 @@ constexpr Shuffles make_shuffles() {
 }
 
 constexpr Shuffles kShuffles = make_shuffles();
+
+#endif
+
+#ifdef SECATEURS_NEON
+
+// Eight weights as two vectors of floats.
+template <int32_t D>
+inline float32x4x2_t expand8(const uint8_t* values, uint8_t byte) {
+    if constexpr (D == kFloat32) {
+        const uint8_t low = byte & 15, high = byte >> 4;
+        const uint8x16_t later = vld1q_u8(values + 4 * __builtin_popcount(low));
+        return {vreinterpretq_f32_u8(vqtbl1q_u8(vld1q_u8(values), vld1q_u8(kShuffles.quads[low]))),
+                vreinterpretq_f32_u8(vqtbl1q_u8(later, vld1q_u8(kShuffles.quads[high])))};
+    }
+    const uint16x8_t words = vreinterpretq_u16_u8(vqtbl1q_u8(vld1q_u8(values), vld1q_u8(kShuffles.words[byte])));
+    if constexpr (D == kFloat16) {
+        const float16x8_t halves = vreinterpretq_f16_u16(words);
+        return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
+    }
+    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(words), 16)),
+            vreinterpretq_f32_u32(vshll_high_n_u16(words, 16))};
+}
+
+template <int32_t D, int N>
+void row_neon(const uint8_t* mask, const uint8_t* values, int64_t words, const void* x, int64_t stride, float* y) {
+    const float* columns = static_cast<const float*>(x);
+    float32x4_t even[N], odd[N];
+    for (int n = 0; n < N; ++n) even[n] = odd[n] = vdupq_n_f32(0);
+    for (int64_t byte = 0; byte < 8 * words; ++byte, columns += 8) {
+        const float32x4x2_t weights = expand8<D>(values, mask[byte]);
+        values += size_of(D) * __builtin_popcount(mask[byte]);
+        for (int n = 0; n < N; ++n) {
+            even[n] = vfmaq_f32(even[n], weights.val[0], vld1q_f32(columns + n * stride));
+            odd[n] = vfmaq_f32(odd[n], weights.val[1], vld1q_f32(columns + n * stride + 4));
+        }
+    }
+    for (int n = 0; n < N; ++n) y[n] = vaddvq_f32(vaddq_f32(even[n], odd[n]));
+}
+
+#endif
+
+#ifdef SECATEURS_X86
 
 AVX2 inline __m128i expand8_words(const uint8_t* values, uint8_t byte) {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
@@ -216,13 +267,8 @@ AVX512 inline void expand32(const uint8_t* values, uint32_t bits, __m512& first,
         return;
     }
     const __m512i words = _mm512_maskz_expand_epi16(bits, load_packed(values));
-    if constexpr (D == kBfloat16) {
-        first = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-        second = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000))));
-    } else {
-        first = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
-        second = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
-    }
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000))));
 }
 
 template <int32_t D, int N>
@@ -286,8 +332,14 @@ AVX512_BF16 void row_avx512_bf16(const uint8_t* mask, const uint8_t* values, int
 template <int32_t D, size_t... N>
 std::array<Row, kTokens> rows_for(int32_t isa, std::index_sequence<N...>) {
 #ifdef SECATEURS_X86
-    if (isa >= kAvx512) return {row_avx512<D, int(N) + 1>...};
-    if (isa == kAvx2) return {row_avx2<D, int(N) + 1>...};
+    // Halves stay with AVX2: converting sixteen of them at once takes twice as long on AMD Zen 4.
+    if constexpr (D != kFloat16) {
+        if (isa >= kAvx512) return {row_avx512<D, int(N) + 1>...};
+    }
+    if (isa >= kAvx2) return {row_avx2<D, int(N) + 1>...};
+#endif
+#ifdef SECATEURS_NEON
+    if (isa == kNeon) return {row_neon<D, int(N) + 1>...};
 #endif
     (void)isa;
     return {row_portable<D, int(N) + 1>...};
@@ -422,17 +474,21 @@ UnpackRow unpack_row_for(int32_t isa, int64_t value_bytes) {
 
 }  // namespace
 
-// The best instruction set of this machine, as a number to pass to the functions below.
-EXPORT int32_t secateurs_isa() {
+// Whether this machine has an instruction set: the numbers that it may pass to the functions below.
+EXPORT int32_t secateurs_has_isa(int32_t isa) {
 #ifdef SECATEURS_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vbmi2")) {
-        return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vbmi2");
+    if (isa == kAvx2) return avx2;
+    if (isa == kAvx512) return avx512;
+    if (isa == kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-    return kPortable;
+#ifdef SECATEURS_NEON
+    if (isa == kNeon) return true;
+#endif
+    return isa == kPortable;
 }
 
 // y (tokens, rows) = x (tokens, columns) W^T + bias, both contiguous and of x_dtype; sums in float32.

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from secateurs.runtime.format import Layout, mask_of, unpack, values_of
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # in the order of the numbers in kernels.cpp
+ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16")  # by their numbers in kernels.cpp, best last
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# More tokens than this go through expansion on the CPU. An estimate: benchmarks/prefill_cpu.py measures it.
-DIRECT_TOKENS = 16
-PANEL_BYTES = 8 << 20  # of expanded weight at a time, to stay in the cache for the product; not tuned
+# More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they
+# stay in the cache for the product. benchmarks/prefill_cpu.py measures both: the faster torch multiplies, the
+# sooner expansion pays.
+DIRECT_TOKENS = {torch.float32: 48, torch.bfloat16: 12, torch.float16: 48}
+PANEL_BYTES = 4 << 20
 
 
 class CpuKernels:
@@ -43,10 +45,10 @@ class CpuKernels:
         self._linear.argtypes = [pointer] * 6 + [i64] * 3 + [i32] * 4
         self._unpack.argtypes = [pointer] * 4 + [i64] * 3 + [i32] * 3
         self._linear.restype = self._unpack.restype = None
-        best = loaded.secateurs_isa()
-        if isa is not None and isa not in ISAS[: best + 1]:
-            raise ValueError(f"no instruction set '{isa}' here; there are {', '.join(ISAS[: best + 1])}")
-        self.isa = best if isa is None else ISAS.index(isa)
+        self.isas = [name for number, name in enumerate(ISAS) if loaded.secateurs_has_isa(number)]
+        if isa is not None and isa not in self.isas:
+            raise ValueError(f"no instruction set '{isa}' here; there are {', '.join(self.isas)}")
+        self.isa = ISAS.index(isa or self.isas[-1])
 
     def linear(
         self, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout
@@ -106,14 +108,18 @@ def cpu_kernels() -> CpuKernels | None:
     if isa == "torch":
         return None
     path = library()
-    if path is None:
-        warnings.warn(
-            "secateurs was installed without its CPU kernels (no C++ compiler at the time): compressed "
-            "models run, but slower than dense ones. Install a compiler and reinstall secateurs.",
-            stacklevel=2,
-        )
-        return None
-    return CpuKernels(path, isa)
+    reason = "there was no C++ compiler when it was installed"
+    if path is not None:
+        try:
+            return CpuKernels(path, isa)
+        except OSError as error:
+            reason = str(error)
+    warnings.warn(
+        f"secateurs runs without its CPU kernels ({reason}): compressed models work, but slower than dense "
+        "ones. Install a compiler and reinstall secateurs.",
+        stacklevel=2,
+    )
+    return None
 
 
 def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
@@ -162,7 +168,7 @@ def _linear(
             return gpu.linear(tokens, mask_of(weight, layout), values_of(weight, layout), offsets, bias).view(
                 shape
             )
-    elif weight.device.type == "cpu" and x.dtype in DTYPE_CODES and len(tokens) <= DIRECT_TOKENS:
+    elif weight.device.type == "cpu" and len(tokens) <= DIRECT_TOKENS.get(x.dtype, 0):
         kernels = cpu_kernels()
         if kernels is not None:
             return kernels.linear(tokens, weight, offsets, bias, layout).view(shape)
@@ -226,7 +232,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         x_gradient = torch.ops.secateurs.input_gradient(gradient, weight, offsets, ctx.columns, ctx.dtype)
     if ctx.needs_input_grad[3]:
-        bias_gradient = gradient.flatten(0, -2).sum(0)
+        bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0)
     return x_gradient, None, None, bias_gradient, None, None
 
 

@@ -1,5 +1,7 @@
 """A linear layer whose weight stays packed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,15 @@ class SparseLinear(nn.Linear):
             ValueError: as `row_offsets`.
         """
         self.offsets = row_offsets(name, self.weight.data, self.layout).to(self.weight.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Checks and counts what `load_state_dict` brings: kernels trust the offsets."""
+        packed = state_dict.get(f"{prefix}weight")
+        offsets = self.offsets
+        if packed is not None:
+            offsets = row_offsets(prefix.removesuffix("."), packed, self.layout).to(offsets.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.offsets = offsets
 
     def dense_weight(self) -> Tensor:
         """W (out, in)."""

@@ -5,12 +5,14 @@ of every packed weight, so that the model can be laid out, and the files checked
 weights is read. Weights stay memory-mapped; nothing dense is ever made.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,6 +21,9 @@ from secateurs.runtime.format import VERSION, Layout
 from secateurs.runtime.linear import SparseLinear
 
 METHOD = "secateurs"
+# In config.json this is `transformers_weights`, a place for the name of the weight file. It is none, so
+# transformers refuses the folder, whatever it was asked for; the quantizer takes it away again.
+GUARD = "none: these weights are packed, and load after `import secateurs`"
 
 
 @register_quantization_config(METHOD)
@@ -90,30 +95,26 @@ class SecateursQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError("only a compressed folder loads compressed: write one with `secateurs compress`")
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Called before the weight files are looked for, and so the place to lift the guard."""
+        if getattr(config, "transformers_weights", None) == GUARD:
+            del config.transformers_weights
+        return config
+
+    update_tp_plan = update_attn_implementation  # as it was called there before
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        shapes = linear_shapes(model)
-        whole = hasattr(model, model.base_model_prefix)
-        layouts = {}
-        for key, layout in self.quantization_config.layers.items():
-            name = module_name(key, shapes, model)
-            if name is None:
-                if whole:
-                    raise ValueError(
-                        f"compressed layer '{key}' is not a linear layer of {type(model).__name__}"
-                    )
-                continue  # a bare model is loaded without its head
-            if shapes[name] != (layout.rows, layout.columns):
-                found = (layout.rows, layout.columns)
-                raise ValueError(f"compressed layer '{key}' is {found}, but the model's is {shapes[name]}")
-            layouts[name] = layout
-        check_files(checkpoint_files or [], self.quantization_config.layers, model)
+        layouts = matching_layers(self.quantization_config.layers, model, checkpoint_files or [])
+        self.quantization_config.layers = layouts  # of a bare model, all that it can save again
         for name, layout in layouts.items():
             dense = model.get_submodule(name)
             has_bias = getattr(dense, "bias", None) is not None
             with torch.device("meta"):
-                model.set_submodule(name, SparseLinear(layout, has_bias, next(dense.parameters()).dtype))
+                packed = SparseLinear(layout, has_bias, next(dense.parameters()).dtype)
+            packed.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or it would be drawn at random
+            model.set_submodule(name, packed)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -139,17 +140,36 @@ class SecateursQuantizer(HfQuantizer):
         return True
 
 
-def check_files(files: list[str], layers: dict[str, Layout], model: PreTrainedModel) -> None:
-    """Compares the headers of safetensors files with what the config promised, before anything is read.
+def matching_layers(
+    layers: dict[str, Layout], model: PreTrainedModel, files: Iterable[str | Path]
+) -> dict[str, Layout]:
+    """Compares what the config promises with the model and its files' headers, before weights are read.
 
     Args:
-        files: of the model.
-        layers: from its config.
-        model: without weights.
+        layers: from the config.
+        model: without weights, and not yet changed.
+        files: its safetensors.
+
+    Returns:
+        Module name -> layout. A bare model has no head, so the head's is left out.
 
     Raises:
-        ValueError: a packed weight is missing, has another length or dtype, or is not in the config.
+        ValueError: a layer is not in the model or of another shape there; a packed weight is missing, has
+            another length or dtype, or is not in the config.
     """
+    shapes = linear_shapes(model)
+    whole = hasattr(model, model.base_model_prefix)
+    matching = {}
+    for key, layout in layers.items():
+        name = module_name(key, shapes, model)
+        if name is None:
+            if whole:
+                raise ValueError(f"compressed layer '{key}' is not a linear layer of {type(model).__name__}")
+            continue
+        if shapes[name] != (layout.rows, layout.columns):
+            shape = (layout.rows, layout.columns)
+            raise ValueError(f"compressed layer '{key}' is {shape}, but the model's is {shapes[name]}")
+        matching[name] = layout
     missing = set(layers)
     for file in files:
         with safe_open(file, framework="pt") as shard:
@@ -167,3 +187,4 @@ def check_files(files: list[str], layers: dict[str, Layout], model: PreTrainedMo
                         raise ValueError(f"'{key}' in '{file}' should be {promised}, but is {found}")
     if missing:
         raise ValueError(f"compressed layer '{min(missing)}' has no weight in the model's files")
+    return matching

@@ -1,6 +1,8 @@
 """An OpenAI-compatible server for dense and compressed models: transformers' own."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.device import resolve_device
@@ -10,7 +12,8 @@ def serve(model: str | Path, *, host: str = "localhost", port: int = 8000, devic
     """Serves a model over HTTP until interrupted: `/v1/completions`, `/v1/chat/completions`, `/v1/models`.
 
     Args:
-        model: a model folder or a name on the Hugging Face hub, dense or compressed.
+        model: a model folder or a name on the Hugging Face hub, dense or compressed. Clients call it by its
+            folder, as `/v1/models` tells them.
         host: address to listen on.
         port: to listen on.
         device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
@@ -18,10 +21,15 @@ def serve(model: str | Path, *, host: str = "localhost", port: int = 8000, devic
     Raises:
         ValueError: the model is broken, or transformers' serving extra is not installed.
     """
-    folder = Checkpoint(resolve(model)).folder
+    folder, where = Checkpoint(resolve(model)).folder, resolve_device(device)
+    entry = {"id": str(folder), "object": "model", "created": int(time.time()), "owned_by": "secateurs"}
     try:
         from transformers.cli.serve import Serve
+        from transformers.cli.serving.model_manager import ModelManager
 
-        Serve(force_model=str(folder), host=host, port=port, device=str(resolve_device(device)))
+        # `/v1/models` would list the hub's cache, or fail where there is none, but never this model.
+        manager: Any = ModelManager
+        manager.get_gen_models = staticmethod(lambda cache_dir=None: [entry])
+        Serve(force_model=str(folder), host=host, port=port, device=str(where))
     except ImportError as error:
-        raise ValueError(f"serving needs `pip install 'transformers[serving]'` ({error})") from None
+        raise ValueError(f"serving needs `pip install 'secateurs[serve]'` ({error})") from None
