@@ -1,36 +1,43 @@
-"""The Trainer callback: all that a user of `transformers.Trainer` or TRL adds."""
+"""The Trainer callback: all that a user of `transformers.Trainer`, or of TRL's trainers, adds."""
 
+import base64
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, cast
 
-from transformers import TrainerCallback
+import safetensors.torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from secateurs.training.importance import Importance
 from secateurs.training.ladder import Schedule
+from secateurs.training.selection import Select
+from secateurs.training.sparse import SparseTraining
 
-Importance = Literal["uniform", "magnitude", "activation", "weighted", "taylor"]
-Select = Literal["topk", "sample"]
 
-
-class SparsityAcceleratedTraining(TrainerCallback):
+class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
     """Sparsity-Accelerated Training for `transformers.Trainer` and everything built on it.
+
+    Checkpoints are those of plain training, with what a resumed run needs in `trainer_state.json`. Training
+    leaves the plain, dense model.
 
     Example:
         Trainer(model, args, train_dataset=data, callbacks=[SparsityAcceleratedTraining(rate=0.5)]).train()
 
     Args:
         rate: highest share of heads and channels that a step omits, in [0, 1); 0.5 if left out.
-        schedule: "ladder" (LORS), "constant", "linear", "cubic", or a schedule (which brings its own rate).
-        importance: what decides: "uniform", "magnitude", "activation", "weighted" or "taylor".
+        schedule: "ladder" (LORS), "constant", "linear", "cubic", or a schedule, which brings its own rate.
+        importance: "activation", "weighted", "taylor", "magnitude" or "uniform" (see
+            `secateurs.training.importance.measure`).
         select: "topk", or "sample" without replacement in proportion to importance.
-        attention_rate: the highest rate of the attention heads, if not `rate`.
-        mlp_rate: the highest rate of the MLP channels, if not `rate`.
+        attention_rate: the highest rate of the heads, if not `rate`.
+        mlp_rate: the highest rate of the channels, if not `rate`.
         exempt: indices of blocks that always run whole; negative ones count from the end.
-        probe_every: optimiser steps between measurements of importance on a few dense sequences.
-        across_layers: share the budget of each kind out across layers by importance, instead of evenly.
+        probe_every: optimiser steps between two measurements of importance, each followed by a new choice.
+        across_layers: let layers share the budget of each kind by importance, instead of keeping as much each.
         seed: of the sampling.
 
     Raises:
-        ValueError: a setting is out of its range, or unknown.
+        ValueError: a setting is unknown or out of its range.
     """
 
     def __init__(
@@ -47,31 +54,61 @@ class SparsityAcceleratedTraining(TrainerCallback):
         across_layers: bool = False,
         seed: int = 0,
     ) -> None:
-        self.training: SparseTraining | None = None
-        """The run's state, from the start of training on: what progress bars and summaries read."""
+        settings: dict[str, Any] = {
+            "rate": rate,
+            "schedule": schedule,
+            "importance": importance,
+            "select": select,
+            "attention_rate": attention_rate,
+            "mlp_rate": mlp_rate,
+            "exempt": list(exempt),
+            "probe_every": probe_every,
+            "across_layers": across_layers,
+            "seed": seed,
+        }
+        self.training = SparseTraining(**settings)
+        """The run's state: what progress bars and summaries read."""
+        self._settings = settings | {"schedule": schedule if isinstance(schedule, str) else repr(schedule)}
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to what is about to be trained."""
+        if args.n_gpu > 1:
+            raise ValueError(
+                "DataParallel copies the model in each step: start training with torchrun, for DDP"
+            )
+        self.training.attach(kwargs["model"], kwargs["optimizer"], state.max_steps)
+        name = type(self).__name__
+        states = cast(dict[str, Any], state.stateful_callbacks)
+        saved = states.get(name)
+        if state.global_step and saved:
+            encoded = (saved[-1] if isinstance(saved, list) else saved)["attributes"]["encoded"]
+            self.training.load_state_dict(safetensors.torch.load(base64.b64decode(encoded)))
+        elif state.global_step:  # plain training so far: go on from there
+            self.training.step_number = state.global_step
+        states.setdefault(name, self.state())  # or Trainer fails to save what it resumed
 
-class SparseTraining:
-    """SAT in a plain PyTorch loop, in three calls; the Trainer callback makes the same three.
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell that an optimiser step is done."""
+        self.training.step()
 
-    Example:
-        sat = SparseTraining(rate=0.5)          # the callback's keywords
-        sat.attach(model, optimizer, total_steps=1000)
-        for batch in batches:
-            model(**batch).loss.backward()
-            optimizer.step()
-            sat.step()
-            optimizer.zero_grad()
-        sat.detach()                            # the plain, dense model again
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the rate beside the loss."""
+        if state.log_history and "loss" in state.log_history[-1]:
+            state.log_history[-1]["omission_rate"] = self.training.rate
 
-    In evaluation mode (`model.eval()`) the model always runs whole; `state_dict` is always whole.
-    """
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the plain model."""
+        self.training.detach()
 
-    rate: float
-    """Of the current optimiser step."""
-    flops_done: float
-    """Spent so far by the forward and backward passes of the model, probes included."""
-    flops_dense: float
-    """What plain training would have spent on the same tokens."""
-    kept: list[Any]
-    """For each block the kept heads and channels."""
+    def state(self) -> dict[str, Any]:
+        """What Trainer saves in a checkpoint's `trainer_state.json`: tensors as base64 of safetensors."""
+        encoded = base64.b64encode(safetensors.torch.save(self.training.state_dict())).decode()
+        return {"args": self._settings, "attributes": {"encoded": encoded}}
