@@ -1,20 +1,21 @@
 """What a model is trained on: packed blocks of running text, or conversations of which the answers count."""
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from secateurs.text.sources import PUBLISHED, Split, load_text
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 Message = dict[str, str]
+Conversation = list[Message]
 
 # Of rows that are one question and its answer.
 PAIRS = (("question", "answer"), ("prompt", "completion"))
@@ -33,6 +34,8 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}"
 )
+
+GENERATION = re.compile(r"\{%-?\s*generation\b")  # what marks answers in a chat template
 
 
 def packed_blocks(
@@ -82,7 +85,7 @@ def packed_blocks(
     return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
 
 
-def load_conversations(source: str | Path) -> list[list[Message]]:
+def load_conversations(source: str | Path) -> list[Conversation]:
     """Read conversations from a jsonl file.
 
     Args:
@@ -108,7 +111,7 @@ def load_conversations(source: str | Path) -> list[list[Message]]:
     return found
 
 
-def _messages(line: str, where: str) -> list[Message]:
+def _messages(line: str, where: str) -> Conversation:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -125,9 +128,7 @@ def _messages(line: str, where: str) -> list[Message]:
         if all(name in row for name in pair):
             for name in pair:
                 if not isinstance(row[name], str):
-                    raise ValueError(
-                        f"{where}: field '{name}' is not text but {type(row[name]).__name__}"
-                    )
+                    raise ValueError(f"{where}: field '{name}' is not text but {type(row[name]).__name__}")
             return [
                 {"role": "user", "content": row[pair[0]]},
                 {"role": "assistant", "content": row[pair[1]]},
@@ -148,24 +149,96 @@ def _checked(messages: Any, where: str) -> Iterator[Message]:
         yield {name: fields[name] for name in ("role", "content")}
 
 
-def answers_only(conversations: list[list[Message]]) -> "Dataset":
-    """Conversations as TRL's SFTTrainer takes them to compute the loss on the answers.
+@dataclass(frozen=True)
+class TextData:
+    """Blocks of running text (see `packed_blocks`), every token of which is learnt."""
 
-    Where each conversation ends with its only answer, these are columns `prompt` and `completion`, which suit
-    any chat template. Else it is the column `messages`, for which `assistant_only_loss` must be set and the
-    template must mark the answers, or be one that TRL knows how to mark.
-    """
-    from datasets import Dataset
+    train: Tensor
+    validation: Tensor | None
 
-    single = all(
-        [message["role"] for message in messages].index("assistant") == len(messages) - 1
-        for messages in conversations
-    )
-    if single:
-        columns = {
-            "prompt": [messages[:-1] for messages in conversations],
-            "completion": [messages[-1:] for messages in conversations],
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.train.numpy().tobytes()).hexdigest()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Trainer's settings that follow from the kind of data."""
+        return {"include_num_input_tokens_seen": "all", "label_names": ["labels"]}
+
+    def trainer(self, **parts: Any) -> Trainer:
+        """A Trainer with this data and all the `parts` that a Trainer takes beside."""
+
+        def rows(blocks: Tensor) -> list[dict[str, Tensor]]:
+            return [{"input_ids": block, "labels": block} for block in blocks]
+
+        held_out = None if self.validation is None else rows(self.validation)
+        return Trainer(train_dataset=rows(self.train), eval_dataset=held_out, **parts)
+
+
+@dataclass(frozen=True)
+class ChatData:
+    """Conversations (see `load_conversations`), the answers of which are learnt, through TRL."""
+
+    train: list[Conversation]
+    validation: list[Conversation] | None
+    length: int
+    """Tokens to which longer conversations are cut."""
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.train).encode()).hexdigest()
+
+    @property
+    def single(self) -> bool:
+        """Whether every conversation ends with its only answer; such data suit any chat template."""
+        return all(
+            [message["role"] for message in messages].index("assistant") == len(messages) - 1
+            for messages in self.train + (self.validation or [])
+        )
+
+    def check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ValueError if the tokenizer's chat template cannot tell which tokens are answers."""
+        from trl import get_training_chat_template
+
+        if self.single or GENERATION.search(str(tokenizer.chat_template)):
+            return
+        try:
+            get_training_chat_template(tokenizer)
+        except ValueError:
+            raise ValueError(
+                "there are conversations with several answers, and the model's chat template does not mark "
+                "them: put {% generation %} and {% endgeneration %} around an answer in it, or give "
+                "conversations that end with their only answer"
+            ) from None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Trainer's settings that follow from the kind of data."""
+        return {
+            "include_num_input_tokens_seen": "non_padding",
+            "max_length": self.length,
+            "assistant_only_loss": not self.single,
         }
-    else:
-        columns = {"messages": conversations}
-    return Dataset.from_dict(columns)
+
+    def trainer(self, **parts: Any) -> Trainer:
+        """An SFTTrainer with this data and all the `parts` that a Trainer takes beside."""
+        from datasets import Dataset
+        from datasets.utils import disable_progress_bars, enable_progress_bars
+        from trl import SFTTrainer
+
+        single = self.single
+
+        def rows(conversations: list[Conversation]) -> Dataset:
+            if not single:
+                return Dataset.from_dict({"messages": conversations})
+            prompts = [messages[:-1] for messages in conversations]
+            return Dataset.from_dict(
+                {"prompt": prompts, "completion": [messages[-1:] for messages in conversations]}
+            )
+
+        held_out = None if self.validation is None else rows(self.validation)
+        disable_progress_bars()
+        try:
+            return SFTTrainer(train_dataset=rows(self.train), eval_dataset=held_out, **parts)
+        finally:
+            enable_progress_bars()

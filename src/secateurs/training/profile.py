@@ -2,8 +2,8 @@
 
 A channel's activation is its entry in the input of `down`, a head's the norm of its slice of the input of
 `o`. That few of them are large at any token is known as the lazy neuron phenomenon (arXiv 2210.06313); with
-ReLU the others are exactly zero (2310.04564), with a smooth activation merely small, so that a threshold takes
-the place of zero (2404.08763), and heads are compared by their norms (2310.17157). Sparsity-Accelerated
+ReLU the others are exactly zero (2310.04564), with a smooth activation merely small, so that a threshold
+takes the place of zero (2404.08763), and heads are compared by their norms (2310.17157). Sparsity-Accelerated
 Training (2406.01392) omits the same neurons for a whole batch, so what a fixed set keeps is shown as well.
 """
 
@@ -41,7 +41,7 @@ class Activity:
     quiet: float
     """Share of neurons whose mean activation is below half the layer's mean."""
     half_keeps: float
-    """Share of the squared activations that lies in the strongest half of the neurons, the same for all tokens."""
+    """Share of the squared activations in the strongest half of the neurons, the same half for all tokens."""
     means: tuple[float, ...]
     """Mean activation of each neuron, relative to the layer's mean."""
 
@@ -122,7 +122,7 @@ def profile(
         length = min(positions or 2048, 2048)
     if samples < 1 or length < 1 or (positions and length > positions):
         raise ValueError(
-            f"{samples} windows of {length} tokens: at least one, of 1 to {positions or 'any number of'} tokens"
+            f"{samples} windows of {length} tokens: at least one, of 1 to {positions or 'any number'}"
         )
     tokens = evaluation_tokens(text, load_tokenizer(folder), field=field)
     windows = min(samples, len(tokens) // length)
@@ -130,7 +130,9 @@ def profile(
         raise ValueError(
             f"'{text}' has {len(tokens)} tokens, one window needs {length}: give more, or shorter windows"
         )
-    blocks = measure_activity(load_model(folder, str(where)), tokens[: windows * length].view(windows, length))
+    blocks = measure_activity(
+        load_model(folder, str(where)), tokens[: windows * length].view(windows, length)
+    )
     if output is not None:
         settings = {"model": str(model), "text": str(text), "windows": windows, "length": length}
         _write(Path(output), blocks, settings)
@@ -161,7 +163,7 @@ def measure_activity(model: PreTrainedModel, tokens: Tensor) -> list[BlockProfil
     """
     family = family_of(model.config)
     sizes = family.sizes(model.config)
-    blocks = model.get_submodule(family.blocks)
+    blocks = list(model.get_submodule(family.blocks).children())
     heads = [_Count(sizes.heads, model.device) for _ in blocks]
     channels = [_Count(sizes.channels, model.device) for _ in blocks]
 
@@ -204,9 +206,9 @@ def table(blocks: list[BlockProfile]) -> "Table":
 
     shown = Table(
         title="activity on this text",
-        caption=f"barely active: share of activations below {SMALL:.0%} of the largest at the same token. quiet: "
-        f"share of neurons below {QUIET:.0%} of the layer's mean. half keeps: share of the squared activations "
-        "in the strongest half of the neurons, the same half for all tokens.",
+        caption=f"barely active: share of activations below {SMALL:.0%} of the largest at the same token. "
+        f"quiet: share of neurons below {QUIET:.0%} of the layer's mean. half keeps: share of the squared "
+        "activations in the strongest half of the neurons, the same half for all tokens.",
     )
     shown.add_column("block", justify="right")
     for kind in ("heads", "channels"):
@@ -262,8 +264,12 @@ def draw(blocks: list[BlockProfile], stem: Path) -> None:
         above.axhline(QUIET, color="grey", linewidth=0.8, linestyle="--")
         above.grid(alpha=0.3)
         positions = range(len(blocks))
-        below.bar(positions, [100 * x.barely_active for x in activities], color="tab:blue", label="barely active")
-        below.plot(positions, [100 * x.half_keeps for x in activities], "o-", color="tab:orange", label="half keeps")
+        below.bar(
+            positions, [100 * x.barely_active for x in activities], color="tab:blue", label="barely active"
+        )
+        below.plot(
+            positions, [100 * x.half_keeps for x in activities], "o-", color="tab:orange", label="half keeps"
+        )
         below.set(xlabel="block", ylim=(0, 100))
     axes[0, 0].set_ylabel("mean activation / layer's mean")
     axes[1, 0].set_ylabel("%")
