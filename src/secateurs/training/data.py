@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,11 @@ class ChatData:
         }
 
     def trainer(self, **parts: Any) -> Trainer:
-        """An SFTTrainer with this data and all the `parts` that a Trainer takes beside."""
+        """An SFTTrainer with this data and all the `parts` that a Trainer takes beside.
+
+        Raises:
+            ValueError: no conversation has an answer, or a part of one, within the length.
+        """
         from datasets import Dataset
         from datasets.utils import disable_progress_bars, enable_progress_bars
         from trl import SFTTrainer
@@ -239,6 +244,18 @@ class ChatData:
         held_out = None if self.validation is None else rows(self.validation)
         disable_progress_bars()
         try:
-            return SFTTrainer(train_dataset=rows(self.train), eval_dataset=held_out, **parts)
+            trainer = SFTTrainer(train_dataset=rows(self.train), eval_dataset=held_out, **parts)
         finally:
             enable_progress_bars()
+        kept = len(trainer.train_dataset)  # type: ignore[arg-type]
+        if not kept:
+            raise ValueError(
+                f"no conversation has an answer within {self.length} tokens: choose a greater length"
+            )
+        if kept < len(self.train):
+            warnings.warn(
+                f"{len(self.train) - kept} of {len(self.train)} conversations are left out: no answer within "
+                f"{self.length} tokens",
+                stacklevel=2,
+            )
+        return trainer

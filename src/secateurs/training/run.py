@@ -7,6 +7,7 @@ when it is complete; until then the same command resumes from the last checkpoin
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.utils import logging
 
@@ -119,7 +121,6 @@ def train(
     """
     if (text is None) == (chat is None):
         raise ValueError("give either text to pre-train on or chat to fine-tune on")
-    sparse = SparsityAcceleratedTraining(omission, schedule=schedule, importance=importance, select=select)
     if lora is not None:
         _need("peft")
         if lora < 1:
@@ -149,6 +150,9 @@ def train(
         **{name: value for name, value in given.items() if value is not None},
         **hardware(device),
     }
+    sparse = SparsityAcceleratedTraining(
+        omission, schedule=schedule, importance=importance, select=select, seed=trainer["seed"]
+    )
     checkpoint = Checkpoint(resolve(model))
     if Path(output).resolve() == checkpoint.folder.resolve():
         raise ValueError(f"'{output}' is the model's own folder: give another output folder")
@@ -186,15 +190,17 @@ def train(
 
     loaded = load_model(checkpoint.folder, "cpu")
     stored = loaded.dtype
+    pruned = _is_pruned(loaded)
+    set_seed(arguments.seed)
     # Bfloat16 would round most updates away; adapters come in float32 by themselves.
     adapted: Any = _with_adapters(loaded, lora) if lora else loaded.float()
-    masks = Masks.of_zeros(adapted) if _is_pruned(loaded) else None
+    masks = Masks.of_zeros(adapted) if pruned else None
     callbacks: list[TrainerCallback] = [KeepZeros(masks)] if masks else []
     if omission:
         callbacks.append(sparse)
     watch = Watch(sparse if omission else None, shown=progress)
     work.begin()
-    with _without_cache(loaded), _quiet():
+    with _quiet(), _without_cache(loaded):
         run = data.trainer(
             model=adapted,
             args=arguments,
@@ -311,9 +317,9 @@ def _is_pruned(model: PreTrainedModel) -> bool:
 def _with_adapters(model: PreTrainedModel, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with _quiet():
+        return get_peft_model(model, config)
 
 
 @contextmanager
@@ -334,7 +340,9 @@ def _quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what its version and PEFT's disagree on
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
