@@ -81,13 +81,12 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
         self.training.attach(kwargs["model"], kwargs["optimizer"], state.max_steps)
         name = type(self).__name__
         states = cast(dict[str, Any], state.stateful_callbacks)
-        saved = states.get(name)
-        if state.global_step and saved:
-            encoded = (saved[-1] if isinstance(saved, list) else saved)["attributes"]["encoded"]
+        encoded = states.get(name, {}).get("attributes", {}).get("encoded")
+        if state.global_step and encoded:
             self.training.load_state_dict(safetensors.torch.load(base64.b64decode(encoded)))
         elif state.global_step:  # plain training so far: go on from there
             self.training.step_number = state.global_step
-        states.setdefault(name, self.state())  # or Trainer fails to save what it resumed
+        states[name] = self.state()  # without an entry Trainer fails to save a run that it resumed
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,5 +109,8 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What Trainer saves in a checkpoint's `trainer_state.json`: tensors as base64 of safetensors."""
-        encoded = base64.b64encode(safetensors.torch.save(self.training.state_dict())).decode()
-        return {"args": self._settings, "attributes": {"encoded": encoded}}
+        attributes = {}
+        if self.training.attached:  # Trainer also asks before training
+            state = safetensors.torch.save(self.training.state_dict())
+            attributes["encoded"] = base64.b64encode(state).decode()
+        return {"args": self._settings, "attributes": attributes}

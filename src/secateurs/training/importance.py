@@ -5,7 +5,7 @@ that it runs: measured each in its own way they could not be compared.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -78,13 +78,11 @@ def _cells(omission: Omission) -> list[tuple[int, Kind]]:
     return [(block, kind) for block in range(len(omission.blocks)) for kind in KINDS]
 
 
-def _shape(omission: Omission, scores: list[Tensor]) -> Scores:
-    """Scores of the cells in their order, each (units,), averaged over processes so that all choose alike."""
-    flat = torch.cat(scores)
+def _shape(omission: Omission, scores: Sequence[Tensor]) -> Scores:
+    """Scores of the cells, each (units,), in the cells' order."""
+    flat = torch.cat(list(scores))
     if dist.is_initialized():
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        dist.broadcast(flat, 0)  # sums may be rounded otherwise elsewhere
+        dist.broadcast(flat, 0)  # where sums are rounded in another order, ranks would choose otherwise
     pieces = iter(flat.cpu().split([len(s) for s in scores]))
     return [
         {kind: next(pieces).view(omission.units[kind].groups, -1) for kind in KINDS} for _ in omission.blocks
@@ -167,9 +165,14 @@ class _Sums:
             change = self._select(states.detach() * gradient).float()
             self.sums[cell] = _by_unit(change, layer.unit, self.omission.units[kind].count).abs().sum(0)
 
-    def means(self) -> list[Tensor]:
-        power = 1.0 if self.metric == "taylor" else 0.5
-        return [(self.sums[cell] / self.tokens) ** power for cell in _cells(self.omission)]
+    def means(self) -> Sequence[Tensor]:
+        """Over the tokens of all processes."""
+        cells = [self.sums[cell] for cell in _cells(self.omission)]
+        flat = torch.cat([*cells, cells[0].new_tensor([self.tokens])])
+        if dist.is_initialized():
+            dist.all_reduce(flat)
+        means = flat[:-1] / flat[-1]
+        return (means if self.metric == "taylor" else means.sqrt()).split([len(cell) for cell in cells])
 
 
 def _few_sequences(
@@ -191,8 +194,9 @@ def _few_sequences(
     elif "logits_to_keep" in inspect.signature(decoder_of(model).forward).parameters:
         batch["logits_to_keep"] = 1  # the head would cost more than a small model's blocks
     mask = batch.get("attention_mask")
-    plain = isinstance(mask, Tensor) and mask.shape == cut(ids).shape[:2]
-    batch["token_mask"] = mask.bool() if plain else None
+    batch["token_mask"] = None
+    if isinstance(mask, Tensor) and mask.shape == cut(ids).shape[:2]:
+        batch["token_mask"] = mask.bool()
     return batch | {"use_cache": False}
 
 
@@ -207,3 +211,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.training = True
+        torch.clear_autocast_cache()  # it keeps weights cast without gradients

@@ -155,6 +155,15 @@ def kept_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     return whole if piece is None else piece.take(whole)
 
 
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter, also while a part stands for it."""
+    piece = _standing_for.get(parameter)
+    shape = list(parameter.shape)
+    if piece is not None and not isinstance(parameter, DTensor):
+        shape[piece.dim] = len(piece.unit)
+    return torch.Size(shape)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
@@ -262,6 +271,7 @@ class Omission:
                         self._shrink(layer)
                     else:
                         self._gather(layer, mask)
+        torch.clear_autocast_cache()  # of weights in their old shapes
 
     def disengage(self) -> None:
         """Make the model whole again: its code, shapes and `state_dict` are those of the plain model."""
@@ -281,6 +291,7 @@ class Omission:
                 assert piece.index is not None
                 parameter.grad = torch.zeros_like(parameter).index_copy_(piece.dim, piece.index, gradient)
         self._reordered.clear()
+        torch.clear_autocast_cache()
 
     def _set_counts(self, block: nn.Module, units: int) -> None:
         """Tell the attention's code how many heads it has now."""

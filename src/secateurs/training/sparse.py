@@ -94,6 +94,7 @@ class SparseTraining:
         self.importance, self.how, self.exempt = importance, select, tuple(exempt)
         self.probe_every, self.across_layers, self.seed = probe_every, across_layers, seed
         self._schedule = schedule
+        self.attached = False
         self.flops_done = 0.0
         """Spent on forward and backward passes so far, probes included."""
         self.flops_dense = 0.0
@@ -158,6 +159,8 @@ class SparseTraining:
         self._flops = _Flops(self.omission, decoder_of(self.model).get_output_embeddings())
         self._flops_per_token: dict[int, tuple[float, float]] = {}  # by length: with this set, and dense
 
+        self.attached = True
+
     def step(self) -> None:
         """Tell that the optimiser has made a step."""
         self.step_number += 1
@@ -165,6 +168,7 @@ class SparseTraining:
 
     def detach(self) -> None:
         """End: the plain, dense model and optimiser again."""
+        self.attached = False
         self.whole()
         self._frozen.detach()
         for hook in self._hooks:
