@@ -26,6 +26,13 @@ PROBE_TOKENS = 2048
 """About as many tokens are read by a probe."""
 
 
+_INPUTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # of packed sequences
+}
+"""What of a call's keyword arguments a pass without a loss needs."""
+
+
 def few_sequences(length: int) -> int:
     """How many sequences of a batch a probe runs at most."""
     return max(1, PROBE_TOKENS // length)
@@ -186,13 +193,15 @@ def _few_sequences(
     def cut(value: Any) -> Any:
         return value[:few] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
 
-    unwanted = {"num_items_in_batch", "past_key_values", "use_cache"} | (set() if with_loss else {"labels"})
-    batch = {key: cut(value) for key, value in kwargs.items() if key not in unwanted}
-    batch["args"] = tuple(cut(value) for value in args)
     if with_loss:
+        # The training's own call, but with the mean of these sequences for a loss.
+        batch = {key: cut(value) for key, value in kwargs.items() if key != "num_items_in_batch"}
         batch.setdefault("labels", cut(ids))
-    elif "logits_to_keep" in inspect.signature(decoder_of(model).forward).parameters:
-        batch["logits_to_keep"] = 1  # the head would cost more than a small model's blocks
+    else:
+        batch = {key: cut(value) for key, value in kwargs.items() if key in _INPUTS}
+        if "logits_to_keep" in inspect.signature(decoder_of(model).forward).parameters:
+            batch["logits_to_keep"] = 1  # the head would cost more than a small model's blocks
+    batch["args"] = tuple(cut(value) for value in args)
     mask = batch.get("attention_mask")
     batch["token_mask"] = None
     if isinstance(mask, Tensor) and mask.shape == cut(ids).shape[:2]:
