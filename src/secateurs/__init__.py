@@ -5,6 +5,7 @@ import secateurs
 report = secateurs.prune("my-llama", output="my-llama-70", calibration="text.txt", pattern="70%")
 for measurement in secateurs.evaluate("my-llama-70", text=["novel.txt"]):
     print(measurement)
+print(secateurs.train("my-llama-70", output="my-llama-70-tuned", chat="questions.jsonl"))
 """
 
 from secateurs.anatomy import UnsupportedArchitectureError, family_of
@@ -21,21 +22,32 @@ from secateurs.pruning.walk import prune
 from secateurs.pruning.wanda import Wanda
 from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
 from secateurs.text import calibration_blocks, evaluation_tokens
+from secateurs.training.callback import SparsityAcceleratedTraining
+from secateurs.training.masks import KeepZeros, Masks
+from secateurs.training.profile import profile
+from secateurs.training.report import TrainingReport
+from secateurs.training.run import train
+from secateurs.training.sparse import SparseTraining
 from secateurs.version import __version__
 
 __all__ = [
     "ADMM",
     "NM",
     "Checkpoint",
+    "KeepZeros",
     "LayerReport",
     "Magnitude",
+    "Masks",
     "Measurement",
     "Pattern",
     "Report",
     "Solution",
     "Solver",
     "SparseGPT",
+    "SparseTraining",
+    "SparsityAcceleratedTraining",
     "Statistics",
+    "TrainingReport",
     "Unstructured",
     "UnsupportedArchitectureError",
     "Wanda",
@@ -49,5 +61,7 @@ __all__ = [
     "family_of",
     "parse_pattern",
     "perplexity",
+    "profile",
     "prune",
+    "train",
 ]
