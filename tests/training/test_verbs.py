@@ -1,4 +1,4 @@
-"""`secateurs profile` and `secateurs train`: what they print, and that each mistake is one line and status 2."""
+"""`secateurs profile` and `secateurs train`: what they print, and that a mistake is one line, status 2."""
 
 import json
 import sys
@@ -82,8 +82,8 @@ def test_profile(place: Place) -> None:
     ("options", "message"),
     [
         (["--text", "missing.txt"], "missing.txt"),
-        (["--length", "65"], "windows of 65 tokens"),
-        (["--samples", "0"], "0 windows"),
+        (["--length", "65"], "sequences of 65 tokens"),
+        (["--samples", "0"], "at least 1 sample"),
         (["--output", "model"], "exists: give another output folder"),
         (["--device", "toaster"], "'toaster' is no device"),
     ],

@@ -23,6 +23,7 @@ from secateurs.checkpoint import Checkpoint, resolve, write_json
 from secateurs.device import resolve_device
 from secateurs.runtime.load import load_model
 from secateurs.text import evaluation_tokens, load_tokenizer
+from secateurs.training.model import read_config, sequence_length
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,15 +116,9 @@ def profile(
     folder, where = resolve(model), resolve_device(device)
     if output is not None and Path(output).exists():
         raise ValueError(f"'{output}' exists: give another output folder")
-    config = _config(folder)
-    family_of(config)
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    if length is None:
-        length = min(positions or 2048, 2048)
-    if samples < 1 or length < 1 or (positions and length > positions):
-        raise ValueError(
-            f"{samples} windows of {length} tokens: at least one, of 1 to {positions or 'any number'}"
-        )
+    length = sequence_length(length, read_config(Checkpoint(folder)))
+    if samples < 1:
+        raise ValueError(f"there must be at least 1 sample, not {samples}")
     tokens = evaluation_tokens(text, load_tokenizer(folder), field=field)
     windows = min(samples, len(tokens) // length)
     if not windows:
@@ -137,17 +132,6 @@ def profile(
         settings = {"model": str(model), "text": str(text), "windows": windows, "length": length}
         _write(Path(output), blocks, settings)
     return blocks
-
-
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    Checkpoint(folder)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a wrong value comes out as whatever the model's code stumbles over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"transformers cannot read '{folder / 'config.json'}': {reason}") from error
 
 
 @torch.inference_mode()

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -36,6 +34,7 @@ from secateurs.training.callback import Importance, Select, SparsityAcceleratedT
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
 from secateurs.training.folder import TrainingFolder
 from secateurs.training.masks import KeepZeros, Masks
+from secateurs.training.model import read_config, sequence_length
 from secateurs.training.report import TrainingReport
 from secateurs.training.settings import (
     CHAT_DEFAULTS,
@@ -156,7 +155,12 @@ def train(
     checkpoint = Checkpoint(resolve(model))
     if Path(output).resolve() == checkpoint.folder.resolve():
         raise ValueError(f"'{output}' is the model's own folder: give another output folder")
-    length = _length(length, _config(checkpoint))
+    if checkpoint.config.get("quantization_config"):
+        raise ValueError(
+            f"'{checkpoint.folder}' holds quantised or compressed weights, which cannot be trained: "
+            "secateurs decompress makes a compressed model dense again"
+        )
+    length = sequence_length(length, read_config(checkpoint))
     tokenizer = load_tokenizer(checkpoint.folder)
     data = _read(text, chat, validation, field, length, tokenizer)
     if data.validation is None and trainer.get("eval_strategy", "no") != "no":
@@ -247,35 +251,6 @@ def train(
 def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"this needs {package}, which is not installed: pip install 'secateurs[train]'")
-
-
-def _config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The configuration of a model that can be trained."""
-    if checkpoint.config.get("quantization_config"):
-        raise ValueError(
-            f"'{checkpoint.folder}' holds quantised or compressed weights, which cannot be trained: "
-            "secateurs decompress makes a compressed model dense again"
-        )
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except Exception as error:  # a wrong value comes out as whatever the model's code stumbles over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"transformers cannot read '{checkpoint.folder / 'config.json'}': {reason}"
-        ) from error
-    family_of(config)
-    return config
-
-
-def _length(length: int | None, config: PretrainedConfig) -> int:
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    if length is None:
-        return min(positions or 2048, 2048)
-    if length < 2 or (positions and length > positions):
-        raise ValueError(
-            f"sequences of {length} tokens: from 2 to {positions or 'any number'} suit this model"
-        )
-    return length
 
 
 def _read(
