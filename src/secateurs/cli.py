@@ -196,6 +196,7 @@ def train(
     keeps its zeros. Interrupt it whenever you like: the same command continues from the last checkpoint.
 
     Example: secateurs train my-llama --text papers/ --validation held-out.txt --output my-llama-papers
+
     Example: secateurs train my-llama --chat questions.jsonl --epochs 2 --output my-llama-chat
 
     Args:
