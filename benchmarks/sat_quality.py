@@ -39,7 +39,8 @@ HELD_OUT = {"cpt": 192, "sft": 256}  # sequences of the test split, or of the tr
 
 def settings(cell: str, steps: int, seed: int) -> Record | None:
     """Arguments of SparseTraining; None for plain training."""
-    ladder = Ladder(0.5, steps, hold=0.5, rungs=5)
+    # Its end, a fifth of the steps before training's, makes the dense last phase long enough to settle.
+    ladder = Ladder(0.5, round(0.8 * steps), hold=0.5, rungs=4)
     sat: Record = {"schedule": ladder, "importance": "weighted", "seed": seed}
     return {
         "dense": None,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_omission import loss_of, silence
 from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -14,7 +15,6 @@ from families import build, tokens
 from secateurs.training.callback import SparsityAcceleratedTraining
 from secateurs.training.ladder import Constant
 from secateurs.training.sparse import SparseTraining
-from test_omission import loss_of, silence
 
 STEPS = 10
 BATCH = 2
@@ -71,7 +71,7 @@ def test_one_callback_is_all_that_a_user_adds(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1, 0, 0])  # of the step to come
     losses = losses_of(run)
     assert losses[STEPS] < losses[1]
-    assert not list(model.modules())[0]._forward_pre_hooks
+    assert not model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("stop", [4, 7])
@@ -140,7 +140,9 @@ def test_trainers_own_ways_of_training(tmp_path: Path, settings: dict[str, Any])
 
 
 def test_clipping_sees_the_norm_of_what_runs(tmp_path: Path) -> None:
-    run = trainer(build("llama", torch.float64), tmp_path, SparsityAcceleratedTraining(**SETTINGS), max_steps=3)
+    run = trainer(
+        build("llama", torch.float64), tmp_path, SparsityAcceleratedTraining(**SETTINGS), max_steps=3
+    )
     norms: list[float] = []
 
     class Norm(TrainerCallback):

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from two_processes import OPTIMIZERS, plain_loop, trainer, two_processes
 
 
@@ -15,9 +14,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_fully_sharded_parameters_train_as_in_one_process(
-    both: list[dict[str, Any]], optimizer: str
-) -> None:
+def test_fully_sharded_parameters_train_as_in_one_process(both: list[dict[str, Any]], optimizer: str) -> None:
     losses, kept = plain_loop(0, 1, optimizer)
     for rank in both:
         assert rank[optimizer][0] == pytest.approx(losses, rel=1e-9)

@@ -59,6 +59,7 @@ def omitted_slices(omission: Omission) -> list[Tensor]:
     return [
         piece.parameter.detach().index_select(piece.dim, piece.order[len(piece.index) :]).clone()
         for piece in omission.slices
+        if piece.index is not None
     ]
 
 
@@ -67,6 +68,7 @@ def omitted_state(optimizer: Optimizer, omission: Omission) -> list[Tensor]:
     return [
         value.index_select(piece.dim, piece.order[len(piece.index) :]).clone()
         for piece in omission.slices
+        if piece.index is not None
         for value in optimizer.state[piece.parameter].values()
         if isinstance(value, Tensor) and value.shape == piece.parameter.shape
     ]
@@ -114,17 +116,16 @@ def first_updates(
     kept = halves(omission, first=False)
     omission.choose(kept)
     frozen.choose(counts(omission, kept, 0, slept))
-    before = {piece: piece.parameter.detach().clone() for piece in omission.slices}
+    pieces = [piece for piece in omission.slices if piece.index is not None]
+    before = {piece: piece.parameter.detach().clone() for piece in pieces}
     omission.engage()
     train(model, optimizer, 1, seed=99)
     omission.disengage()
     frozen.detach()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for piece, old in before.items():
-        slept_here = piece.index[piece.unit[piece.index] >= 0]  # keys and values of queries never sleep
         update = piece.parameter.detach() - old
-        if len(slept_here):
-            yield names[id(piece.parameter)], update.index_select(piece.dim, slept_here)
+        yield names[id(piece.parameter)], update.index_select(piece.dim, piece.index)
 
 
 @pytest.mark.parametrize(

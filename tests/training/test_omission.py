@@ -135,16 +135,19 @@ def test_products_run_at_the_reduced_size(model: PreTrainedModel) -> None:
         omission = Omission(model, in_place=in_place)
         omission.choose(some_units(omission))
         omission.engage()
-        seen: list[Any] = []
+        seen = sizes[in_place] = []
+
+        def note(_: nn.Module, args: tuple[Tensor], out: Tensor, seen: list[Any] = seen) -> None:
+            seen.append((args[0].shape, out.shape))
+
         hooks = [
-            layer.module.register_forward_hook(lambda m, a, out: seen.append((a[0].shape, out.shape)))
+            layer.module.register_forward_hook(note)
             for block in omission.blocks
             for kind in KINDS
             for layer in block.layers[kind]
         ]
         with torch.no_grad():
             model(tokens())
-        sizes[in_place] = seen
         for hook in hooks:
             hook.remove()
         omission.disengage()

@@ -58,7 +58,8 @@ def test_rate_0_is_plain_training_bit_by_bit(name: str) -> None:
     torch.manual_seed(0)
     expected = run(plain, None)
     torch.manual_seed(0)
-    assert run(model, sat := SparseTraining(0.0)) == expected
+    sat = SparseTraining(0.0)
+    assert run(model, sat) == expected
     sat.detach()
     for key, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
@@ -76,7 +77,9 @@ def test_the_set_has_the_ladders_size_and_changes_within_a_rung(importance: Any,
     def watch() -> None:
         assert sat.kept[2] == {"attention": None, "mlp": None}
         heads, channels = sat.kept[0]["attention"], sat.kept[0]["mlp"]
-        sizes.append((18 if heads is None else int(heads.sum()), 80 if channels is None else int(channels.sum())))
+        sizes.append(
+            (18 if heads is None else int(heads.sum()), 80 if channels is None else int(channels.sum()))
+        )
         sets.add(None if channels is None else tuple(channels.flatten().tolist()))
         layer = model.model.layers[0]
         assert layer.mlp.up_proj.weight.shape == (sizes[-1][1], 48)

@@ -33,7 +33,7 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
         mlp_rate: the highest rate of the channels, if not `rate`.
         exempt: indices of blocks that always run whole; negative ones count from the end.
         probe_every: optimiser steps between two measurements of importance, each followed by a new choice.
-        across_layers: let layers share the budget of each kind by importance, instead of keeping as much each.
+        across_layers: let layers share the budget of each kind by importance; otherwise each keeps as much.
         seed: of the sampling.
 
     Raises:

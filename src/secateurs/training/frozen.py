@@ -1,12 +1,12 @@
 """Omitted neurons do not move: an optimiser's step sees only the slices that run.
 
-Of each sliced parameter the optimiser is handed the kept slices, with their gradient and their state. Momentum,
-weight decay and statistics over a whole tensor (Adafactor's) then touch nothing else, whatever the optimiser
-and its implementation, and a step costs as much as those slices do. The state stays small from
-one change of the set to the next.
+Of each sliced parameter the optimiser is handed the kept slices, with their gradient and their state.
+Momentum, weight decay and statistics over a whole tensor (Adafactor's) then touch nothing else, whatever the
+optimiser and its implementation, and a step costs as much as those slices do. The state stays small from one
+change of the set to the next.
 
-A neuron that wakes late needs one thing more. Adam divides its averages by 1 - beta^t, with one step count t for
-a whole tensor. For a neuron that has run only n of those t steps the first update would come out up to
+A neuron that wakes late needs one thing more. Adam divides its averages by 1 - beta^t, with one step count t
+for a whole tensor. For a neuron that has run only n of those t steps the first update would come out up to
 (1 - beta1) / sqrt(1 - beta2) = 3.2 times too long, so its updates are scaled to what its own count asks for.
 Adafactor has no such counts: a neuron that never ran starts from the mean of the others' second moments.
 """
@@ -35,8 +35,8 @@ class FrozenOptimizer:
     """Keeps an optimiser off what is omitted.
 
     Args:
-        optimizer: one that keeps for each parameter nothing but numbers, tensors of the parameter's shape, and
-            averages over its rows or columns.
+        optimizer: one that keeps for each parameter nothing but numbers, tensors of the parameter's shape,
+            and averages over its rows or columns.
         omission: says what is omitted.
     """
 
@@ -102,7 +102,8 @@ class FrozenOptimizer:
             value = local(state[key])
             if (piece, key) in self._state or value.shape[dim] != len(piece.unit):
                 continue
-            assert piece.order is not None and piece.index is not None
+            assert piece.order is not None
+            assert piece.index is not None
             reordered = Reordered(value, dim, piece.order, len(piece.index))
             self._state[piece, key] = reordered
             _set(state, key, reordered.part)

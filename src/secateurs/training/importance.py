@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from secateurs.training.omission import KINDS, Kind, Omission, decoder_of
 
@@ -103,7 +104,7 @@ def _by_unit(values: Tensor, unit: Tensor, units: int) -> Tensor:
     return sums.index_add_(-1, (unit % (units + 1)).to(values.device), values)[..., :-1]
 
 
-def _whole_weight(layer: nn.Module) -> Tensor:
+def _whole_weight(layer: nn.Linear | Conv1D) -> Tensor:
     weight = layer.weight.detach()
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight).float()
 
@@ -185,7 +186,7 @@ class _Sums:
 def _few_sequences(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_loss: bool
 ) -> dict[str, Any]:
-    """The first sequences of a call's batch, as keyword arguments, with `args` and `token_mask` among them."""
+    """The first sequences of a batch, as a call's keyword arguments, and beside them `args` and `token_mask`."""
     ids = batch_of(args, kwargs)
     size, length = ids.shape[:2]
     few = few_sequences(length)

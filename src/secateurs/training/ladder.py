@@ -1,7 +1,7 @@
 """LORS, the ladder omission rate scheduler, and the schedules to compare it with.
 
-A schedule is a pure function of the optimiser step. Rates change rung by rung rather than step by step: within
-a rung every layer keeps its size, so that memory is reused and a compiled model stays valid.
+A schedule is a pure function of the optimiser step. Rates change rung by rung rather than step by step:
+within a rung every layer keeps its size, so that memory is reused and a compiled model stays valid.
 """
 
 from dataclasses import dataclass
@@ -125,5 +125,5 @@ def _check(peak: float, steps: int, rungs: int = 1) -> None:
 
 
 def _rung(step: int, steps: int, rungs: int) -> int:
-    """Which of `rungs` equal parts of `steps` a step falls in."""
-    return min(rungs - 1, step * rungs // max(1, steps))
+    """Which of `rungs` equal parts of `steps` a step falls in; the last step is always in the last."""
+    return min(rungs - 1, ((step + 1) * rungs - 1) // max(1, steps))

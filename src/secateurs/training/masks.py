@@ -1,8 +1,8 @@
 """A pruned model's zeros, held through training: prune, train, evaluate.
 
-A mask says which weights a parameter may have. After every optimiser step the others are zero again, whatever
-the optimiser; their gradients are zero, so that they add nothing to momentum, to statistics over a tensor or to the
-norm that clipping looks at. Masks may be replaced between steps.
+A mask says which weights of a parameter may differ from zero. After every optimiser step the others are zero
+again, whatever the optimiser. Their gradients are zero, so that they add nothing to momentum, to statistics
+over a tensor or to the norm that clipping looks at. Masks may be replaced between steps.
 """
 
 from collections.abc import Mapping
@@ -59,7 +59,9 @@ class Masks:
         ]
         weights = {id(getattr(layer, "base_layer", layer).weight) for layer in layers}
         named = unwrapped(model).named_parameters()
-        return cls(model, {name: p.detach() for name, p in named if id(p) in weights and (local(p) == 0).any()})
+        return cls(
+            model, {name: p.detach() for name, p in named if id(p) in weights and (local(p) == 0).any()}
+        )
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Replace all masks, between optimiser steps. What was held before and is not now may grow again."""
@@ -69,9 +71,8 @@ class Masks:
                 raise ValueError(f"a mask for '{name}', but the model has no such parameter")
             parameter = self._parameters[name]
             if mask.shape != whole_shape(parameter):
-                raise ValueError(
-                    f"the mask of '{name}' has shape {tuple(mask.shape)}, the parameter {tuple(whole_shape(parameter))}"
-                )
+                shapes = f"{tuple(mask.shape)}, the parameter {tuple(whole_shape(parameter))}"
+                raise ValueError(f"the mask of '{name}' has shape {shapes}")
             if isinstance(parameter, DTensor) and not isinstance(mask, DTensor):
                 mask = distribute_tensor(mask, parameter.device_mesh, parameter.placements)
             held[name] = (local(mask) == 0).to(parameter.device)
@@ -115,7 +116,7 @@ class Masks:
         self.apply()
         return merged
 
-    def _mask_gradient(self, name: str, parameter: Tensor) -> None:
+    def _mask_gradient(self, name: str, parameter: nn.Parameter) -> None:
         held = self._held.get(name)
         if held is not None and parameter.grad is not None:
             local(parameter.grad).masked_fill_(kept_part(parameter, held), 0)

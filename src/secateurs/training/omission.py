@@ -1,19 +1,19 @@
 """Run every block of a model on a subset of its heads and channels, forward and backward, for real.
 
-A step that omits neurons uses some rows of the layers that write them (q, k, v, gate, up) and the same columns
-of the layers that read them (o, down). There are two ways to run on those alone, and neither replaces a
-model's code or a key of its `state_dict`:
+A step that omits neurons uses some rows of the layers that write them (q, k, v, gate, up) and the same
+columns of the layers that read them (o, down). There are two ways to run on those alone, and neither replaces
+a model's code or a key of its `state_dict`:
 
 - *In place*, where one process holds whole parameters: the slices of each weight are put in another order,
-  kept ones first, and the parameter becomes a view of those. Nothing is gathered or copied from then on until
-  the set changes: forward, backward, gradients and the optimiser all run at the small size, and there
-  is no second copy in memory. Slices that are columns are stored transposed, so that the view is
-  still dense and fused optimisers take it.
+  kept ones first, and the parameter becomes a view of those. Until the set changes nothing is gathered or
+  copied: forward, backward, gradients and the optimiser all run at the small size, and there is no second
+  copy in memory. Slices that are columns are stored transposed, so that the view is dense and fused
+  optimisers take it.
 - *Gathered*, where something else owns the parameters and counts on their shapes (DDP's buckets, FSDP2's
   shards): every forward pass gathers the kept slices, and backward writes their gradient into zeros.
 
-What a block's code reads its head counts from is described in the table of families (`Family.counts`) and
-replaced while the block is small; it stays replaced in between, also while activation checkpointing recomputes.
+What a block's code reads its head counts from is described in the table of families (`Family.counts`). It is
+replaced for as long as the block is small, so also while activation checkpointing recomputes.
 """
 
 import copy
@@ -23,10 +23,10 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -83,15 +83,17 @@ class Slice:
     block: int
     kind: Kind
     index: Tensor | None = None
-    """The kept slices, ascending; None if all are."""
+    """The kept slices, ascending; None if none is omitted."""
     order: Tensor | None = None
     """The kept slices, then the others."""
 
     def choose(self, kept: Tensor | None) -> None:
         """Set what is kept from a mask of the block's units; None keeps all."""
         self.index = self.order = None
-        if kept is not None:
-            inside, outside = positions(kept, self.unit)
+        if kept is None:
+            return
+        inside, outside = positions(kept, self.unit)
+        if len(outside):
             self.order = torch.cat([inside, outside]).to(self.parameter.device)
             self.index = self.order[: len(inside)]
 
@@ -140,7 +142,7 @@ class Gather(torch.autograd.Function):
         return whole.index_select(dim, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.shape).index_copy_(ctx.dim, index, gradient), None, None
 
@@ -185,7 +187,7 @@ def stand_in(parameter: nn.Parameter, data: Tensor, piece: Slice | None) -> None
 class _Layer:
     """A linear layer of which outputs or inputs belong to units."""
 
-    module: nn.Module
+    module: nn.Linear | Conv1D
     outputs: bool
     unit: Tensor
     """(outputs or inputs,): as in `Slice`."""
@@ -219,8 +221,9 @@ class Omission:
     def __init__(self, model: nn.Module, *, in_place: bool) -> None:
         model = decoder_of(model)
         self.in_place = in_place
-        self.family: Family = family_of(model.config)
-        self.sizes: Sizes = self.family.sizes(model.config)
+        config: Any = model.config
+        self.family = family_of(config)
+        self.sizes = self.family.sizes(config)
         self.units = units_of(self.sizes)
         maps = _unit_maps(self.family, self.sizes, self.units)
         self.blocks: list[Block] = []
@@ -313,19 +316,23 @@ class Omission:
 
     def _shrink(self, layer: _Layer) -> None:
         for piece in layer.slices:
-            assert piece.order is not None and piece.index is not None
+            if piece.order is None or piece.index is None:
+                continue
             parameter, gradient = piece.parameter, piece.parameter.grad
             reordered = Reordered(parameter.data, piece.dim, piece.order, len(piece.index))
             self._reordered.append((piece, reordered))
             _reshape(parameter, reordered.part, piece)
             parameter.grad = None if gradient is None else piece.take(gradient)
         if isinstance(layer.module, Conv1D) and layer.outputs:
-            self._replace(layer.module, "nf", reordered.kept)
+            self._replace(layer.module, "nf", layer.module.weight.shape[1])
 
     def _gather(self, layer: _Layer, mask: Tensor) -> None:
         weight, *bias = layer.slices
         # Not the slices' own indices: those of a sharded parameter count within the shard.
-        index = positions(mask, layer.unit)[0].to(weight.parameter.device)
+        inside, outside = positions(mask, layer.unit)
+        if not len(outside):
+            return
+        index = inside.to(weight.parameter.device)
         forward = partial(_gathered_forward, layer.module, weight.dim, index, bool(bias))
         self._replace(layer.module, "forward", forward)
 
@@ -337,10 +344,12 @@ class Omission:
 _ABSENT = object()
 
 
-def _gathered_forward(layer: nn.Module, dim: int, index: Tensor, slice_bias: bool, x: Tensor) -> Tensor:
+def _gathered_forward(
+    layer: nn.Linear | Conv1D, dim: int, index: Tensor, slice_bias: bool, x: Tensor
+) -> Tensor:
     weight: Tensor = Gather.apply(layer.weight, dim, index)
     bias = Gather.apply(layer.bias, 0, index) if slice_bias else layer.bias
-    return F.linear(x, weight.T if isinstance(layer, Conv1D) else weight, bias)
+    return functional.linear(x, weight.T if isinstance(layer, Conv1D) else weight, bias)
 
 
 def _reshape(parameter: nn.Parameter, data: Tensor, piece: Slice | None) -> None:
@@ -364,13 +373,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def decoder_of(model: nn.Module) -> nn.Module:
     """The model with the blocks, out of all wrapping, PEFT's included."""
     model = unwrapped(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return decoder
 
 
 def _unit_maps(
     family: Family, sizes: Sizes, units: dict[Kind, Units]
 ) -> dict[str, tuple[Kind, bool, Tensor]]:
-    """For each linear layer by name: its kind, whether its outputs are sliced (or inputs), and their units."""
+    """For each linear layer: its kind, whether its outputs are sliced (or its inputs), and their units."""
     heads = torch.arange(sizes.heads)
     if units["attention"].groups == 1:
         query_unit, key_unit = heads // sizes.queries_per_key, torch.arange(sizes.kv_heads)
@@ -402,29 +412,31 @@ def _outputs(layer: Projection, sizes: Sizes) -> int:
     return sum(width.get(role, sizes.kv_heads * sizes.head_dim) for role in layer.roles)
 
 
-def _linears(layer: nn.Module, where: str, outputs: bool) -> list[nn.Module]:
-    """The plain linear layers to slice: the layer, or of a LoRA layer its base and the adapters' near side."""
-    if not hasattr(layer, "base_layer"):
-        return [layer]
-    adapters = getattr(layer, "lora_B" if outputs else "lora_A", None)
-    if adapters is None or len(getattr(layer, "lora_magnitude_vector", ())):
-        raise ValueError(f"cannot omit parts of '{where}': of adapters only plain LoRA is supported")
-    return [layer.base_layer, *adapters.values()]
+def _linears(layer: nn.Module, where: str, outputs: bool) -> list[nn.Linear | Conv1D]:
+    """The plain linear layers to slice: this one, or of a LoRA layer the base and the adapters' near side."""
+    parts: list[Any] = [layer]
+    if hasattr(layer, "base_layer"):
+        adapters: Any = getattr(layer, "lora_B" if outputs else "lora_A", None)
+        if adapters is None or len(getattr(layer, "lora_magnitude_vector", ())):
+            raise ValueError(f"cannot omit parts of '{where}': of adapters only plain LoRA is supported")
+        parts = [layer.base_layer, *adapters.values()]
+    for part in parts:
+        if not isinstance(part, nn.Linear | Conv1D):
+            raise ValueError(f"cannot omit parts of '{where}': {type(part).__name__} is no linear layer")
+    return parts
 
 
 def _slices(
-    linear: nn.Module, where: str, outputs: bool, unit: Tensor, block: int, kind: Kind
+    linear: nn.Linear | Conv1D, where: str, outputs: bool, unit: Tensor, block: int, kind: Kind
 ) -> list[Slice]:
-    if not isinstance(linear, nn.Linear | Conv1D):
-        raise ValueError(f"cannot omit parts of '{where}': {type(linear).__name__} is no linear layer")
     dim = int(isinstance(linear, Conv1D) == outputs)  # Conv1D stores (in, out)
-    weight = linear.weight
+    weight: Any = linear.weight
     if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[dim] != len(unit):
         raise ValueError(f"cannot omit parts of '{where}': its weights are quantised or partitioned")
-    slices = [(weight, dim)]
+    parameters = [(weight, dim)]
     if outputs and linear.bias is not None:
-        slices.append((linear.bias, 0))
-    return [Slice(p, dim, _local_units(p, dim, unit, where), block, kind) for p, dim in slices]
+        parameters.append((linear.bias, 0))
+    return [Slice(p, dim, _local_units(p, dim, unit, where), block, kind) for p, dim in parameters]
 
 
 def _local_units(parameter: nn.Parameter, dim: int, unit: Tensor, where: str) -> Tensor:

@@ -22,8 +22,8 @@ def select(scores: Tensor, keep: int, how: Select, generator: torch.Generator) -
     Args:
         scores: (groups, size) importance, not negative.
         keep: units to keep in each group.
-        how: "topk", or "sample": without replacement, each time in proportion to the scores of what is left (the
-            Gumbel top-k trick, arXiv 1903.06059).
+        how: "topk", or "sample": without replacement, each time in proportion to the scores of what is left
+            (the Gumbel top-k trick, arXiv 1903.06059).
         generator: of the sample.
 
     Returns:
@@ -41,8 +41,9 @@ def select(scores: Tensor, keep: int, how: Select, generator: torch.Generator) -
 def share_out(scores: Sequence[Tensor], keep: int, multiple: int = 1) -> list[int]:
     """Spend one budget across layers: layers whose importance is spread over many units keep more of them.
 
-    Scores are divided by their layer's mean first, because activations of different layers are not on one scale. The units
-    with the highest are kept over all layers, but no layer keeps less than FLOOR of its even share.
+    Scores are divided by their layer's mean first, because activations of different layers are not on one
+    scale. The units with the highest are kept over all layers, but no layer keeps less than FLOOR of its even
+    share.
 
     Args:
         scores: (groups, size) for each layer.
@@ -50,7 +51,7 @@ def share_out(scores: Sequence[Tensor], keep: int, multiple: int = 1) -> list[in
         multiple: what a layer keeps is one of these.
 
     Returns:
-        Units to keep in each group of each layer, `keep * len(scores)` of them in all, give or take a multiple.
+        Units to keep in each group of each layer: `keep * len(scores)` of them in all, if both are multiples.
     """
     size = scores[0].shape[1]
     # Ranked within a group, because a layer keeps the best of every group.

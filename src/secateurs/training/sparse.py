@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from secateurs.training.frozen import FrozenOptimizer
 from secateurs.training.importance import METRICS, Importance, Scores, batch_of, few_sequences, measure
 from secateurs.training.ladder import SCHEDULES, Schedule, check_rate, named_schedule
-from secateurs.training.omission import KINDS, Kept, Kind, Omission, decoder_of, positions, unwrapped
+from secateurs.training.omission import KINDS, Kept, Kind, Omission, decoder_of, local, positions, unwrapped
 from secateurs.training.selection import SELECTIONS, Select, select, share_out
 
 SMOOTHING = 0.7
@@ -26,8 +26,9 @@ MULTIPLE = 8
 class SparseTraining:
     """Sparsity-Accelerated Training (arXiv 2406.01392) in a plain PyTorch loop, in three calls.
 
-    Each optimiser step runs every block on the heads and channels that matter most at the moment. What it omits has no
-    gradient and does not move. In evaluation mode the model is whole, and so are its `state_dict` and the optimiser's.
+    Each optimiser step runs every block on the heads and channels that matter most at the moment. What it
+    omits has no gradient and does not move. In evaluation mode the model is whole, and at any time its
+    `state_dict` and the optimiser's are; between training steps its parameters may be small (see `whole`).
 
     Example:
         sat = SparseTraining(rate=0.5)
@@ -48,7 +49,7 @@ class SparseTraining:
         mlp_rate: the highest rate of the channels, if not `rate`.
         exempt: indices of blocks that always run whole; negative ones count from the end.
         probe_every: optimiser steps between two measurements of importance, each followed by a new choice.
-        across_layers: let layers share the budget of each kind by importance, instead of keeping as much each.
+        across_layers: let layers share the budget of each kind by importance; otherwise each keeps as much.
         seed: of the sampling.
 
     Raises:
@@ -119,7 +120,8 @@ class SparseTraining:
             self.schedule = self._schedule
         if self.schedule.steps > total_steps:
             raise ValueError(
-                f"the schedule spans {self.schedule.steps} steps, training makes {total_steps}: it would end sparse"
+                f"the schedule spans {self.schedule.steps} steps, training makes {total_steps}: "
+                "it would be cut off before its end"
             )
         self.model = unwrapped(model)
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
@@ -137,7 +139,6 @@ class SparseTraining:
         self._chosen_at = 0
         self._ready = self._probing = False
         self._losses: list[Tensor] = []
-        self._settled = 0
         inner = cast(Optimizer, getattr(optimizer, "optimizer", optimizer))
         self._hooks: list[Any] = [
             # Before FSDP's own hook, so that a probe is a forward pass of its own.
@@ -150,15 +151,13 @@ class SparseTraining:
             inner.register_step_pre_hook(lambda *_: self._check_losses()),
         ]
         self._frozen = FrozenOptimizer(inner, self.omission)
-        steps = self._frozen.steps  # those of an optimiser that has trained before
+        self._settled = steps = self._frozen.steps  # those of an optimiser that has trained before
         self.counts: list[dict[Kind, Tensor]] = [
             {kind: torch.full((u.groups, u.size), steps) for kind, u in self.omission.units.items()}
             for _ in self.omission.blocks
         ]
         """For each block and kind, the optimiser steps that each unit has run."""
-        self._flops = _Flops(self.omission, decoder_of(self.model).get_output_embeddings())
-        self._flops_per_token: dict[int, tuple[float, float]] = {}  # by length: with this set, and dense
-
+        self._dense = self._work = _Work(self.omission, self.model)
         self.attached = True
 
     def step(self) -> None:
@@ -219,7 +218,9 @@ class SparseTraining:
             self._begin_step(args, kwargs)
             self._ready = True
         self.omission.engage()
-        self._count_flops(*batch_of(args, kwargs).shape[:2])
+        sequences, length = batch_of(args, kwargs).shape[:2]
+        self.flops_done += sequences * sum(self._work.passes(length))
+        self.flops_dense += sequences * sum(self._dense.passes(length))
 
     @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -230,6 +231,9 @@ class SparseTraining:
     def _check_losses(self) -> None:
         """Just before the optimiser steps, so that a loss that is not finite reaches no weight."""
         losses, self._losses = self._losses, []
+        if not losses:  # computed outside of the model: what it left in the smallest gradient tells
+            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+            losses = [local(gradient).sum() for gradient in sorted(gradients, key=Tensor.numel)[:1]]
         if losses and not torch.stack(losses).isfinite().all():
             raise FloatingPointError(
                 f"the loss is not finite at step {self.step_number}: training stopped before it reached the "
@@ -262,9 +266,9 @@ class SparseTraining:
             self._probing = False
         if self.importance not in ("uniform", "magnitude"):
             sequences, length = batch_of(args, kwargs).shape[:2]
-            forward, backward = self._flops.per_token(length)
+            forward, backward = self._dense.passes(length)
             cost = forward + backward * (self.importance == "taylor")
-            self.flops_done += min(sequences, few_sequences(length)) * length * cost
+            self.flops_done += min(sequences, few_sequences(length)) * cost
         if self.scores is None:
             self.scores = measured
             return
@@ -292,24 +296,14 @@ class SparseTraining:
             for block, size in zip(members, sizes, strict=True):
                 self.kept[block][kind] = select(self.scores[block][kind], size, how, generator)
 
-    def _count_flops(self, sequences: int, length: int) -> None:
-        if length not in self._flops_per_token:
-            self._flops_per_token[length] = (
-                sum(self._flops.per_token(length, self.kept)),
-                sum(self._flops.per_token(length)),
-            )
-        done, dense = self._flops_per_token[length]
-        self.flops_done += sequences * length * done
-        self.flops_dense += sequences * length * dense
-
     def _use(self) -> None:
-        self._flops_per_token.clear()
+        self._work = _Work(self.omission, self.model, self.kept)
         self.omission.choose(self.kept)
         self._frozen.choose(self.counts)
 
     def _settle(self) -> None:
         """Bring the counts up to date; they change only with the set otherwise."""
-        steps, self._settled = self.step_number - self._settled, self.step_number
+        steps, self._settled = self._frozen.steps - self._settled, self._frozen.steps
         for counts, kept in zip(self.counts, self.kept, strict=True):
             for kind in KINDS:
                 mask = kept[kind]
@@ -350,7 +344,7 @@ class SparseTraining:
         self.flops_done, self.flops_dense = state["flops"].tolist()
         if "keeping" in state:
             self._keeping = dict(zip(KINDS, state["keeping"].tolist(), strict=True))
-        self._ready, self._settled = False, self.step_number
+        self._ready, self._settled = False, self._frozen.steps
         cells = range(len(self.kept))
         self.counts = [{kind: state[f"{b}.{kind}.counts"].clone() for kind in KINDS} for b in cells]
         self.kept = [{kind: state.get(f"{b}.{kind}.kept") for kind in KINDS} for b in cells]
@@ -359,44 +353,37 @@ class SparseTraining:
         self._use()
 
 
-class _Flops:
-    """Floating point operations of the blocks' linear layers and causal attention, and of the head.
+class _Work:
+    """Floating point operations of the blocks' linear layers, of causal attention and of the head.
 
-    Two per multiply-add; the backward pass costs as much as the forward pass again for the gradient of the input, and
-    again for that of the weights unless they are frozen.
+    Two per multiply-add; the backward pass costs as much as the forward pass again for the gradient of the
+    input, and again for that of the weights unless they are frozen.
     """
 
-    def __init__(self, omission: Omission, head: nn.Module | None) -> None:
-        self.omission = omission
-        self._head = (0, 0.0) if head is None else _cost(head.weight)
-        self._costs = [
-            (number, kind, layer.unit, *_cost(layer.slices[0].parameter))
-            for number, block in enumerate(omission.blocks)
-            for kind in KINDS
-            for layer in block.layers[kind]
-        ]
+    def __init__(self, omission: Omission, model: nn.Module, kept: Kept | None = None) -> None:
+        head: Any = decoder_of(model).get_output_embeddings()  # type: ignore[operator]
+        weights: list[tuple[Tensor, float]] = [] if head is None else [(head.weight, 1.0)]
+        self._width = 0.0  # of all the heads of all blocks
+        for number, block in enumerate(omission.blocks):
+            masks = {kind: None if kept is None else kept[number][kind] for kind in KINDS}
+            for kind in KINDS:
+                for layer in block.layers[kind]:
+                    weights.append((layer.slices[0].parameter, _share(masks[kind], layer.unit)))
+            heads = masks["attention"]
+            self._width += omission.sizes.query_width * (
+                1.0 if heads is None else float(heads.double().mean())
+            )
+        self._forward = sum(2 * share * weight.numel() for weight, share in weights)
+        self._backward = sum((4 if w.requires_grad else 2) * share * w.numel() for w, share in weights)
 
-    def per_token(self, length: int, kept: Kept | None = None) -> tuple[float, float]:
-        """Of the forward pass, and of the backward pass, of sequences of `length` tokens."""
-        omission = self.omission
-        forward, backward = self._head
-        for number, kind, unit, ahead, back in self._costs:
-            mask = None if kept is None else kept[number][kind]
-            share = 1.0 if mask is None else len(positions(mask, unit)[0]) / len(unit)
-            forward += share * ahead
-            backward += share * back
-        for number in range(len(omission.blocks)):
-            mask = None if kept is None else kept[number]["attention"]
-            share = 1.0 if mask is None else float(mask.float().mean())
-            attention = 2 * length * omission.sizes.query_width * share  # half of all pairs, twice
-            forward += attention
-            backward += 2 * attention
-        return forward, backward
+    def passes(self, length: int) -> tuple[float, float]:
+        """Of one sequence of `length` tokens, forward and backward."""
+        attention = 2 * length * self._width  # each token with half of the others, keys and values
+        return length * (self._forward + attention), length * (self._backward + 2 * attention)
 
 
-def _cost(weight: Tensor) -> tuple[float, float]:
-    """Operations per token of a linear layer, forward and backward."""
-    return 2.0 * weight.numel(), (4.0 if weight.requires_grad else 2.0) * weight.numel()
+def _share(mask: Tensor | None, unit: Tensor) -> float:
+    return 1.0 if mask is None else len(positions(mask, unit)[0]) / len(unit)
 
 
 def _block_indices(exempt: Collection[int], blocks: int) -> set[int]:
