@@ -11,6 +11,7 @@ for a whole tensor. For a neuron that has run only n of those t steps the first 
 Adafactor has no such counts: a neuron that never ran starts from the mean of the others' second moments.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ Counts = Sequence[dict[Kind, Tensor]]
 _ROWS_AND_COLUMNS = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}
 """The dimension that transformers' Adafactor keeps in each of its factors."""
 
-_ADAFACTOR = {*_ROWS_AND_COLUMNS, "exp_avg_sq", "row_var", "col_var", "variance"}
+_SECOND_MOMENTS = {*_ROWS_AND_COLUMNS, "exp_avg_sq", "row_var", "col_var", "variance"}
 """Second moments of Adafactor, transformers' and torch's."""
 
 
@@ -47,8 +48,9 @@ class FrozenOptimizer:
         self._shapes = {piece: local(piece.parameter).shape for piece in self._slices}
         self._state: dict[tuple[Slice, str], Reordered] = {}
         self._whole: list[tuple[Slice, Tensor, Tensor | None]] = []  # parameter and gradient during a step
-        self._late: list[tuple[Slice, Tensor, Tensor]] = []  # positions among the kept; steps they are behind
-        self._before: list[Tensor] = []
+        # By device and betas: slices, the positions in what runs of them that are late, and by how many steps.
+        self._late: defaultdict[Any, list[tuple[Slice, Tensor, Tensor]]] = defaultdict(list)
+        self._before: dict[Slice, Tensor] = {}
         states = (optimizer.state.get(piece.parameter, {}) for piece in self._slices)
         self.steps = max((int(state.get("step", 0)) for state in states), default=0)
         """Steps that the optimiser has made."""
@@ -69,30 +71,35 @@ class FrozenOptimizer:
             small = local(state[key])
             if (piece, key) in self._state:
                 _set(state, key, self._state[piece, key].whole(small))
-            elif small.shape[dim] != len(piece.unit):  # made by a step, so for the kept slices alone
-                assert piece.index is not None
+            elif piece.index is not None and small.shape[dim] != len(piece.unit):
+                # Made by a step, so for the kept slices alone.
                 shape = (*small.shape[:dim], len(piece.unit), *small.shape[dim + 1 :])
                 whole = torch.zeros(shape, dtype=small.dtype, device=small.device)
                 _set(state, key, whole.index_copy_(dim, piece.index, small))
         self._state.clear()
 
     def choose(self, counts: Counts) -> None:
-        """Take note of a new set.
+        """Take note of a new set, while the state is whole.
 
         Args:
-            counts: the steps of each unit, to find the kept ones that are behind the optimiser's own.
+            counts: the steps of each unit, to find those to run that are behind the optimiser's own.
         """
-        self._late = []
-        if not isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            return
-        for piece in self._slices:
-            if piece.index is not None:
+        self._late.clear()
+        if isinstance(self.optimizer, torch.optim.Adam):  # AdamW is one
+            for piece in self._slices:
                 own = torch.cat([counts[piece.block][piece.kind].flatten(), torch.tensor([self.steps])])
-                behind = (self.steps - own[piece.unit])[piece.index.cpu()]
+                behind = self.steps - own[piece.unit]
+                if piece.index is not None:
+                    behind = behind[piece.index.cpu()]
                 late = behind.nonzero().flatten()
                 if len(late):
-                    device = piece.index.device
-                    self._late.append((piece, late.to(device), behind[late].to(device, torch.float32)))
+                    device = piece.parameter.device
+                    group = self._late[device, self._groups[id(piece.parameter)]["betas"]]
+                    group.append((piece, late.to(device), behind[late].to(device, torch.float32)))
+        elif type(self.optimizer).__name__ == "Adafactor":
+            for piece, state, key, dim in self._sliced_state():
+                if key in _SECOND_MOMENTS:
+                    _fill_unseen(local(state[key]), dim, piece.index)
 
     def _before_step(self) -> None:
         self.omission.engage()  # somebody may have evaluated since the backward pass
@@ -100,30 +107,40 @@ class FrozenOptimizer:
             self._hand_over()
         for piece, state, key, dim in self._sliced_state():
             value = local(state[key])
-            if (piece, key) in self._state or value.shape[dim] != len(piece.unit):
+            if piece.index is None or (piece, key) in self._state or value.shape[dim] != len(piece.unit):
                 continue
             assert piece.order is not None
-            assert piece.index is not None
             reordered = Reordered(value, dim, piece.order, len(piece.index))
             self._state[piece, key] = reordered
             _set(state, key, reordered.part)
-            if self._is_adafactor and key in _ADAFACTOR:
-                _fill_unseen(reordered.part)
-        self._before = [_rows(piece).index_select(0, late) for piece, late, _ in self._late]
+        self._before = {
+            piece: _rows(piece).index_select(0, late)
+            for pieces in self._late.values()
+            for piece, late, _ in pieces
+            if piece.parameter.grad is not None
+        }
 
     def _after_step(self) -> None:
         self.steps += 1
-        for (piece, late, behind), before in zip(self._late, self._before, strict=True):
-            group = self._groups[id(piece.parameter)]
-            scale = _correction(self.steps, behind, *group["betas"]).to(before.dtype)
-            if group.get("decoupled_weight_decay"):
-                before *= 1 - group["lr"] * group["weight_decay"]
-            rows = _rows(piece)
-            after = rows.index_select(0, late)
-            scale = scale.view(-1, *[1] * (before.dim() - 1))
-            rows.index_copy_(0, late, torch.lerp(before, after, scale))
-        self._before = []
+        for (_, betas), pieces in self._late.items():
+            # Of all slices at once: there are hundreds of them, and this is a dozen of operations.
+            behind = [steps for _, _, steps in pieces]
+            scales = _correction(self.steps, torch.cat(behind), *betas).split(
+                [len(steps) for steps in behind]
+            )
+            for (piece, late, _), scale in zip(pieces, scales, strict=True):
+                if piece in self._before:
+                    self._rescale(piece, late, self._before[piece], scale)
+        self._before = {}
         self._take_back()
+
+    def _rescale(self, piece: Slice, late: Tensor, before: Tensor, scale: Tensor) -> None:
+        group = self._groups[id(piece.parameter)]
+        if group["decoupled_weight_decay"]:
+            before *= 1 - group["lr"] * group["weight_decay"]
+        rows = _rows(piece)
+        scale = scale.to(before.dtype).view(-1, *[1] * (before.dim() - 1))
+        rows.index_copy_(0, late, torch.lerp(before, rows.index_select(0, late), scale))
 
     def _hand_over(self) -> None:
         """Let the kept slices stand for parameters and gradients that are whole."""
@@ -159,16 +176,12 @@ class FrozenOptimizer:
             parameter.grad = gradient
         self._whole.clear()
 
-    @property
-    def _is_adafactor(self) -> bool:
-        return type(self.optimizer).__name__ == "Adafactor"
-
     def _sliced_state(self) -> list[tuple[Slice, dict[str, Any], str, int]]:
         """The slices' state tensors that have slices too: which state, its key, and their dimension."""
         return [
             (piece, state, key, dim)
             for piece in self._slices
-            if piece.index is not None and (state := self.optimizer.state.get(piece.parameter))
+            if (state := self.optimizer.state.get(piece.parameter))
             for key, value in state.items()
             if (dim := self._dimension(piece, key, value)) is not None
         ]
@@ -184,6 +197,8 @@ class FrozenOptimizer:
         elif len(shape) == len(whole):
             if shape[piece.dim] == 1 != whole[piece.dim]:  # a mean over the slices
                 dim = None
+        elif piece.index is None:
+            dim = None
         else:
             raise ValueError(
                 f"{type(self.optimizer).__name__} keeps '{key}' of shape {tuple(shape)} for weights of shape "
@@ -213,8 +228,10 @@ def _correction(step: int, behind: Tensor, beta1: float, beta2: float) -> Tensor
     return first / second**0.5
 
 
-def _fill_unseen(moments: Tensor) -> None:
-    """Second moments of slices that never had a gradient become the mean of the others'."""
-    seen = moments > 0
+def _fill_unseen(moments: Tensor, dim: int, index: Tensor | None) -> None:
+    """Second moments of slices to run that never had a gradient become the mean of the others'."""
+    running = moments if index is None else moments.index_select(dim, index)
+    seen = running > 0
     if seen.any():
-        moments.masked_fill_(~seen, moments[seen].mean())
+        running = torch.where(seen, running, running[seen].mean())
+        moments.copy_(running) if index is None else moments.index_copy_(dim, index, running)
