@@ -48,7 +48,7 @@ class FrozenOptimizer:
         self._shapes = {piece: local(piece.parameter).shape for piece in self._slices}
         self._state: dict[tuple[Slice, str], Reordered] = {}
         self._whole: list[tuple[Slice, Tensor, Tensor | None]] = []  # parameter and gradient during a step
-        # By device and betas: slices, the positions in what runs of them that are late, and by how many steps.
+        # By device and betas: slices, which positions of what runs of them are late, and by how many steps.
         self._late: defaultdict[Any, list[tuple[Slice, Tensor, Tensor]]] = defaultdict(list)
         self._before: dict[Slice, Tensor] = {}
         states = (optimizer.state.get(piece.parameter, {}) for piece in self._slices)
@@ -124,10 +124,8 @@ class FrozenOptimizer:
         self.steps += 1
         for (_, betas), pieces in self._late.items():
             # Of all slices at once: there are hundreds of them, and this is a dozen of operations.
-            behind = [steps for _, _, steps in pieces]
-            scales = _correction(self.steps, torch.cat(behind), *betas).split(
-                [len(steps) for steps in behind]
-            )
+            behind = torch.cat([steps for _, _, steps in pieces])
+            scales = _correction(self.steps, behind, *betas).split([len(late) for _, late, _ in pieces])
             for (piece, late, _), scale in zip(pieces, scales, strict=True):
                 if piece in self._before:
                     self._rescale(piece, late, self._before[piece], scale)

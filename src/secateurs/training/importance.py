@@ -186,7 +186,7 @@ class _Sums:
 def _few_sequences(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_loss: bool
 ) -> dict[str, Any]:
-    """The first sequences of a batch, as a call's keyword arguments, and beside them `args` and `token_mask`."""
+    """The first sequences of a batch: a call's keyword arguments, and beside them `args` and `token_mask`."""
     ids = batch_of(args, kwargs)
     size, length = ids.shape[:2]
     few = few_sequences(length)
