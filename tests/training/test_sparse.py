@@ -194,7 +194,17 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights() -> None
     before = weights_of(model)
     with pytest.raises(FloatingPointError, match="not finite at step 2"):
         run(model, sat, start=2, optimizer=optimizer, forward=poisoned(model))
+    assert not sat.attached
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loss_from_outside_of_the_model_is_watched_too() -> None:
+    model = build("llama").train()
+    optimizer = AdamW(model.parameters())
+    SparseTraining(0.5).attach(model, optimizer, total_steps=STEPS)
+    (model(input_ids=tokens()).logits.mean() * float("inf")).backward()
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+        optimizer.step()
 
 
 def poisoned(model: PreTrainedModel) -> Callable[..., Any]:

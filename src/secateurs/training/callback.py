@@ -97,9 +97,10 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the rate beside the loss."""
+        """Write the rate of the step that is done beside its loss."""
         if state.log_history and "loss" in state.log_history[-1]:
-            state.log_history[-1]["omission_rate"] = self.training.rate
+            done = max(0, self.training.step_number - 1)
+            state.log_history[-1]["omission_rate"] = self.training.schedule.rate(done)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -114,6 +114,8 @@ class SparseTraining:
             ValueError: a rate leaves a layer without heads, a block to exempt does not exist, the schedule is
                 longer than training, or the model or optimiser is of a kind that cannot be sliced.
         """
+        if self.attached:  # training that was cut short begins again
+            self.detach()
         if isinstance(self._schedule, str):
             self.schedule = named_schedule(self._schedule, max(self.peaks.values()), total_steps)
         else:
@@ -129,6 +131,7 @@ class SparseTraining:
         self.omission = Omission(self.model, in_place=not (sharded or dist.is_initialized()))
         self._exempt = _block_indices(self.exempt, len(self.omission.blocks))
         self._keep(self.peaks)
+        self.flops_done = self.flops_dense = 0.0
         self.step_number = 0
         """Optimiser steps made."""
         self.kept: list[dict[Kind, Tensor | None]] = [dict.fromkeys(KINDS) for _ in self.omission.blocks]
@@ -235,6 +238,7 @@ class SparseTraining:
             gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
             losses = [local(gradient).sum() for gradient in sorted(gradients, key=Tensor.numel)[:1]]
         if losses and not torch.stack(losses).isfinite().all():
+            self.detach()
             raise FloatingPointError(
                 f"the loss is not finite at step {self.step_number}: training stopped before it reached the "
                 "weights; go on from the last checkpoint with a lower learning rate"
