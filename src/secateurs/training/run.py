@@ -35,6 +35,7 @@ from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conv
 from secateurs.training.folder import TrainingFolder
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.model import read_config, sequence_length
+from secateurs.training.omission import units_of
 from secateurs.training.report import TrainingReport
 from secateurs.training.settings import (
     CHAT_DEFAULTS,
@@ -160,7 +161,11 @@ def train(
             f"'{checkpoint.folder}' holds quantised or compressed weights, which cannot be trained: "
             "secateurs decompress makes a compressed model dense again"
         )
-    length = sequence_length(length, read_config(checkpoint))
+    config = read_config(checkpoint)
+    heads = units_of(family_of(config).sizes(config))["attention"].size
+    if round(omission * heads) == heads:
+        raise ValueError(f"omission {omission} leaves a layer none of {heads} heads: choose a lower one")
+    length = sequence_length(length, config)
     tokenizer = load_tokenizer(checkpoint.folder)
     data = _read(text, chat, validation, field, length, tokenizer)
     if data.validation is None and trainer.get("eval_strategy", "no") != "no":
