@@ -165,7 +165,7 @@ class FrozenOptimizer:
         for piece, data, gradient in self._whole:
             parameter = piece.parameter
             assert piece.index is not None
-            data.index_copy_(piece.dim, piece.index, local(parameter))
+            data.index_copy_(piece.dim, piece.index, local(parameter).contiguous())
             if isinstance(parameter.grad, DTensor) and gradient is not None:
                 parameter.grad._local_tensor = gradient
                 gradient = parameter.grad

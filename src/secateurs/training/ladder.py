@@ -74,7 +74,7 @@ class Linear:
 
     peak: float
     steps: int
-    rungs: int = 8
+    rungs: int = 6
 
     def __post_init__(self) -> None:
         _check(self.peak, self.steps, self.rungs)
@@ -89,7 +89,7 @@ class Cubic:
 
     peak: float
     steps: int
-    rungs: int = 8
+    rungs: int = 6
 
     def __post_init__(self) -> None:
         _check(self.peak, self.steps, self.rungs)

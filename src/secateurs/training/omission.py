@@ -100,7 +100,8 @@ class Slice:
     def take(self, whole: Tensor) -> Tensor:
         """A copy of the kept slices, in the layout of `Reordered.part`."""
         assert self.index is not None
-        return whole.transpose(0, self.dim).index_select(0, self.index).transpose(0, self.dim)
+        part = whole.index_select(self.dim, self.index)
+        return part.transpose(0, self.dim).contiguous().transpose(0, self.dim)
 
 
 class Reordered:
@@ -115,7 +116,8 @@ class Reordered:
 
     def __init__(self, whole: Tensor, dim: int, order: Tensor, kept: int) -> None:
         self.dim, self.order, self.kept = dim, order, kept
-        self.stored = whole.transpose(0, dim).index_select(0, order)
+        # Transposed first: selecting columns that are not contiguous is several times slower.
+        self.stored = whole.transpose(0, dim).contiguous().index_select(0, order)
 
     @property
     def part(self) -> Tensor:
@@ -126,10 +128,7 @@ class Reordered:
         """The tensor in its own order again, with `part` in the place of the kept slices."""
         if part.data_ptr() != self.stored.data_ptr():  # replaced rather than updated
             self.part.copy_(part)
-        stored = self.stored.transpose(0, self.dim)
-        return torch.empty(stored.shape, dtype=stored.dtype, device=stored.device).index_copy_(
-            self.dim, self.order, stored
-        )
+        return self.stored.index_select(0, self.order.argsort()).transpose(0, self.dim).contiguous()
 
 
 class Gather(torch.autograd.Function):
@@ -292,7 +291,9 @@ class Omission:
             _reshape(parameter, reordered.whole(parameter.data), None)
             if gradient is not None:
                 assert piece.index is not None
-                parameter.grad = torch.zeros_like(parameter).index_copy_(piece.dim, piece.index, gradient)
+                parameter.grad = torch.zeros_like(parameter).index_copy_(
+                    piece.dim, piece.index, gradient.contiguous()
+                )
         self._reordered.clear()
         torch.clear_autocast_cache()
 
