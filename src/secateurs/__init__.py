@@ -5,6 +5,7 @@ import secateurs
 report = secateurs.prune("my-llama", output="my-llama-70", calibration="text.txt", pattern="70%")
 for measurement in secateurs.evaluate("my-llama-70", text=["novel.txt"]):
     print(measurement)
+print(secateurs.train("my-llama-70", output="my-llama-70-tuned", chat="questions.jsonl"))
 """
 
 from secateurs.anatomy import UnsupportedArchitectureError, family_of
@@ -33,6 +34,12 @@ from secateurs.pruning.walk import prune
 from secateurs.pruning.wanda import Wanda
 from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
 from secateurs.text import calibration_blocks, evaluation_tokens
+from secateurs.training.callback import SparsityAcceleratedTraining
+from secateurs.training.masks import KeepZeros, Masks
+from secateurs.training.profile import profile
+from secateurs.training.report import TrainingReport
+from secateurs.training.run import train
+from secateurs.training.sparse import SparseTraining
 from secateurs.version import __version__
 
 __all__ = [
@@ -41,9 +48,11 @@ __all__ = [
     "OWL",
     "Checkpoint",
     "Inspection",
+    "KeepZeros",
     "LayerInspection",
     "LayerReport",
     "Magnitude",
+    "Masks",
     "Measurement",
     "Pattern",
     "Report",
@@ -52,7 +61,10 @@ __all__ = [
     "Solver",
     "SparseGPT",
     "SparseLLM",
+    "SparseTraining",
+    "SparsityAcceleratedTraining",
     "Statistics",
+    "TrainingReport",
     "Unstructured",
     "UnsupportedArchitectureError",
     "Wanda",
@@ -68,5 +80,7 @@ __all__ = [
     "parse_pattern",
     "perplexity",
     "plot",
+    "profile",
     "prune",
+    "train",
 ]

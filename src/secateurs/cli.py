@@ -177,6 +177,128 @@ def demo(*, pattern: str = "70%", device: str | None = "cpu") -> None:
     run(pattern=pattern, device=device)
 
 
+def profile(
+    model: Model,
+    *,
+    text: str,
+    output: Path | None = None,
+    samples: int = 32,
+    length: int | None = None,
+    field: str = "text",
+    device: str | None = None,
+) -> None:
+    """Measure how many heads and channels of a model are barely active: what sparse training may skip.
+
+    Example: secateurs profile my-llama --text wikitext2 --output activity
+
+    Args:
+        model: A Hugging Face model folder, or a name on the hub.
+        text: A file, a folder, or a name as `eval` takes it.
+        output: A folder to make, for the figures and a picture (PNG and SVG).
+        samples: Windows of the text to read: the first ones.
+        length: Tokens in a window. By default as many as the model was made for, at most 2048.
+        field: Of jsonl, parquet or dataset rows: the one that holds the text.
+        device: cpu, cuda, cuda:1. By default a GPU if there is one.
+    """
+    from rich.console import Console
+
+    from secateurs.training.profile import profile as run
+    from secateurs.training.profile import table
+
+    blocks = run(model, text=text, output=output, samples=samples, length=length, field=field, device=device)
+    Console().print(table(blocks))
+
+
+def train(
+    model: Model,
+    *,
+    output: Path,
+    text: str | None = None,
+    chat: Path | None = None,
+    validation: str | None = None,
+    field: str = "text",
+    omission: float = 0.5,
+    importance: Literal["uniform", "magnitude", "activation", "weighted", "taylor"] = "activation",
+    select: Literal["topk", "sample"] = "topk",
+    schedule: Literal["ladder", "constant", "linear", "cubic"] = "ladder",
+    epochs: float | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    accumulation: int | None = None,
+    learning_rate: float | None = None,
+    warmup: float | None = None,
+    length: int | None = None,
+    lora: int | None = None,
+    seed: int | None = None,
+    settings: Path | None = None,
+    report_to: tuple[str, ...] = (),
+    device: str | None = None,
+) -> None:
+    """Train a pretrained model on text or conversations, skipping what matters least at the moment.
+
+    Steps run on a part of the heads and channels, and at the end of training on all of them. A pruned model
+    keeps its zeros. Interrupt it whenever you like: the same command continues from the last checkpoint.
+
+    Example: secateurs train my-llama --text papers/ --validation held-out.txt --output my-llama-papers
+
+    Example: secateurs train my-llama --chat questions.jsonl --epochs 2 --output my-llama-chat
+
+    Args:
+        model: A Hugging Face model folder with safetensors, or a name on the hub. It is only read.
+        output: The folder to make. It must not exist, unless this same command began it.
+        text: What to pre-train on: a .txt, .jsonl or .parquet file, a folder of these, a dataset's name.
+        chat: What to fine-tune on instead: a .jsonl file whose lines have messages, or question and answer,
+            or prompt and completion. The loss is that of the answers only.
+        validation: The same kind of data, for the loss on text that was not trained on.
+        field: Of jsonl, parquet or dataset rows of text: the one that holds it.
+        omission: Highest share of heads and channels that a step skips, in [0, 1). 0 is plain training.
+        importance: What decides which.
+        select: The most important ones, or a sample in proportion to importance.
+        schedule: How the share goes from the highest to 0; constant never does.
+        epochs: Passes over the data. By default one.
+        steps: Optimiser steps, instead of epochs.
+        batch_size: Sequences on each device at once. By default 8.
+        accumulation: Batches to an optimiser step. By default 1.
+        learning_rate: Its peak. By default 5e-5, with LoRA 2e-4.
+        warmup: Steps until then, or below 1 their share of all steps. By default 0.03.
+        length: Tokens in a block of text, or at most in a conversation. By default as many as the model was
+            made for, at most 2048.
+        lora: Train adapters of this rank, which are merged into the weights at the end.
+        seed: Of the order of the data and of all else that is random. By default 0.
+        settings: A YAML file with any of Trainer's settings; the options here come before it.
+        report_to: Loggers that Trainer knows: tensorboard, wandb, mlflow...
+        device: cpu or cuda. By default a GPU if there is one.
+    """
+    from secateurs.training.run import train as run
+
+    report = run(
+        model,
+        output=output,
+        text=text,
+        chat=chat,
+        validation=validation,
+        field=field,
+        omission=omission,
+        importance=importance,
+        select=select,
+        schedule=schedule,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        length=length,
+        lora=lora,
+        seed=seed,
+        settings=settings,
+        report_to=report_to,
+        device=device,
+        progress=True,
+    )
+    print(report)
+
+
 def compress(model: Model, *, output: Path) -> None:
     """Write a pruned model so that its zeros take no space: smaller, and faster to run.
 
@@ -274,6 +396,8 @@ def main() -> None:
     """Entry point of the `secateurs` command."""
     commands: dict[str, Callable[..., Any]] = {
         "prune": prune,
+        "profile": profile,
+        "train": train,
         "eval": evaluate,
         "inspect": inspect,
         "plot": plot,

@@ -6,7 +6,8 @@ of it to `tests/families.py`, whose tests check every claim that the entry makes
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -30,6 +31,16 @@ class Sizes:
     kv_heads: int
     head_dim: int  # not hidden / heads in every model
     channels: int  # width of the MLP
+
+    @property
+    def queries_per_key(self) -> int:
+        """Query heads that read each key-value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def query_width(self) -> int:
+        """Outputs of q, and inputs of o."""
+        return self.heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,10 @@ class Family:
     normalised: bool = False
     """What o and down give is normalised before it is added to what came in."""
 
+    counts: Mapping[str, str] = field(default_factory=dict)
+    """What a block's code reads its head counts from, where not from the shapes of its weights: dotted path
+    of an attribute within the block, and the field of `Sizes` that it holds."""
+
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Names within a block of the layers that share an input, in the order of the forward pass."""
@@ -171,6 +186,7 @@ _LLAMA = Family(
         (Projection("mlp.gate_proj", ("gate",)), Projection("mlp.up_proj", ("up",))),
         (Projection("mlp.down_proj", ("down",)),),
     ),
+    counts={"self_attn.num_key_value_groups": "queries_per_key"},
 )
 
 FAMILIES: dict[str, Family] = {
@@ -189,6 +205,11 @@ FAMILIES: dict[str, Family] = {
             (Projection("mlp.gate_up_proj", ("gate", "up")),),
             (Projection("mlp.down_proj", ("down",)),),
         ),
+        counts={
+            "self_attn.num_key_value_groups": "queries_per_key",
+            "self_attn.num_key_value_heads": "kv_heads",
+            "self_attn.config.num_attention_heads": "heads",
+        },
     ),
     "opt": Family(
         blocks="model.decoder.layers",
@@ -203,6 +224,7 @@ FAMILIES: dict[str, Family] = {
         mlp=((Projection("fc1", ("up",)),), (Projection("fc2", ("down",)),)),
         activation="activation_function",
         channels="ffn_dim",
+        counts={"self_attn.num_heads": "heads"},
     ),
     "gpt2": Family(
         blocks="transformer.h",
@@ -210,6 +232,7 @@ FAMILIES: dict[str, Family] = {
         mlp=((Projection("mlp.c_fc", ("up",)),), (Projection("mlp.c_proj", ("down",)),)),
         activation="activation_function",
         channels="n_inner",
+        counts={"attn.split_size": "query_width"},
     ),
     "gpt_neox": Family(
         blocks="gpt_neox.layers",

@@ -1,0 +1,1 @@
+"""Sparsity-Accelerated Training: skip the heads and channels that matter least at the moment."""

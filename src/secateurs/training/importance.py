@@ -1,0 +1,224 @@
+"""Which heads and channels matter, measured by a small dense forward pass.
+
+All units are measured on the same pass of the whole model, those that training omits at the moment and those
+that it runs: measured each in its own way they could not be compared.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from secateurs.training.omission import KINDS, Kind, Omission, decoder_of
+
+Importance = Literal["activation", "weighted", "taylor", "magnitude", "uniform"]
+METRICS: tuple[Importance, ...] = get_args(Importance)
+
+Scores = list[dict[Kind, Tensor]]
+"""For each block and kind, the importance of each unit (groups, size), not negative, on the CPU."""
+
+PROBE_TOKENS = 2048
+"""About as many tokens are read by a probe."""
+
+
+_INPUTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # of packed sequences
+}
+"""What of a call's keyword arguments a pass without a loss needs."""
+
+
+def few_sequences(length: int) -> int:
+    """How many sequences of a batch a probe runs at most."""
+    return max(1, PROBE_TOKENS // length)
+
+
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The batch in a call of a model: ids (sequences, length), or embeddings (sequences, length, hidden)."""
+    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
+        if isinstance(value, Tensor):
+            return value
+    raise ValueError(
+        "call the model with input_ids or inputs_embeds: sparse training reads the batch's shape"
+    )
+
+
+def measure(
+    model: nn.Module, omission: Omission, metric: Importance, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Scores:
+    """Measure the importance of every unit of a whole model.
+
+    - "activation": root mean square, over tokens, of what the unit hands to the layer that reads it.
+    - "weighted": the same, each value times the norm of the weights that read it (Wanda's score, arXiv
+      2306.11695, summed over a unit): about what the unit adds to the residual stream.
+    - "taylor": mean |activation * gradient|: to first order what the loss would change by without the unit
+      (arXiv 1905.10650, equation 1). Costs a backward pass.
+    - "magnitude": norm of all the unit's weights. No forward pass.
+    - "uniform": 1 for each.
+
+    Args:
+        model: what training calls, in whatever wrapping. Its parameters must be whole.
+        omission: of that model.
+        metric: one of METRICS.
+        args: of a call of the model with a batch.
+        kwargs: of the same call.
+    """
+    if metric == "uniform":
+        return [{k: torch.ones(u.groups, u.size) for k, u in omission.units.items()} for _ in omission.blocks]
+    if metric == "magnitude":
+        return _shape(omission, [_magnitudes(omission, block, kind) for block, kind in _cells(omission)])
+    batch = _few_sequences(model, args, kwargs, with_loss=metric == "taylor")
+    sums = _Sums(omission, metric, batch.pop("token_mask"))
+    with _evaluating(model), sums.recording(), torch.set_grad_enabled(metric == "taylor"):
+        output = model(*batch.pop("args"), **batch)
+        if metric == "taylor":
+            sums.add_gradients(output.loss)
+    return _shape(omission, sums.means())
+
+
+def _cells(omission: Omission) -> list[tuple[int, Kind]]:
+    return [(block, kind) for block in range(len(omission.blocks)) for kind in KINDS]
+
+
+def _shape(omission: Omission, scores: Sequence[Tensor]) -> Scores:
+    """Scores of the cells, each (units,), in the cells' order."""
+    flat = torch.cat(list(scores))
+    if dist.is_initialized():
+        dist.broadcast(flat, 0)  # where sums are rounded in another order, ranks would choose otherwise
+    pieces = iter(flat.cpu().split([len(s) for s in scores]))
+    return [
+        {kind: next(pieces).view(omission.units[kind].groups, -1) for kind in KINDS} for _ in omission.blocks
+    ]
+
+
+def _by_unit(values: Tensor, unit: Tensor, units: int) -> Tensor:
+    """Sum what belongs to each unit: (..., positions) -> (..., units)."""
+    sums = values.new_zeros(*values.shape[:-1], units + 1)
+    # -1, what is always kept, is summed at the end and dropped.
+    return sums.index_add_(-1, (unit % (units + 1)).to(values.device), values)[..., :-1]
+
+
+def _whole_weight(layer: nn.Linear | Conv1D) -> Tensor:
+    weight = layer.weight.detach()
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).float()
+
+
+def _magnitudes(omission: Omission, block: int, kind: Kind) -> Tensor:
+    units = omission.units[kind]
+    squares = [
+        _by_unit(_whole_weight(layer.module).square().sum(1 - layer.slices[0].dim), layer.unit, units.count)
+        for layer in omission.blocks[block].layers[kind]
+    ]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+class _Sums:
+    """What the readers of each block receive, summed over tokens as the metric wants it."""
+
+    def __init__(self, omission: Omission, metric: Importance, token_mask: Tensor | None) -> None:
+        self.omission, self.metric, self.token_mask = omission, metric, token_mask
+        self.sums: dict[tuple[int, Kind], Tensor] = {}
+        self.inputs: dict[tuple[int, Kind], Tensor] = {}
+        self.tokens = 0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        hooks = [
+            self.omission.blocks[block].readers[kind].register_forward_pre_hook(self._recorder(block, kind))
+            for block, kind in _cells(self.omission)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _recorder(self, block: int, kind: Kind) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        layer = next(layer for layer in self.omission.blocks[block].layers[kind] if not layer.outputs)
+
+        def record(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            states = args[0]
+            if self.metric == "taylor":
+                if not states.requires_grad:  # everything up to here is frozen
+                    states = states.detach().requires_grad_()
+                self.inputs[block, kind] = states
+                return (states, *args[1:])
+            squares = self._select(states.detach()).float().square().sum(0)
+            if self.metric == "weighted":
+                squares *= _whole_weight(layer.module).square().sum(1 - layer.slices[0].dim)
+            self.sums[block, kind] = _by_unit(squares, layer.unit, self.omission.units[kind].count)
+            return None
+
+        return record
+
+    def _select(self, states: Tensor) -> Tensor:
+        """(tokens, width) without padding."""
+        flat = states.reshape(-1, states.shape[-1])
+        if self.token_mask is not None:
+            flat = flat[self.token_mask.flatten()]
+        self.tokens = len(flat)
+        return flat
+
+    def add_gradients(self, loss: Tensor) -> None:
+        gradients = torch.autograd.grad(loss, list(self.inputs.values()))
+        for (cell, states), gradient in zip(self.inputs.items(), gradients, strict=True):
+            block, kind = cell
+            layer = next(layer for layer in self.omission.blocks[block].layers[kind] if not layer.outputs)
+            change = self._select(states.detach() * gradient).float()
+            self.sums[cell] = _by_unit(change, layer.unit, self.omission.units[kind].count).abs().sum(0)
+
+    def means(self) -> Sequence[Tensor]:
+        """Over the tokens of all processes."""
+        cells = [self.sums[cell] for cell in _cells(self.omission)]
+        flat = torch.cat([*cells, cells[0].new_tensor([self.tokens])])
+        if dist.is_initialized():
+            dist.all_reduce(flat)
+        means = flat[:-1] / flat[-1]
+        return (means if self.metric == "taylor" else means.sqrt()).split([len(cell) for cell in cells])
+
+
+def _few_sequences(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_loss: bool
+) -> dict[str, Any]:
+    """The first sequences of a batch: a call's keyword arguments, and beside them `args` and `token_mask`."""
+    ids = batch_of(args, kwargs)
+    size, length = ids.shape[:2]
+    few = few_sequences(length)
+
+    def cut(value: Any) -> Any:
+        return value[:few] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+    if with_loss:
+        # The training's own call, but with the mean of these sequences for a loss.
+        batch = {key: cut(value) for key, value in kwargs.items() if key != "num_items_in_batch"}
+        batch.setdefault("labels", cut(ids))
+    else:
+        batch = {key: cut(value) for key, value in kwargs.items() if key in _INPUTS}
+        if "logits_to_keep" in inspect.signature(decoder_of(model).forward).parameters:
+            batch["logits_to_keep"] = 1  # the head would cost more than a small model's blocks
+    batch["args"] = tuple(cut(value) for value in args)
+    mask = batch.get("attention_mask")
+    batch["token_mask"] = None
+    if isinstance(mask, Tensor) and mask.shape == cut(ids).shape[:2]:
+        batch["token_mask"] = mask.bool()
+    return batch | {"use_cache": False}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout or activation checkpointing, and without a draw from the random numbers of training."""
+    modules = [module for module in model.modules() if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+        torch.clear_autocast_cache()  # it keeps weights cast without gradients

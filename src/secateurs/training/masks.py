@@ -1,0 +1,151 @@
+"""A pruned model's zeros, held through training: prune, train, evaluate.
+
+A mask says which weights of a parameter may differ from zero. After every optimiser step the others are zero
+again, whatever the optimiser. Their gradients are zero, so that they add nothing to momentum, to statistics
+over a tensor or to the norm that clipping looks at. Masks may be replaced between steps.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from secateurs.anatomy import family_of
+from secateurs.training.omission import decoder_of, kept_part, local, unwrapped, whole_shape
+
+
+class Masks:
+    """Masks of a model's parameters.
+
+    Example:
+        masks = Masks.of_zeros(model)
+        masks.attach(optimizer)
+        ...  # train
+        masks.detach()
+
+    Args:
+        model: the model, in whatever wrapping.
+        masks: by a parameter's name a tensor of its shape; where it is zero, the parameter is held at zero.
+
+    Raises:
+        ValueError: the model has no parameter of that name, or it has another shape.
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self._parameters = dict(unwrapped(model).named_parameters())
+        self._held: dict[str, Tensor] = {}  # true where zero, of what this process has of the parameter
+        self._hooks: list[Any] = []
+        self.set(masks)
+
+    @classmethod
+    def of_zeros(cls, model: nn.Module) -> "Masks":
+        """Hold what is zero now in the linear layers of the blocks; of LoRA's layers, in the base.
+
+        Raises:
+            UnsupportedArchitectureError: the model belongs to no supported family.
+        """
+        decoder = decoder_of(model)
+        family = family_of(decoder.config)  # type: ignore[arg-type]
+        layers = [
+            block.get_submodule(name)
+            for block in decoder.get_submodule(family.blocks).children()
+            for group in family.groups
+            for name in group
+        ]
+        weights = {id(getattr(layer, "base_layer", layer).weight) for layer in layers}
+        named = unwrapped(model).named_parameters()
+        return cls(
+            model, {name: p.detach() for name, p in named if id(p) in weights and (local(p) == 0).any()}
+        )
+
+    def set(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace all masks, between optimiser steps. What was held before and is not now may grow again."""
+        held: dict[str, Tensor] = {}
+        for name, mask in masks.items():
+            if name not in self._parameters:
+                raise ValueError(f"a mask for '{name}', but the model has no such parameter")
+            parameter = self._parameters[name]
+            if mask.shape != whole_shape(parameter):
+                shapes = f"{tuple(mask.shape)}, the parameter {tuple(whole_shape(parameter))}"
+                raise ValueError(f"the mask of '{name}' has shape {shapes}")
+            if isinstance(parameter, DTensor) and not isinstance(mask, DTensor):
+                mask = distribute_tensor(mask, parameter.device_mesh, parameter.placements)
+            held[name] = (local(mask) == 0).to(parameter.device)
+        self._held = held
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set to zero what is held."""
+        for name, held in self._held.items():
+            parameter = self._parameters[name]
+            local(parameter).masked_fill_(kept_part(parameter, held), 0)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Hold the zeros through every step of an optimiser, torch's or accelerate's wrapping of one."""
+        inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._hooks.append(inner.register_step_post_hook(lambda *_: self.apply()))
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                hook = partial(self._mask_gradient, name)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def detach(self) -> None:
+        """Let go."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def merge_lora(self, model: Any) -> nn.Module:
+        """Merge PEFT's LoRA into the weights it adapts without filling their zeros.
+
+        What the adapters would add to a held weight is dropped.
+
+        Args:
+            model: the `PeftModel` that the masks were made of.
+
+        Returns:
+            The plain model, with adapters merged.
+        """
+        merged: nn.Module = model.merge_and_unload()
+        self.apply()
+        return merged
+
+    def _mask_gradient(self, name: str, parameter: nn.Parameter) -> None:
+        held = self._held.get(name)
+        if held is not None and parameter.grad is not None:
+            local(parameter.grad).masked_fill_(kept_part(parameter, held), 0)
+
+
+class KeepZeros(TrainerCallback):
+    """Keeps a pruned model's zeros through `transformers.Trainer`; composes with sparse training.
+
+    Example:
+        Trainer(pruned, args, train_dataset=data, callbacks=[KeepZeros()]).train()
+
+    Args:
+        masks: to hold; by default those of the zeros that the model has as training begins.
+    """
+
+    def __init__(self, masks: Masks | None = None) -> None:
+        self.masks = masks
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to what is about to be trained."""
+        if self.masks is None:
+            self.masks = Masks.of_zeros(kwargs["model"])
+        self.masks.attach(kwargs["optimizer"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go."""
+        if self.masks is not None:
+            self.masks.detach()

@@ -1,0 +1,39 @@
+"""What a model's configuration says before its weights are loaded."""
+
+from transformers import AutoConfig, PretrainedConfig
+
+from secateurs.anatomy import family_of
+from secateurs.checkpoint import Checkpoint
+
+
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The configuration of a model of a supported family.
+
+    Raises:
+        ValueError: transformers cannot read it, or the family has no anatomy.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # a wrong value comes out as whatever the model's code stumbles over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"transformers cannot read '{checkpoint.folder / 'config.json'}': {reason}"
+        ) from error
+    family_of(config)
+    return config
+
+
+def sequence_length(length: int | None, config: PretrainedConfig) -> int:
+    """Tokens in a sequence: those asked for, or as many as the model was made for and at most 2048.
+
+    Raises:
+        ValueError: the model has fewer positions, or there is no next token to learn.
+    """
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        return min(positions or 2048, 2048)
+    if length < 2 or (positions and length > positions):
+        raise ValueError(
+            f"sequences of {length} tokens: from 2 to {positions or 'any number'} suit this model"
+        )
+    return length

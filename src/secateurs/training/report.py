@@ -1,0 +1,59 @@
+"""What a training run did, in Python and as `secateurs.json` in the output folder."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateurs.checkpoint import read_json
+from secateurs.pruning.report import RECORD
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training run did."""
+
+    output: Path
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    """Spent on training steps, without loading, validation and saving, over all sessions of a resumed run."""
+    steps: int
+    tokens: int
+    """Fed to the model, without padding."""
+    peak_memory_bytes: int
+    """Of the process, or of the GPU's tensors."""
+    flops: float | None
+    """Of the forward and backward passes, probes included; None without sparse steps."""
+    dense_flops: float | None
+    """What plain training would have taken for the same tokens."""
+    train_loss: float
+    """Mean over the last tenth of the steps."""
+    validation_loss: float | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @classmethod
+    def read(cls, folder: Path) -> "TrainingReport":
+        """The report of a trained model's folder; ValueError if it has none."""
+        content = read_json(folder / RECORD)
+        names = {field.name for field in dataclasses.fields(cls)} - {"output"}
+        if not names <= content.keys():
+            raise ValueError(f"'{folder / RECORD}' is not the record of a training run")
+        return cls(output=folder, **{name: content[name] for name in names})
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.output}: {self.steps} steps, {self.tokens} tokens in {self.seconds:.1f} s, "
+            f"{self.tokens_per_second:.0f} tokens per second, "
+            f"peak memory {self.peak_memory_bytes / 1e6:.0f} MB"
+        ]
+        if self.flops is not None and self.dense_flops:
+            share = self.flops / self.dense_flops
+            lines.append(f"FLOPs: {self.flops:.3g}, {share:.1%} of what dense steps take")
+        losses = f"train loss {self.train_loss:.4f}"
+        if self.validation_loss is not None:
+            losses += f", validation loss {self.validation_loss:.4f}"
+        return "\n".join([*lines, losses])

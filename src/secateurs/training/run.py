@@ -1,0 +1,355 @@
+"""Train a pretrained model on text or on conversations, with sparse steps: what `secateurs train` runs.
+
+Everything is Trainer's (for conversations TRL's SFTTrainer) with a callback for sparse steps, one that keeps
+a pruned model's zeros, and one that shows the progress. The output is an ordinary model folder, which appears
+when it is complete; until then the same command resumes from the last checkpoint.
+"""
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from secateurs.anatomy import family_of, linear_weight
+from secateurs.checkpoint import Checkpoint, copy_file, resolve
+from secateurs.runtime.load import load_model
+from secateurs.text import load_tokenizer
+from secateurs.training.callback import Importance, Select, SparsityAcceleratedTraining
+from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
+from secateurs.training.folder import TrainingFolder
+from secateurs.training.masks import KeepZeros, Masks
+from secateurs.training.model import read_config, sequence_length
+from secateurs.training.omission import units_of
+from secateurs.training.report import TrainingReport
+from secateurs.training.settings import (
+    CHAT_DEFAULTS,
+    DEFAULTS,
+    LORA_DEFAULTS,
+    hardware,
+    read_settings,
+    trainer_arguments,
+)
+from secateurs.training.watch import Watch
+from secateurs.version import __version__
+
+PRUNED = 0.01  # share of zeros in a layer from which on they are meant
+
+
+def train(
+    model: str | Path,
+    *,
+    output: str | Path,
+    text: str | Path | None = None,
+    chat: str | Path | None = None,
+    validation: str | Path | None = None,
+    field: str = "text",
+    omission: float = 0.5,
+    importance: Importance = "activation",
+    select: Select = "topk",
+    schedule: str = "ladder",
+    epochs: float | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    accumulation: int | None = None,
+    learning_rate: float | None = None,
+    warmup: float | None = None,
+    length: int | None = None,
+    lora: int | None = None,
+    seed: int | None = None,
+    settings: str | Path | None = None,
+    report_to: Sequence[str] = (),
+    device: str | None = None,
+    progress: bool = False,
+) -> TrainingReport:
+    """Train a pretrained decoder into a new folder that transformers loads.
+
+    Continual pre-training on a text, or supervised fine-tuning on the answers in conversations, by
+    Sparsity-Accelerated Training (arXiv 2406.01392). Weights are trained in float32 (with LoRA: the
+    adapters), on a GPU under bfloat16 autocast, and saved in the dtype they came in. Zeros of a pruned model
+    stay zero. If the run is interrupted, the same call continues it.
+
+    Args:
+        model: a Hugging Face model folder with safetensors, or a name on the hub. It is only read.
+        output: the new folder. Must not exist, unless this same run made it.
+        text: what to pre-train on; see `secateurs.training.data.packed_blocks`.
+        chat: a jsonl file to fine-tune on instead; see `secateurs.training.data.load_conversations`.
+        validation: of the same kind, for the loss at the end (and during training, by `settings`).
+        field: of jsonl, parquet or dataset rows of text: the one that holds it.
+        omission: highest share of heads and channels that a step omits, in [0, 1); 0 is plain training.
+        importance: what decides which; see `SparsityAcceleratedTraining`, also for `select` and `schedule`.
+        epochs: passes over the data, by default one.
+        steps: optimiser steps, instead of epochs.
+        batch_size: sequences on each device at once, by default 8.
+        accumulation: batches of an optimiser step, by default 1.
+        learning_rate: its peak, by default 5e-5 and with LoRA 2e-4.
+        warmup: steps, or share of all steps below 1, until the peak; by default 0.03.
+        length: tokens in a block of text, or at most in a conversation (a longer one is cut); by default as
+            many as the model was made for, at most 2048.
+        lora: rank of adapters (PEFT) on all linear layers of the blocks, trained in the weights' place and
+            merged into them at the end.
+        seed: of the order of the data and of everything else, by default 0.
+        settings: a YAML file of Trainer's settings (`transformers.TrainingArguments`, for conversations TRL's
+            `SFTConfig`); arguments given here come before it.
+        report_to: loggers that Trainer knows: tensorboard, wandb, mlflow...
+        device: "cpu" or "cuda"; by default a GPU where there is one.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The record of the run, as it stands in `secateurs.json`.
+
+    Raises:
+        ValueError: a mistake in the arguments, the model folder or the data; found before the model is loaded
+            where that is possible.
+        FloatingPointError: the loss is not finite any more; the last checkpoint stays.
+        OSError: the disk is too small or fails. What is done stays, and the same call continues.
+    """
+    if (text is None) == (chat is None):
+        raise ValueError("give either text to pre-train on or chat to fine-tune on")
+    if lora is not None:
+        _need("peft")
+        if lora < 1:
+            raise ValueError(f"the rank of LoRA is at least 1, not {lora}")
+    kind: type[TrainingArguments] = TrainingArguments
+    if chat is not None:
+        _need("trl")
+        from trl import SFTConfig
+
+        kind = SFTConfig
+    given = {
+        "num_train_epochs": epochs,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup,
+        "seed": seed,
+        "report_to": list(report_to) or None,
+    }
+    trainer = {
+        **DEFAULTS,
+        **(LORA_DEFAULTS if lora else {}),
+        **(CHAT_DEFAULTS if chat is not None else {}),
+        **({} if settings is None else read_settings(Path(settings), kind)),
+        **{name: value for name, value in given.items() if value is not None},
+        **hardware(device),
+    }
+    sparse = SparsityAcceleratedTraining(
+        omission, schedule=schedule, importance=importance, select=select, seed=trainer["seed"]
+    )
+    checkpoint = Checkpoint(resolve(model))
+    if Path(output).resolve() == checkpoint.folder.resolve():
+        raise ValueError(f"'{output}' is the model's own folder: give another output folder")
+    if checkpoint.config.get("quantization_config"):
+        raise ValueError(
+            f"'{checkpoint.folder}' holds quantised or compressed weights, which cannot be trained: "
+            "secateurs decompress makes a compressed model dense again"
+        )
+    config = read_config(checkpoint)
+    heads = units_of(family_of(config).sizes(config))["attention"].size
+    if round(omission * heads) == heads:
+        raise ValueError(f"omission {omission} leaves a layer none of {heads} heads: choose a lower one")
+    length = sequence_length(length, config)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    data = _read(text, chat, validation, field, length, tokenizer)
+    if data.validation is None and trainer.get("eval_strategy", "no") != "no":
+        raise ValueError("the settings ask for evaluation during training, which needs validation data")
+    chosen = {
+        "model": str(model),
+        "text": None if text is None else str(text),
+        "chat": None if chat is None else str(chat),
+        "field": field,
+        "sha256": data.digest,
+        "omission": omission,
+        "schedule": schedule,
+        "importance": importance,
+        "select": select,
+        "length": length,
+        "lora": lora,
+        "trainer": {name: value for name, value in trainer.items() if name != "report_to"},
+    }
+    versions = {
+        "secateurs": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    work = TrainingFolder(
+        Path(output), {"settings": chosen, "versions": versions, "model": checkpoint.identity()}
+    )
+    trainer["output_dir"] = str(work.checkpoints)
+    arguments = trainer_arguments(kind, {**trainer, **data.settings})
+    if work.finished():
+        return TrainingReport.read(work.output)
+
+    loaded = load_model(checkpoint.folder, "cpu")
+    stored = loaded.dtype
+    pruned = _is_pruned(loaded)
+    set_seed(arguments.seed)
+    # Bfloat16 would round most updates away; adapters come in float32 by themselves.
+    adapted: Any = _with_adapters(loaded, lora) if lora else loaded.float()
+    masks = Masks.of_zeros(adapted) if pruned else None
+    callbacks: list[TrainerCallback] = [KeepZeros(masks)] if masks else []
+    if omission:
+        callbacks.append(sparse)
+    watch = Watch(sparse if omission else None, shown=progress)
+    work.begin()
+    with _quiet(), _without_cache(loaded):
+        run = data.trainer(
+            model=adapted,
+            args=arguments,
+            processing_class=tokenizer,
+            callbacks=[*callbacks, watch],  # the clock last: it counts what the others do
+        )
+        run.remove_callback(PrinterCallback)
+        last = work.last_checkpoint()
+        if last is not None:
+            watch.resume(last)
+        try:
+            run.train(resume_from_checkpoint=str(last) if last else None)
+        finally:
+            watch.close()
+        whole: Any = loaded
+        if lora:
+            whole = masks.merge_lora(adapted) if masks else adapted.merge_and_unload()
+        _round(whole, stored)
+        loss = None if data.validation is None else run.evaluate()["eval_loss"]
+    if arguments.should_save:
+        record = {
+            "settings": chosen,
+            "versions": versions,
+            "seconds": round(watch.seconds, 3),
+            "steps": run.state.global_step,
+            "tokens": run.state.num_input_tokens_seen,
+            "peak_memory_bytes": _peak_memory_bytes(arguments.device),
+            "flops": sparse.training.flops_done if omission else None,
+            "dense_flops": sparse.training.flops_dense if omission else None,
+            "train_loss": _recent_loss(run.state),
+            "validation_loss": loss,
+        }
+        with _quiet():
+            whole.to(stored).save_pretrained(work.model)
+            tokenizer.save_pretrained(work.model)
+        for file in checkpoint.companions():
+            if file.name.startswith(("LICENSE", "NOTICE")):
+                copy_file(file, work.model / file.name)
+        work.finish(record)
+    run.accelerator.wait_for_everyone()
+    return TrainingReport.read(work.output)
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"this needs {package}, which is not installed: pip install 'secateurs[train]'")
+
+
+def _read(
+    text: str | Path | None,
+    chat: str | Path | None,
+    validation: str | Path | None,
+    field: str,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> TextData | ChatData:
+    if text is not None:
+        blocks = packed_blocks(text, tokenizer, length=length, field=field)
+        if validation is None:
+            return TextData(blocks, None)
+        return TextData(
+            blocks, packed_blocks(validation, tokenizer, length=length, field=field, split="evaluation")
+        )
+    assert chat is not None
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    data = ChatData(
+        load_conversations(chat), None if validation is None else load_conversations(validation), length
+    )
+    data.check_template(tokenizer)
+    return data
+
+
+def _is_pruned(model: PreTrainedModel) -> bool:
+    """Whether a linear layer of the blocks holds more zeros than chance puts there."""
+    family = family_of(model.config)
+    weights = [
+        linear_weight(block.get_submodule(name))
+        for block in model.get_submodule(family.blocks).children()
+        for group in family.groups
+        for name in group
+    ]
+    return any(int((weight == 0).sum()) > PRUNED * weight.numel() for weight in weights)
+
+
+def _with_adapters(model: PreTrainedModel, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with _quiet():
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def _without_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Nothing is generated in training, so keys and values need not be kept."""
+    before = model.config.use_cache
+    model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers and its bars stay silent beside our own."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what its version and PEFT's disagree on
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the weights the values that they will be stored with, so that those are what is validated."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameter.to(dtype))
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"'{name}' has values that {dtype} cannot hold: train at a smaller rate")
+
+
+def _recent_loss(state: TrainerState) -> float:
+    """Mean training loss over the last tenth of the steps, as far as it was logged."""
+    logged = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+    recent = [loss for step, loss in logged if step > 0.9 * state.max_steps] or [logged[-1][1]]
+    return sum(recent) / len(recent)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """The most that tensors took on a GPU, or this process of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

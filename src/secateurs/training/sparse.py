@@ -1,0 +1,397 @@
+"""A training run on subsets of the model that change between optimiser steps."""
+
+import math
+from collections.abc import Collection
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from secateurs.training.frozen import FrozenOptimizer
+from secateurs.training.importance import METRICS, Importance, Scores, batch_of, few_sequences, measure
+from secateurs.training.ladder import SCHEDULES, Schedule, check_rate, named_schedule
+from secateurs.training.omission import KINDS, Kept, Kind, Omission, decoder_of, local, positions, unwrapped
+from secateurs.training.selection import SELECTIONS, Select, select, share_out
+
+SMOOTHING = 0.7
+"""What an older measurement of importance counts, relative to the one after it."""
+
+MULTIPLE = 8
+"""Channels are kept in multiples of this, where the MLP's width is one: matrix units want aligned rows."""
+
+
+class SparseTraining:
+    """Sparsity-Accelerated Training (arXiv 2406.01392) in a plain PyTorch loop, in three calls.
+
+    Each optimiser step runs every block on the heads and channels that matter most at the moment. What it
+    omits has no gradient and does not move. In evaluation mode the model is whole, and at any time its
+    `state_dict` and the optimiser's are; between training steps its parameters may be small (see `whole`).
+
+    Example:
+        sat = SparseTraining(rate=0.5)
+        sat.attach(model, optimizer, total_steps=1000)
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            sat.step()
+            optimizer.zero_grad()
+        sat.detach()  # the plain model again
+
+    Args:
+        rate: highest share of heads and channels that a step omits, in [0, 1); 0.5 if left out.
+        schedule: "ladder" (LORS), "constant", "linear", "cubic", or a schedule, which brings its own rate.
+        importance: which units matter (see `secateurs.training.importance.measure`).
+        select: "topk", or "sample" without replacement in proportion to importance.
+        attention_rate: the highest rate of the heads, if not `rate`.
+        mlp_rate: the highest rate of the channels, if not `rate`.
+        exempt: indices of blocks that always run whole; negative ones count from the end.
+        probe_every: optimiser steps between two measurements of importance, each followed by a new choice.
+        across_layers: let layers share the budget of each kind by importance; otherwise each keeps as much.
+        seed: of the sampling.
+
+    Raises:
+        ValueError: a setting is unknown or out of its range.
+    """
+
+    def __init__(
+        self,
+        rate: float | None = None,
+        *,
+        schedule: str | Schedule = "ladder",
+        importance: Importance = "activation",
+        select: Select = "topk",
+        attention_rate: float | None = None,
+        mlp_rate: float | None = None,
+        exempt: Collection[int] = (),
+        probe_every: int = 20,
+        across_layers: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(schedule, str):
+            if schedule not in SCHEDULES:
+                raise ValueError(f"unknown schedule '{schedule}': choose from {', '.join(SCHEDULES)}")
+            rate = 0.5 if rate is None else rate
+        elif rate is not None and rate != schedule.peak:
+            raise ValueError(f"rate {rate} and a schedule with a peak of {schedule.peak}: give one of them")
+        else:
+            rate = schedule.peak
+        self.peaks: dict[Kind, float] = {
+            "attention": rate if attention_rate is None else attention_rate,
+            "mlp": rate if mlp_rate is None else mlp_rate,
+        }
+        for value, name in ((rate, "rate"), (attention_rate, "attention_rate"), (mlp_rate, "mlp_rate")):
+            if value is not None:
+                check_rate(value, name)
+        if importance not in METRICS:
+            raise ValueError(f"unknown importance '{importance}': choose from {', '.join(METRICS)}")
+        if select not in SELECTIONS:
+            raise ValueError(f"unknown selection '{select}': choose from {', '.join(SELECTIONS)}")
+        if probe_every < 1:
+            raise ValueError(f"probe_every is a number of optimiser steps, at least 1, not {probe_every}")
+        self.peak = rate
+        self.importance, self.how, self.exempt = importance, select, tuple(exempt)
+        self.probe_every, self.across_layers, self.seed = probe_every, across_layers, seed
+        self._schedule = schedule
+        self.attached = False
+        self.flops_done = 0.0
+        """Spent on forward and backward passes so far, probes included."""
+        self.flops_dense = 0.0
+        """What plain training would have spent on the same tokens."""
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+        """Begin: from here on the model's forward passes in training mode are sparse.
+
+        Args:
+            model: what training calls, or the model inside its wrapping (DDP, torch.compile, FSDP2, PEFT).
+            optimizer: a torch optimiser, or accelerate's wrapping of one.
+            total_steps: optimiser steps that training will make.
+
+        Raises:
+            UnsupportedArchitectureError: the model belongs to no supported family.
+            ValueError: a rate leaves a layer without heads, a block to exempt does not exist, the schedule is
+                longer than training, or the model or optimiser is of a kind that cannot be sliced.
+        """
+        if self.attached:  # training that was cut short begins again
+            self.detach()
+        if isinstance(self._schedule, str):
+            self.schedule = named_schedule(self._schedule, max(self.peaks.values()), total_steps)
+        else:
+            self.schedule = self._schedule
+        if self.schedule.steps > total_steps:
+            raise ValueError(
+                f"the schedule spans {self.schedule.steps} steps, training makes {total_steps}: "
+                "it would be cut off before its end"
+            )
+        self.model = unwrapped(model)
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        # DDP and FSDP own the parameters, and count on their shapes.
+        self.omission = Omission(self.model, in_place=not (sharded or dist.is_initialized()))
+        self._exempt = _block_indices(self.exempt, len(self.omission.blocks))
+        self._keep(self.peaks)
+        self.flops_done = self.flops_dense = 0.0
+        self.step_number = 0
+        """Optimiser steps made."""
+        self.kept: list[dict[Kind, Tensor | None]] = [dict.fromkeys(KINDS) for _ in self.omission.blocks]
+        """For each block and kind a mask (groups, size) of the units that run; None is all."""
+        self.scores: Scores | None = None
+        """The importance of each unit, averaged over measurements."""
+        self._keeping: dict[Kind, int] | None = None
+        self._chosen_at = 0
+        self._ready = self._probing = False
+        self._losses: list[Tensor] = []
+        inner = cast(Optimizer, getattr(optimizer, "optimizer", optimizer))
+        self._hooks: list[Any] = [
+            # Before FSDP's own hook, so that a probe is a forward pass of its own.
+            self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward),
+            self.model.register_state_dict_pre_hook(lambda *_: self.whole()),
+            self.model.register_load_state_dict_pre_hook(lambda *_: self.whole()),
+            inner.register_state_dict_pre_hook(lambda *_: self.whole()),
+            inner.register_load_state_dict_pre_hook(lambda *_: self.whole()),
+            inner.register_step_pre_hook(lambda *_: self._check_losses()),
+        ]
+        self._frozen = FrozenOptimizer(inner, self.omission)
+        self._settled = steps = self._frozen.steps  # those of an optimiser that has trained before
+        self.counts: list[dict[Kind, Tensor]] = [
+            {kind: torch.full((u.groups, u.size), steps) for kind, u in self.omission.units.items()}
+            for _ in self.omission.blocks
+        ]
+        """For each block and kind, the optimiser steps that each unit has run."""
+        self._dense = self._work = _Work(self.omission, self.model)
+        self.attached = True
+
+    def step(self) -> None:
+        """Tell that the optimiser has made a step."""
+        self.step_number += 1
+        self._ready = False
+
+    def detach(self) -> None:
+        """End: the plain, dense model and optimiser again."""
+        self.attached = False
+        self.whole()
+        self._frozen.detach()
+        for hook in self._hooks:
+            hook.remove()
+
+    def whole(self) -> None:
+        """Make parameters and optimiser state whole, until the next forward pass in training mode."""
+        self.omission.disengage()
+        self._frozen.widen()
+
+    @property
+    def rate(self) -> float:
+        """The omission rate of the current optimiser step."""
+        return self.schedule.rate(self.step_number)
+
+    @property
+    def rates(self) -> dict[Kind, float]:
+        """The same, of each kind."""
+        share = self.rate / self.schedule.peak if self.schedule.peak else 0.0
+        return {kind: share * peak for kind, peak in self.peaks.items()}
+
+    def _keep(self, rates: dict[Kind, float]) -> dict[Kind, int]:
+        """Units that each group keeps at these rates."""
+        keep: dict[Kind, int] = {}
+        for kind, rate in rates.items():
+            size, multiple = self.omission.units[kind].size, self._multiple(kind)
+            keep[kind] = size - round(rate * size / multiple) * multiple
+            if keep[kind] == 0:
+                name = "heads" if kind == "attention" else "channels"
+                groups = self.omission.units[kind].groups
+                each = f" of each of its {groups} key-value heads" if groups > 1 else ""
+                raise ValueError(
+                    f"rate {rate} leaves a layer none of the {size} {name}{each}: choose a lower one"
+                )
+        return keep
+
+    def _multiple(self, kind: Kind) -> int:
+        return math.gcd(MULTIPLE, self.omission.units[kind].size) if kind == "mlp" else 1
+
+    @torch.compiler.disable
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._probing:
+            return
+        if not module.training:
+            self.omission.disengage()
+            return
+        if not self._ready:
+            self._begin_step(args, kwargs)
+            self._ready = True
+        self.omission.engage()
+        sequences, length = batch_of(args, kwargs).shape[:2]
+        self.flops_done += sequences * sum(self._work.passes(length))
+        self.flops_dense += sequences * sum(self._dense.passes(length))
+
+    @torch.compiler.disable
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        loss = getattr(output, "loss", None)
+        if module.training and not self._probing and isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
+
+    def _check_losses(self) -> None:
+        """Just before the optimiser steps, so that a loss that is not finite reaches no weight."""
+        losses, self._losses = self._losses, []
+        if not losses:  # computed outside of the model: what it left in the smallest gradient tells
+            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+            losses = [local(gradient).sum() for gradient in sorted(gradients, key=Tensor.numel)[:1]]
+        if losses and not torch.stack(losses).isfinite().all():
+            self.detach()
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.step_number}: training stopped before it reached the "
+                "weights; go on from the last checkpoint with a lower learning rate"
+            )
+
+    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Choose what the coming optimiser step runs, if a new choice is due."""
+        keep = self._keep(self.rates)
+        rung = keep != self._keeping
+        some = any(keep[kind] < units.size for kind, units in self.omission.units.items())
+        due = some and self.step_number - self._chosen_at >= self.probe_every
+        if not (rung or due):
+            return
+        self.whole()
+        self._settle()
+        if some:
+            self._probe(args, kwargs)
+            self._choose(keep, rung)
+        else:
+            self.kept = [dict.fromkeys(KINDS) for _ in self.omission.blocks]
+        self._keeping, self._chosen_at = keep, self.step_number
+        self._use()
+
+    def _probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._probing = True
+        try:
+            measured = measure(self.model, self.omission, self.importance, args, kwargs)
+        finally:
+            self._probing = False
+        if self.importance not in ("uniform", "magnitude"):
+            sequences, length = batch_of(args, kwargs).shape[:2]
+            forward, backward = self._dense.passes(length)
+            cost = forward + backward * (self.importance == "taylor")
+            self.flops_done += min(sequences, few_sequences(length)) * cost
+        if self.scores is None:
+            self.scores = measured
+            return
+        for old, new in zip(self.scores, measured, strict=True):
+            for kind in KINDS:
+                old[kind].lerp_(new[kind], 1 - SMOOTHING)
+
+    def _choose(self, keep: dict[Kind, int], rung: bool) -> None:
+        assert self.scores is not None
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.step_number)
+        how: Select = "sample" if self.importance == "uniform" else self.how
+        for kind, units in self.omission.units.items():
+            members = [b for b in range(len(self.kept)) if b not in self._exempt]
+            if keep[kind] == units.size:
+                members = []
+            if rung or not members:
+                sizes = [keep[kind]] * len(members)
+                if self.across_layers and members:
+                    scores = [self.scores[block][kind] for block in members]
+                    sizes = share_out(scores, keep[kind], self._multiple(kind))
+            else:
+                sizes = [int(cast(Tensor, self.kept[block][kind]).sum()) // units.groups for block in members]
+            for block in range(len(self.kept)):
+                self.kept[block][kind] = None
+            for block, size in zip(members, sizes, strict=True):
+                self.kept[block][kind] = select(self.scores[block][kind], size, how, generator)
+
+    def _use(self) -> None:
+        self._work = _Work(self.omission, self.model, self.kept)
+        self.omission.choose(self.kept)
+        self._frozen.choose(self.counts)
+
+    def _settle(self) -> None:
+        """Bring the counts up to date; they change only with the set otherwise."""
+        steps, self._settled = self._frozen.steps - self._settled, self._frozen.steps
+        for counts, kept in zip(self.counts, self.kept, strict=True):
+            for kind in KINDS:
+                mask = kept[kind]
+                counts[kind] += steps if mask is None else steps * mask
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a resumed run needs: importance, the set and the counts, by block and kind."""
+        self._settle()
+        numbers = [self.step_number, self._chosen_at, self._frozen.steps]
+        state = {
+            "steps": torch.tensor(numbers),
+            "flops": torch.tensor([self.flops_done, self.flops_dense], dtype=torch.float64),
+        }
+        if self._keeping is not None:
+            state["keeping"] = torch.tensor([self._keeping[kind] for kind in KINDS])
+        for block in range(len(self.kept)):
+            for kind in KINDS:
+                name, mask = f"{block}.{kind}", self.kept[block][kind]
+                state[f"{name}.counts"] = self.counts[block][kind].clone()
+                if mask is not None:
+                    state[f"{name}.kept"] = mask
+                if self.scores is not None:
+                    state[f"{name}.scores"] = self.scores[block][kind].clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was called; after `attach`, with the same model and settings.
+
+        Raises:
+            ValueError: the state is of a model of another shape.
+        """
+        if (state_blocks := sum(name.endswith(".mlp.counts") for name in state)) != len(self.kept):
+            raise ValueError(
+                f"the state to resume from has {state_blocks} blocks, the model {len(self.kept)}"
+            )
+        self.whole()
+        self.step_number, self._chosen_at, self._frozen.steps = state["steps"].tolist()
+        self.flops_done, self.flops_dense = state["flops"].tolist()
+        if "keeping" in state:
+            self._keeping = dict(zip(KINDS, state["keeping"].tolist(), strict=True))
+        self._ready, self._settled = False, self._frozen.steps
+        cells = range(len(self.kept))
+        self.counts = [{kind: state[f"{b}.{kind}.counts"].clone() for kind in KINDS} for b in cells]
+        self.kept = [{kind: state.get(f"{b}.{kind}.kept") for kind in KINDS} for b in cells]
+        if "0.mlp.scores" in state:
+            self.scores = [{kind: state[f"{b}.{kind}.scores"].clone() for kind in KINDS} for b in cells]
+        self._use()
+
+
+class _Work:
+    """Floating point operations of the blocks' linear layers, of causal attention and of the head.
+
+    Two per multiply-add; the backward pass costs as much as the forward pass again for the gradient of the
+    input, and again for that of the weights unless they are frozen.
+    """
+
+    def __init__(self, omission: Omission, model: nn.Module, kept: Kept | None = None) -> None:
+        head: Any = decoder_of(model).get_output_embeddings()  # type: ignore[operator]
+        weights: list[tuple[Tensor, float]] = [] if head is None else [(head.weight, 1.0)]
+        self._width = 0.0  # of all the heads of all blocks
+        for number, block in enumerate(omission.blocks):
+            masks = {kind: None if kept is None else kept[number][kind] for kind in KINDS}
+            for kind in KINDS:
+                for layer in block.layers[kind]:
+                    weights.append((layer.slices[0].parameter, _share(masks[kind], layer.unit)))
+            heads = masks["attention"]
+            self._width += omission.sizes.query_width * (
+                1.0 if heads is None else float(heads.double().mean())
+            )
+        self._forward = sum(2 * share * weight.numel() for weight, share in weights)
+        self._backward = sum((4 if w.requires_grad else 2) * share * w.numel() for w, share in weights)
+
+    def passes(self, length: int) -> tuple[float, float]:
+        """Of one sequence of `length` tokens, forward and backward."""
+        attention = 2 * length * self._width  # each token with half of the others, keys and values
+        return length * (self._forward + attention), length * (self._backward + 2 * attention)
+
+
+def _share(mask: Tensor | None, unit: Tensor) -> float:
+    return 1.0 if mask is None else len(positions(mask, unit)[0]) / len(unit)
+
+
+def _block_indices(exempt: Collection[int], blocks: int) -> set[int]:
+    for index in exempt:
+        if not -blocks <= index < blocks:
+            raise ValueError(f"cannot exempt block {index}: the model has blocks 0 to {blocks - 1}")
+    return {index % blocks for index in exempt}

@@ -1,0 +1,102 @@
+"""The callback that keeps a run's time, shows its progress, and stops it when its loss is not finite."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from secateurs.checkpoint import read_json, write_json
+from secateurs.training.callback import SparsityAcceleratedTraining
+
+CLOCK = "secateurs.json"  # in a checkpoint: the time it took to get there
+
+
+class Watch(TrainerCallback):
+    """Keeps the time and shows the progress; stops a run whose loss is not finite before that is saved."""
+
+    def __init__(self, sparse: SparsityAcceleratedTraining | None, *, shown: bool) -> None:
+        self.sparse = sparse
+        self.seconds = 0.0
+        self.start = 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self.task = self.bar.add_task("training", state="")
+        self.loss = ""
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from the time that a checkpoint had taken."""
+        self.seconds = read_json(checkpoint / CLOCK)["seconds"]
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.stop()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.bar.start()
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.tokens, self.before = state.num_input_tokens_seen, self.seconds
+        self.start = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        now = time.monotonic()
+        self.seconds, self.start = self.seconds + now - self.start, now
+        pace = (state.num_input_tokens_seen - self.tokens) / (self.seconds - self.before)
+        rate = f"omits {self.sparse.training.rate:.0%}, " if self.sparse else ""
+        self.bar.update(
+            self.task, completed=state.global_step, state=f"{rate}{pace:,.0f} tokens/s{self.loss}"
+        )
+        # A checkpoint must not be of a step whose loss nobody has looked at.
+        control.should_log |= control.should_save
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log |= control.should_save
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, what in (("loss", "loss"), ("grad_norm", "gradient")):
+            if not math.isfinite((logs or {}).get(name, 0.0)):
+                raise FloatingPointError(
+                    f"the {what} is not finite at step {state.global_step}: try a smaller learning rate; the "
+                    f"checkpoints before it stay in '{args.output_dir}'"
+                )
+        if logs and "loss" in logs:
+            self.loss = f", loss {logs['loss']:.4f}"
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.start = time.monotonic()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            write_json(
+                Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / CLOCK,
+                {"seconds": self.seconds},
+            )
+        self.start = time.monotonic()

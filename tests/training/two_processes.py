@@ -1,0 +1,147 @@
+"""What two gloo processes run in test_distributed.py, and one process to compare with.
+
+The loss is taken from the logits in float64: transformers computes its own in float32.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments
+
+from families import build, tokens
+from secateurs.training.callback import SparsityAcceleratedTraining
+from secateurs.training.sparse import SparseTraining
+
+MODEL = "gpt_neox"  # its norms are computed in the weights' own precision, unlike Llama's
+STEPS = 8
+BATCH = 4
+SETTINGS: dict[str, Any] = {"rate": 0.5, "probe_every": 2, "schedule": "ladder"}
+
+
+def next_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits = outputs["logits"][:, :-1].flatten(0, 1)
+    total = functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return total / (len(logits) if num_items_in_batch is None else num_items_in_batch)
+
+
+def plain_loop(rank: int, world: int, optimizer: str) -> tuple[list[float], list[Tensor]]:
+    """A hand-written loop over a global batch of which each process has its share; sharded if there are two.
+
+    Returns:
+        The loss of the global batch at each step, and for each step the kept channels of the first block.
+    """
+    model = build(MODEL, torch.float64).train()
+    if world > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world,))
+        for block in model.gpt_neox.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    made = OPTIMIZERS[optimizer](model)
+    sat = SparseTraining(**SETTINGS)
+    sat.attach(model, made, total_steps=STEPS)
+    losses, kept = [], []
+    for step in range(STEPS):
+        ids = tokens(BATCH, seed=step).tensor_split(world)[rank]
+        loss = next_token_loss(model(input_ids=ids), ids)
+        loss.backward()
+        mask = sat.kept[0]["mlp"]
+        kept.append(torch.empty(0) if mask is None else mask.clone())
+        made.step()
+        sat.step()
+        made.zero_grad()
+        mean = loss.detach().clone()
+        if world > 1:
+            distributed.all_reduce(mean)
+        losses.append(float(mean) / world)
+    sat.detach()
+    model.eval()
+    with torch.no_grad():
+        losses.append(float(next_token_loss(model(input_ids=tokens()), tokens())))
+    return losses, kept
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1),
+}
+
+
+def trainer(folder: Path, world: int) -> tuple[list[float], list[Tensor]]:
+    """The same through Trainer, with accumulated gradients; two processes have the model wrapped in DDP.
+
+    Returns:
+        The loss of each step, and the weights in the end.
+    """
+    model = build(MODEL, torch.float64)
+    losses: list[float] = []
+
+    def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        loss = next_token_loss(outputs, labels, num_items_in_batch)
+        losses.append(float(loss.detach()))
+        return loss
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH // (2 * world),
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        num_train_epochs=1,
+        logging_strategy="no",
+        save_strategy="no",
+        use_cpu=True,
+        ddp_backend="gloo" if world > 1 else None,
+        report_to=[],
+        disable_tqdm=True,
+        seed=1,
+    )
+    run = Trainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in tokens(STEPS * BATCH)],
+        compute_loss_func=compute_loss,
+        callbacks=[SparsityAcceleratedTraining(**SETTINGS)],
+    )
+    run.train()
+    if world > 1:
+        assert isinstance(run.model_wrapped, nn.parallel.DistributedDataParallel)
+        total = torch.tensor(losses, dtype=torch.float64)
+        distributed.all_reduce(total)
+        losses = total.tolist()
+    return losses, [parameter.detach() for parameter in model.parameters()]
+
+
+def _process(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    results = {"trainer": trainer(folder, 2)}
+    for optimizer in OPTIMIZERS:
+        results[optimizer] = plain_loop(rank, 2, optimizer)
+    torch.save(results, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def two_processes(folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes finds."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "PYTHONPATH": ":".join(sys.path)}
+    multiprocessing.start_processes(_process, (folder,), nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
