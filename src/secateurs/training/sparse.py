@@ -21,8 +21,8 @@ SMOOTHING = 0.7
 
 PROBE_EVERY = 20
 """Optimiser steps between measurements by default. In fast training (benchmarks/sat_probe_interval.py) a set
-that old still keeps, in the worst block, 97 % of the heads' and 94 % of the channels' importance that a new one
-would; measuring costs 2 % of a step (benchmarks/sat_step_time.py)."""
+that old still keeps, in the worst block, 97 % of the heads' and 94 % of the channels' importance that a new
+one would. Measuring a whole batch costs two or three per cent of the time (benchmarks/sat_step_time.py)."""
 
 MULTIPLE = 8
 """Channels are kept in multiples of this, where the MLP's width is one: matrix units want aligned rows."""
