@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 from secateurs.training.importance import Importance
 from secateurs.training.ladder import Schedule
 from secateurs.training.selection import Select
-from secateurs.training.sparse import SparseTraining
+from secateurs.training.sparse import PROBE_EVERY, SparseTraining
 
 
 class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
@@ -50,7 +50,7 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
         attention_rate: float | None = None,
         mlp_rate: float | None = None,
         exempt: Collection[int] = (),
-        probe_every: int = 20,
+        probe_every: int = PROBE_EVERY,
         across_layers: bool = False,
         seed: int = 0,
     ) -> None:

@@ -7,7 +7,7 @@ that it runs: measured each in its own way they could not be compared.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +73,10 @@ def measure(
         return [{k: torch.ones(u.groups, u.size) for k, u in omission.units.items()} for _ in omission.blocks]
     if metric == "magnitude":
         return _shape(omission, [_magnitudes(omission, block, kind) for block, kind in _cells(omission)])
-    batch = _few_sequences(model, args, kwargs, with_loss=metric == "taylor")
-    sums = _Sums(omission, metric, batch.pop("token_mask"))
+    args, kwargs, token_mask = _few_sequences(model, args, kwargs, with_loss=metric == "taylor")
+    sums = _Sums(omission, metric, token_mask)
     with _evaluating(model), sums.recording(), torch.set_grad_enabled(metric == "taylor"):
-        output = model(*batch.pop("args"), **batch)
+        output = model(*args, **kwargs)
         if metric == "taylor":
             sums.add_gradients(output.loss)
     return _shape(omission, sums.means())
@@ -140,8 +140,6 @@ class _Sums:
                 hook.remove()
 
     def _recorder(self, block: int, kind: Kind) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-        layer = next(layer for layer in self.omission.blocks[block].layers[kind] if not layer.outputs)
-
         def record(_: nn.Module, args: tuple[Any, ...]) -> Any:
             states = args[0]
             if self.metric == "taylor":
@@ -151,11 +149,16 @@ class _Sums:
                 return (states, *args[1:])
             squares = self._select(states.detach()).float().square().sum(0)
             if self.metric == "weighted":
-                squares *= _whole_weight(layer.module).square().sum(1 - layer.slices[0].dim)
-            self.sums[block, kind] = _by_unit(squares, layer.unit, self.omission.units[kind].count)
+                reader = self.omission.blocks[block].reader(kind)  # of LoRA's layers the base
+                squares *= _whole_weight(reader.module).square().sum(1 - reader.slices[0].dim)
+            self.sums[block, kind] = self._by_unit(squares, block, kind)
             return None
 
         return record
+
+    def _by_unit(self, values: Tensor, block: int, kind: Kind) -> Tensor:
+        unit = self.omission.blocks[block].reader(kind).unit
+        return _by_unit(values, unit, self.omission.units[kind].count)
 
     def _select(self, states: Tensor) -> Tensor:
         """(tokens, width) without padding."""
@@ -168,10 +171,8 @@ class _Sums:
     def add_gradients(self, loss: Tensor) -> None:
         gradients = torch.autograd.grad(loss, list(self.inputs.values()))
         for (cell, states), gradient in zip(self.inputs.items(), gradients, strict=True):
-            block, kind = cell
-            layer = next(layer for layer in self.omission.blocks[block].layers[kind] if not layer.outputs)
             change = self._select(states.detach() * gradient).float()
-            self.sums[cell] = _by_unit(change, layer.unit, self.omission.units[kind].count).abs().sum(0)
+            self.sums[cell] = self._by_unit(change, *cell).abs().sum(0)
 
     def means(self) -> Sequence[Tensor]:
         """Over the tokens of all processes."""
@@ -185,8 +186,8 @@ class _Sums:
 
 def _few_sequences(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_loss: bool
-) -> dict[str, Any]:
-    """The first sequences of a batch: a call's keyword arguments, and beside them `args` and `token_mask`."""
+) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """Arguments of a call with the first sequences of a batch; which of their tokens are no padding."""
     ids = batch_of(args, kwargs)
     size, length = ids.shape[:2]
     few = few_sequences(length)
@@ -202,12 +203,13 @@ def _few_sequences(
         batch = {key: cut(value) for key, value in kwargs.items() if key in _INPUTS}
         if "logits_to_keep" in inspect.signature(decoder_of(model).forward).parameters:
             batch["logits_to_keep"] = 1  # the head would cost more than a small model's blocks
-    batch["args"] = tuple(cut(value) for value in args)
     mask = batch.get("attention_mask")
-    batch["token_mask"] = None
-    if isinstance(mask, Tensor) and mask.shape == cut(ids).shape[:2]:
-        batch["token_mask"] = mask.bool()
-    return batch | {"use_cache": False}
+    one_each = isinstance(mask, Tensor) and mask.shape == cut(ids).shape[:2]
+    return (
+        tuple(map(cut, args)),
+        batch | {"use_cache": False},
+        cast(Tensor, mask).bool() if one_each else None,
+    )
 
 
 @contextmanager

@@ -203,6 +203,10 @@ class Block:
     readers: dict[Kind, nn.Module]
     """The layer (o, down) whose input is what the units hand on."""
 
+    def reader(self, kind: Kind) -> _Layer:
+        """The same without adapters."""
+        return next(layer for layer in self.layers[kind] if not layer.outputs)
+
 
 class Omission:
     """Runs the blocks of a model on a subset of their units.
