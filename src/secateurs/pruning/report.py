@@ -19,7 +19,8 @@ class LayerReport:
     """Share of weights that are zero."""
     weights: int
     error: float
-    """Squared error of the layer's output on the calibration tokens, relative to the output's energy."""
+    """Squared error of the layer's output on the calibration tokens, relative to the output's energy: that of
+    the dense layer, or of what the layer was fitted to, around its mean if it has a bias."""
     seconds: float
     objective: list[float]
     """For an iterative solver, the relative error after each iteration."""
@@ -32,7 +33,7 @@ class Iterate:
     objective: float
     """The weighted sum of the terms."""
     terms: dict[str, float]
-    """Squared residuals of "gate", "up", "hidden" and "output", relative to their energy in the dense MLP."""
+    """Squared residuals of "gate", "up", "hidden" and "output", relative to the energy of what is aimed at."""
     held_out: float
     """Relative squared error of the pruned MLP's output, on tokens that no weights were fitted to."""
 
@@ -61,7 +62,7 @@ class Report:
     """Seconds to load, run (forward passes and second moments), solve and write."""
     layers: list[LayerReport] = field(repr=False)
     mlps: list[MLPReport] = field(repr=False)
-    """One for each block whose MLP was pruned as one problem."""
+    """One for each block whose MLP SparseLLM iterated on."""
 
     @classmethod
     def read(cls, folder: Path) -> "Report":

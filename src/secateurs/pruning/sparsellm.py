@@ -16,6 +16,7 @@ a gate has p - f(z). What differs from the published code:
   that none of its weights were fitted to.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -33,7 +34,7 @@ CHUNK = 1024
 """Tokens that are worked on at once."""
 
 HELD_OUT = 8
-"""One token in so many chooses among the iterates."""
+"""One token in so many, of each chunk, chooses among the iterates."""
 
 NEWTON_STEPS = 3
 
@@ -114,14 +115,6 @@ class Tokens(NamedTuple):
     targets: list[Tensor]
     """Y, (tokens, hidden)."""
 
-    def divided(self) -> tuple["Tokens", "Tokens"]:
-        """Tokens to solve on, and the last of every batch, which are held out."""
-        sizes = [len(batch) - len(batch) // HELD_OUT for batch in self.inputs]
-        return (
-            Tokens(*([x[:n] for x, n in zip(kind, sizes, strict=True)] for kind in self)),
-            Tokens(*([x[n:] for x, n in zip(kind, sizes, strict=True)] for kind in self)),
-        )
-
 
 class Weights(NamedTuple):
     """What the squared residuals of the four terms count for, per token."""
@@ -141,7 +134,7 @@ class SparseLLM:
         iterations: after the first pruning; with none, down is fitted to the pruned gate and up, and no more.
         alpha: weight of the pre-activations' terms, relative to the output's.
         gamma: weight of the hidden term, relative to the output's.
-        damping: of the fits, as a share of the mean of H's diagonal.
+        damping: of the fits, that of o among them, as a share of the mean of H's diagonal.
 
     Raises:
         ValueError: a solver that is not local, iterations below 0, a ratio or damping that is not positive.
@@ -155,7 +148,7 @@ class SparseLLM:
 
     def __post_init__(self) -> None:
         if not hasattr(self.solver, "solve"):
-            raise ValueError("the solver inside SparseLLM is a local one, such as admm or sparsegpt")
+            raise ValueError("the solver inside SparseLLM is a local one: admm, or in Python ADMM()")
         if self.iterations < 0:
             raise ValueError(f"iterations is a number, not {self.iterations}")
         for name in ("alpha", "gamma", "damping"):
@@ -192,7 +185,7 @@ class _Run:
             first=tuple(self._converted(layer) for layer in mlp.first),
             down=self._converted(mlp.down),
         )
-        self.tokens, self.held_out = tokens.divided() if settings.iterations else (tokens, tokens)
+        self.tokens, self.held_out = held_out(tokens) if settings.iterations else (tokens, tokens)
         self.moments = Statistics(mlp.first[0].weight.shape[1], dtype=self.dtype, device=self.device)
         self.auxiliary: list[Tensor] = []  # s above z, for every batch
         self.weights = self._measure()
@@ -231,7 +224,7 @@ class _Run:
 
     def solution(self) -> MLPSolution:
         iterates: list[Iterate] = []
-        best: MLPSolution | None = None
+        best: tuple[float, MLPSolution] | None = None
         mlp = self.dense
         goals: Sequence[Products | None] = [None] * len(mlp.first)
         for k in range(self.settings.iterations + 1):
@@ -239,19 +232,24 @@ class _Run:
                 first = self._prune_first(mlp, goals)
                 mlp = replace(self.dense, first=tuple(self._converted(pruned.layer) for pruned in first))
                 down = self._prune_down(mlp)
-                if not self.settings.iterations:
-                    return MLPSolution(first, down, [], 0)
                 mlp = replace(mlp, down=self._converted(down.layer))
-                iterate, goals = self._settle(mlp)
+                solution = MLPSolution(first, down, iterates, k)
+                if not self.settings.iterations:
+                    return solution
+                lost = self._held_out_error(mlp)
             except FloatingPointError:
                 if best is None:
                     raise
                 break
-            iterates.append(iterate)
-            if best is None or iterate.held_out < iterates[best.kept].held_out:
-                best = MLPSolution(first, down, iterates, k)
+            if best is None or lost < best[0]:
+                best = lost, solution
+            try:
+                objective, terms, goals = self._settle(mlp)
+            except FloatingPointError:
+                break
+            iterates.append(Iterate(objective, terms, lost))
         assert best is not None
-        return best
+        return best[1]
 
     def _prune_first(self, mlp: MLP, goals: Sequence[Products | None]) -> tuple[Pruned, ...]:
         settings = self.settings
@@ -271,8 +269,8 @@ class _Run:
             products.update(self._read(y), channels)
         return prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
 
-    def _settle(self, mlp: MLP) -> tuple[Iterate, list[Products]]:
-        """Step p, z and s once; what the objective is then, and the products to fit gate and up by."""
+    def _settle(self, mlp: MLP) -> tuple[float, dict[str, float], list[Products]]:
+        """Step p, z and s once: the objective then, its terms, and the products to fit gate and up by."""
         weights = self.weights
         down = mlp.down.weight
         system = hidden_system(down, weights.hidden / weights.output)
@@ -314,7 +312,9 @@ class _Run:
             )
             if name != "gate" or mlp.gated
         }
-        return Iterate(objective, terms, self._held_out_error(mlp)), goals
+        if not math.isfinite(objective):
+            raise FloatingPointError("the objective is not finite")
+        return objective, terms, goals
 
     def _held_out_error(self, mlp: MLP) -> float:
         lost = energy = 0.0
@@ -323,7 +323,10 @@ class _Run:
             output = _apply(mlp.down, mlp.channels(mlp.preactivations(self._read(x))))
             lost += float((target - output).square_().sum())
             energy += float(target.square().sum())
-        return lost / energy if energy > 0 else 0.0
+        error = lost / energy if energy > 0 else 0.0
+        if not math.isfinite(error):
+            raise FloatingPointError("the output of the pruned MLP is not finite on the calibration text")
+        return error
 
 
 def prune_linear(
@@ -348,9 +351,10 @@ def prune_linear(
         stored: dtype of the result.
     """
     if layer.pattern is None:
-        return Pruned(replace(layer, weight=rounded(layer.weight, stored)), 0.0, ())
+        bias = None if layer.bias is None else rounded(layer.bias, stored)
+        return Pruned(Linear(rounded(layer.weight, stored), bias, None), 0.0, ())
     if layer.bias is None:
-        weight = layer.weight if goal is None else moments.fit(layer.weight, goal.mean, damping)
+        weight = layer.weight if goal is None else moments.fit(layer.weight, goal.moment, damping)
         solution = solver.solve(weight, moments, layer.pattern)
         sparse = rounded(solution.weight, stored)
         pruned = replace(layer, weight=sparse)
@@ -359,8 +363,8 @@ def prune_linear(
     if goal is None:
         weight, mean = layer.weight, torch.addmv(layer.bias, layer.weight, moments.mean)
     else:
-        deviations = torch.addr(goal.mean, goal.targets, moments.mean, alpha=-1)
-        weight, mean = centred.fit(layer.weight, deviations, damping), goal.targets
+        deviations = torch.addr(goal.moment, goal.mean, moments.mean, alpha=-1)
+        weight, mean = centred.fit(layer.weight, deviations, damping), goal.mean
     solution = solver.solve(weight, centred, layer.pattern)
     sparse = rounded(solution.weight, stored)
     bias = rounded(torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1), stored)
@@ -368,11 +372,37 @@ def prune_linear(
     return Pruned(pruned, centred.error(weight, sparse.to(weight.dtype)), solution.objective)
 
 
+def held_out(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    """Tokens to solve on, and every eighth, counted through all batches, which is held out.
+
+    Raises:
+        FloatingPointError: there are too few tokens to hold any out.
+    """
+    solving, held = Tokens([], []), Tokens([], [])
+    seen = 0
+    for x, y in zip(*tokens, strict=True):
+        out = torch.arange(seen, seen + len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+        seen += len(x)
+        for part, where in ((solving, ~out), (held, out)):
+            part.inputs.append(x[where])
+            part.targets.append(y[where])
+    if seen < HELD_OUT:
+        raise FloatingPointError(f"{seen} calibration tokens are too few for iterations: give {HELD_OUT} or more")
+    return solving, held
+
+
 def hidden_system(down: Tensor, ratio: float) -> Tensor:
-    """The Cholesky factor of Wd Wd^T + ratio I, (hidden, hidden); Wd is (hidden, channels)."""
+    """The Cholesky factor of Wd Wd^T + ratio I, (hidden, hidden); Wd is (hidden, channels).
+
+    Raises:
+        FloatingPointError: it is singular in the dtype that is computed in, or holds NaN or Inf.
+    """
     system = down @ down.T
     system.diagonal().add_(ratio)
-    return torch.linalg.cholesky(system)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise FloatingPointError("the system for the input of down is not positive definite")
+    return factor
 
 
 def step_p(channels: Tensor, gap: Tensor, down: Tensor, system: Tensor) -> Tensor:

@@ -110,7 +110,11 @@ class Statistics:
             centred = Statistics(len(self.mean), dtype=self._moment.dtype, device=self._moment.device)
             centred.tokens = self.tokens
             centred._moment = torch.addr(self.moment, self.mean, self.mean, alpha=-1)
-            centred._moment.diagonal().clamp_min_(0)  # rounding, where an input hardly varies
+            # What is left of an input that hardly varies is rounding: it counts as dead.
+            rounding = 100 * torch.finfo(self.mean.dtype).eps * self.mean.square()
+            still = centred._moment.diagonal() <= rounding
+            centred._moment[still] = 0
+            centred._moment[:, still] = 0
             self._centred = centred
         return self._centred
 
@@ -239,18 +243,19 @@ class Products:
         device: torch.device | str = "cpu",
     ) -> None:
         self.tokens = 0
-        self.mean = torch.zeros(outputs, inputs, dtype=dtype, device=device)
-        self.targets = torch.zeros(outputs, dtype=dtype, device=device)
-        """Mean of Y, (out,)."""
+        self.moment = torch.zeros(outputs, inputs, dtype=dtype, device=device)
+        """Y X^T / T, (out, in)."""
+        self.mean = torch.zeros(outputs, dtype=dtype, device=device)
+        """Of the targets, (out,)."""
 
     @torch.no_grad()
     def update(self, targets: Tensor, inputs: Tensor) -> None:
         """Take more tokens into account; (tokens, out) and (tokens, in)."""
         self.tokens += len(inputs)
         old, new = 1 - len(inputs) / self.tokens, 1 / self.tokens
-        targets, inputs = targets.to(self.mean.dtype), inputs.to(self.mean.dtype)
-        self.mean.addmm_(targets.T, inputs, beta=old, alpha=new)
-        self.targets.mul_(old).add_(targets.sum(dim=0), alpha=new)
+        targets, inputs = targets.to(self.moment.dtype), inputs.to(self.moment.dtype)
+        self.moment.addmm_(targets.T, inputs, beta=old, alpha=new)
+        self.mean.mul_(old).add_(targets.sum(dim=0), alpha=new)
 
 
 def live(norms: Tensor) -> Tensor:

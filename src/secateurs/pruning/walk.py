@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,6 @@ Advance = Callable[[str, float | None], None]
 """Told the name of each layer that is done, and its error if it was pruned now."""
 
 TOKENS_AT_ONCE = 2048
-
-DAMPING = 0.01
-"""Of the fit of o, as a share of the mean of H's diagonal."""
-
 
 def prune(
     model: str | Path,
@@ -86,11 +82,12 @@ def prune(
         target: what is aimed at. Each layer's own dense output, for the inputs that it sees ("layer"; what
             local methods were published with); the dense block's, so that o and down make up for what
             was lost before them in the block ("block"); or the dense model's, so that they also make up
-            for blocks before ("dense"; SparseLLM's default).
+            for blocks before ("dense"; SparseLLM's default). Where a model normalises what o and down give
+            (Gemma 2, OPT-350m), they aim at their own dense outputs in both.
         sequential: which pruned layers the inputs of a layer have seen when they are measured: those of
             the blocks before ("block", as published), also this block's attention ("sublayer"), or all
             that come before it ("linear"). SparseLLM, and any method with a target beyond the layer, sees
-            them all; others "block" by default.
+            them all, and sets the biases of the layers it prunes anew; others "block" by default.
         batch_size: sequences run at once; by default as many as make 2048 tokens.
         progress: show a progress bar on standard error.
 
@@ -111,6 +108,9 @@ def prune(
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is a number of sequences, not {batch_size}")
+    for given, known in ((target, Target), (sequential, Sequential)):
+        if given is not None and given not in get_args(known):
+            raise ValueError(f"'{given}' is none of {', '.join(get_args(known))}")
     target = target or ("dense" if isinstance(solver, SparseLLM) else "layer")
     if isinstance(solver, SparseLLM) or target != "layer":
         if sequential not in (None, "linear"):
@@ -245,6 +245,11 @@ class _Walk:
         return self.method.solver if isinstance(self.method, SparseLLM) else self.method
 
     @property
+    def _sparsellm(self) -> SparseLLM:
+        """The method of a joint walk: around a local solver, its fits alone."""
+        return self.method if isinstance(self.method, SparseLLM) else SparseLLM(self.method, iterations=0)
+
+    @property
     def stages(self) -> tuple[tuple[Group, ...], ...]:
         """Groups of layers whose inputs are measured in one pass."""
         family = self.model.family
@@ -351,8 +356,10 @@ class _Walk:
         """The same with the target of o and of the MLP beyond themselves. Also pushes the dense stream on."""
         model = self.model
         reports: list[LayerReport] = []
-        with work.clock("run"):
-            aims = self._aim(index, streams.dense if streams.dense is not None else streams.pruned)
+        aims = None
+        if self.target != "layer":
+            with work.clock("run"):
+                aims = self._aim(index, streams.dense if streams.dense is not None else streams.pruned)
         for group in model.family.groups[:2]:
             names = self._layers(index, (group,))
             if any(patterns[name] for name in names):
@@ -372,7 +379,7 @@ class _Walk:
         errors = {layer.name: layer.error for layer in reports}
         for name in names:
             advance(name, errors.get(name))
-        if streams.dense is not None:
+        if streams.dense is not None and aims is not None:
             streams.dense = aims.result
         return reports, mlp
 
@@ -392,12 +399,12 @@ class _Walk:
         return aims
 
     def _measure_aim(
-        self, index: int, group: Group, hidden: list[Tensor], aims: _Aims
+        self, index: int, group: Group, hidden: list[Tensor], aims: _Aims | None
     ) -> tuple[Statistics, Products | None]:
         """Second moments of what q, k and v, or o, see; and for o, the products that it is fitted by."""
         model = self.model
         name = group[0]
-        if name != model.family.groups[1][0] or self.target == "layer":
+        if name != model.family.groups[1][0] or aims is None:
             return measure(model, index, (group,), hidden)[group], None
         layer = model.blocks[index].get_submodule(name)
         outputs, inputs = linear_weight(layer).shape
@@ -419,7 +426,7 @@ class _Walk:
         index: int,
         patterns: dict[str, Pattern | None],
         hidden: list[Tensor],
-        aims: _Aims,
+        aims: _Aims | None,
         weights: dict[str, Tensor],
         work: WorkFolder,
     ) -> tuple[list[LayerReport], MLPReport | None]:
@@ -441,7 +448,7 @@ class _Walk:
             gated="gate" in family.roles,
             activation=ACT2FN[getattr(model.config, family.activation)],
         )
-        method = self.method if isinstance(self.method, SparseLLM) else SparseLLM(self.solver, iterations=0)
+        method = self._sparsellm
         block = f"{family.blocks}.{index}"
         try:
             with work.clock("solve"):
@@ -457,20 +464,19 @@ class _Walk:
         reports = [replace(report, seconds=share) for report in reports]
         return reports, MLPReport(block, solution.iterates, solution.kept) if method.iterations else None
 
-    def _mlp_tokens(self, index: int, hidden: list[Tensor], aims: _Aims) -> Tokens:
+    def _mlp_tokens(self, index: int, hidden: list[Tensor], aims: _Aims | None) -> Tokens:
         """What the MLP of a block whose attention is pruned sees, and what it ought to give."""
         model, adds = self.model, self.model.family.adds(self.model.config)
         (_, (o,), (first, *_), (down,)) = model.family.groups
         tokens = Tokens([], [])
-        for states, aim, seen in zip(
-            hidden, aims.mlp, observe(model, index, hidden, inputs=(first,), outputs=(o, down)), strict=True
-        ):
-            if self.target == "layer":
+        block = observe(model, index, hidden, inputs=(first,), outputs=(o, down))
+        for i, (states, seen) in enumerate(zip(hidden, block, strict=True)):
+            if aims is None:
                 wanted = seen.outputs[down]
             elif adds:
-                wanted = aim.float() - states - seen.outputs[o].view_as(states).to(states.device)
+                wanted = aims.mlp[i].float() - states - seen.outputs[o].view_as(states).to(states.device)
             else:
-                wanted = aim
+                wanted = aims.mlp[i]
             for kept, new in ((tokens.inputs, seen.inputs[first]), (tokens.targets, wanted)):
                 kept.append(new.reshape(-1, new.shape[-1]).to(states.device, states.dtype))
         return tokens
@@ -502,12 +508,12 @@ class _Walk:
         weights: dict[str, Tensor],
     ) -> LayerReport:
         """Prune a layer of a materialised block, fitted to its goal."""
-        start = time.monotonic()
+        start, method = time.monotonic(), self._sparsellm
         layer = self.model.model.get_submodule(name)
         linear = Linear(linear_weight(layer).float(), _bias(layer), pattern)
         stored = weights[self.model.stored_name(name + ".weight")].dtype
         try:
-            pruned = prune_linear(self.solver, linear, moments, goal, DAMPING, stored)
+            pruned = prune_linear(method.solver, linear, moments, goal, method.damping, stored)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
         self._store(name, pruned.layer.weight, pruned.layer.bias, weights)
