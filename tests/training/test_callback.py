@@ -217,10 +217,18 @@ def test_lora_equals_training_the_dense_model_with_neurons_silenced() -> None:
     sat = SparseTraining(0.5, schedule="constant")
     sat.attach(model, AdamW(p for p in model.parameters() if p.requires_grad), total_steps=1)
     loss = loss_of(model)
+    loss.backward()
     kept, units = sat.kept, sat.omission.units
-    sat.detach()
+    sat.detach()  # the gradients become whole with the parameters
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
     silence(model.get_base_model(), kept, units)
-    torch.testing.assert_close(loss, loss_of(model), rtol=1e-12, atol=0)
+    expected = loss_of(model)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert len(gradients) == 2 * 7 * 3
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-9, atol=1e-13, msg=name)
 
 
 def test_sft_trainer(tmp_path: Path) -> None:

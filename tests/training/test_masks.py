@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_callback import SparsityAcceleratedTraining, lora, trainer
+from test_callback import lora, trainer
 from test_frozen import OPTIMIZERS
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from families import build, tokens
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.training import sparse
+from secateurs.training.callback import SparsityAcceleratedTraining
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.omission import Omission
 from secateurs.training.sparse import SparseTraining
@@ -81,9 +82,13 @@ def test_gradients_of_held_weights_are_zero_for_clipping_to_see() -> None:
         assert not (layer.weight.grad * (layer.weight == 0)).any()
 
 
-def test_masks_may_be_replaced_between_steps() -> None:
+@pytest.mark.parametrize("omitting", [False, True])
+def test_masks_may_be_replaced_between_steps(omitting: bool) -> None:
     model = build("llama")
     made = AdamW(model.parameters(), lr=1e-2)
+    sat = SparseTraining(0.5, schedule="constant", importance="uniform") if omitting else None
+    if sat is not None:
+        sat.attach(model, made, total_steps=4)
     name = "model.layers.0.mlp.up_proj.weight"
     weight = model.get_parameter(name)
     top, bottom = torch.ones(80, 48), torch.ones(80, 48)
@@ -91,12 +96,15 @@ def test_masks_may_be_replaced_between_steps() -> None:
     masks = Masks(model, {name: top})
     masks.attach(made)
     assert not weight[:40].any()
-    train(model, made, 2)
+    train(model, made, 2, sat)
+    model.eval()(tokens())  # whole
     assert not weight[:40].any()
     masks.set({name: bottom})
     assert not weight.any()  # what was held is still zero, what is held now became so
-    train(model, made, 2)
-    assert weight[:40].all()
+    train(model, made, 2, sat)
+    masks.set({name: bottom})
+    grown = weight[:40].all(dim=1)
+    assert grown.all() or (omitting and grown.any())
     assert not weight[40:].any()
 
 

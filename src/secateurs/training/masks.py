@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateurs.anatomy import family_of
-from secateurs.training.omission import decoder_of, kept_part, local, unwrapped, whole_shape
+from secateurs.training.omission import decoder_of, kept_part, local, make_whole, unwrapped
 
 
 class Masks:
@@ -70,8 +70,9 @@ class Masks:
             if name not in self._parameters:
                 raise ValueError(f"a mask for '{name}', but the model has no such parameter")
             parameter = self._parameters[name]
-            if mask.shape != whole_shape(parameter):
-                shapes = f"{tuple(mask.shape)}, the parameter {tuple(whole_shape(parameter))}"
+            make_whole(parameter)  # of what is omitted at the moment some may be held now
+            if mask.shape != parameter.shape:
+                shapes = f"{tuple(mask.shape)}, the parameter {tuple(parameter.shape)}"
                 raise ValueError(f"the mask of '{name}' has shape {shapes}")
             if isinstance(parameter, DTensor) and not isinstance(mask, DTensor):
                 mask = distribute_tensor(mask, parameter.device_mesh, parameter.placements)

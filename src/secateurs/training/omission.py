@@ -17,7 +17,7 @@ replaced for as long as the block is small, so also while activation checkpointi
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -82,6 +82,8 @@ class Slice:
     parameter only what this rank holds."""
     block: int
     kind: Kind
+    restore: Callable[[], None]
+    """Makes this parameter and all others of the model whole."""
     index: Tensor | None = None
     """The kept slices, ascending; None if none is omitted."""
     order: Tensor | None = None
@@ -156,13 +158,11 @@ def kept_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     return whole if piece is None else piece.take(whole)
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter, also while a part stands for it."""
+def make_whole(parameter: nn.Parameter) -> None:
+    """Make a parameter whole that a part stands for in place, with all of its model, until the next step."""
     piece = _standing_for.get(parameter)
-    shape = list(parameter.shape)
-    if piece is not None and not isinstance(parameter, DTensor):
-        shape[piece.dim] = len(piece.unit)
-    return torch.Size(shape)
+    if piece is not None:
+        piece.restore()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -238,7 +238,10 @@ class Omission:
                 if not outputs:
                     block.readers[kind] = layer
                 for linear in _linears(layer, where, outputs):
-                    slices = _slices(linear, where, outputs, unit, number, kind)
+                    slices = [
+                        Slice(p, dim, _local_units(p, dim, unit, where), number, kind, self.disengage)
+                        for p, dim in _sliced_parameters(linear, where, outputs, unit)
+                    ]
                     block.layers[kind].append(_Layer(linear, outputs, unit, slices))
             self.blocks.append(block)
         self.slices = [
@@ -431,9 +434,10 @@ def _linears(layer: nn.Module, where: str, outputs: bool) -> list[nn.Linear | Co
     return parts
 
 
-def _slices(
-    linear: nn.Linear | Conv1D, where: str, outputs: bool, unit: Tensor, block: int, kind: Kind
-) -> list[Slice]:
+def _sliced_parameters(
+    linear: nn.Linear | Conv1D, where: str, outputs: bool, unit: Tensor
+) -> list[tuple[nn.Parameter, int]]:
+    """A layer's parameters that have slices, each with their dimension."""
     dim = int(isinstance(linear, Conv1D) == outputs)  # Conv1D stores (in, out)
     weight: Any = linear.weight
     if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[dim] != len(unit):
@@ -441,7 +445,7 @@ def _slices(
     parameters = [(weight, dim)]
     if outputs and linear.bias is not None:
         parameters.append((linear.bias, 0))
-    return [Slice(p, dim, _local_units(p, dim, unit, where), block, kind) for p, dim in parameters]
+    return parameters
 
 
 def _local_units(parameter: nn.Parameter, dim: int, unit: Tensor, where: str) -> Tensor:
