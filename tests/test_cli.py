@@ -126,7 +126,8 @@ def test_the_defaults_do(place: Place) -> None:
     )
     assert result.status == 0
     settings = json.loads((place.output / "secateurs.json").read_text())["settings"]
-    assert settings["method"]["name"] == "sparsegpt"
+    assert settings["method"]["name"] == "sparsellm"
+    assert settings["target"] == "dense"
     assert (settings["pattern"], settings["allocation"]) == ("50%", "uniform")
     assert settings["calibration"]["samples"] == 128
     assert settings["calibration"]["length"] == 64  # all the positions that the model has
@@ -170,7 +171,12 @@ def test_inspect_and_plot(place: Place) -> None:
     assert f"{place.output}: 50.00% zeros in 21 layers" in result.out.replace("\n", "")
     result = place.run(["plot", str(place.output)])
     assert result.status == 0
-    assert [Path(line).name for line in result.out.splitlines()] == ["layers.png", "layers.svg"]
+    assert sorted(Path(line).name for line in result.out.splitlines()) == [
+        "convergence.png",
+        "convergence.svg",
+        "layers.png",
+        "layers.svg",
+    ]
     result = place.run(["plot", str(place.model)])
     assert result.status == 2
     assert "has no secateurs.json" in result.err

@@ -218,7 +218,7 @@ def train(
     validation: str | None = None,
     field: str = "text",
     omission: float = 0.5,
-    importance: Literal["uniform", "magnitude", "activation", "weighted", "taylor"] = "activation",
+    importance: Literal["uniform", "magnitude", "activation", "weighted", "taylor"] = "weighted",
     select: Literal["topk", "sample"] = "topk",
     schedule: Literal["ladder", "constant", "linear", "cubic"] = "ladder",
     epochs: float | None = None,

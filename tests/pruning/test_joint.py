@@ -135,7 +135,8 @@ def reference(model: PreTrainedModel, ids: Tensor, target: Target, method: Spars
             "gate" in family.roles,
             activation,
         )
-        solution = method.prune(mlp, Tokens([inputs[f"{path}.{first[0]}"]], [wanted]), stored=torch.float32)
+        given = Tokens([inputs[f"{path}.{first[0]}"]], [wanted])
+        solution = method.prune(mlp, given, stored=torch.float32)
         for name, part in zip((*first, down), (*solution.first, solution.down), strict=True):
             put(name, part.layer.weight, part.layer.bias)
     return pruned
@@ -155,7 +156,7 @@ def test_every_target_is_that_of_a_whole_model(name: str, target: Target, tmp_pa
         method=method,
         pattern=HALF,
         target=target,
-        batch_size=48,
+        batch_size=16,
     )
     expected = reference(model, ids, target, method)
     found = tensors_of(tmp_path / "pruned")
@@ -228,6 +229,8 @@ def test_orders_and_texts_that_do_not_go_with_a_target(tmp_path: Path) -> None:
         prune(
             folder, output=output, calibration=tokens(), method="wanda", target="block", sequential="sublayer"
         )
+    with pytest.raises(ValueError, match="'Dense' is none of layer, block, dense"):
+        prune(folder, output=output, calibration=tokens(), target="Dense")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="calibration text is needed for the target 'dense'"):
         prune(folder, output=output, method="magnitude", target="dense")
     assert not output.exists()

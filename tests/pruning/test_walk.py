@@ -677,7 +677,9 @@ LATER_POINTS: tuple[tuple[Any, str], ...] = ((SparseGPT, "solve"), (Statistics, 
 
 
 def run_to_the_end(source: Path, output: Path) -> Report:
-    return prune(source, output=output, calibration=tokens(4), pattern="60%", batch_size=2)
+    return prune(
+        source, output=output, calibration=tokens(4), method="sparsegpt", pattern="60%", batch_size=2
+    )
 
 
 def instrument(

@@ -70,7 +70,8 @@ def test_rate_0_is_plain_training_bit_by_bit(name: str) -> None:
 @pytest.mark.parametrize("importance", ["activation", "weighted", "taylor", "magnitude", "uniform"])
 def test_the_set_has_the_ladders_size_and_changes_within_a_rung(importance: Any, select: Any) -> None:
     model = build("llama")
-    sat = SparseTraining(0.5, importance=importance, select=select, probe_every=2, exempt=[-1])
+    ladder = Ladder(0.5, STEPS)
+    sat = SparseTraining(schedule=ladder, importance=importance, select=select, probe_every=2, exempt=[-1])
     sizes: list[tuple[int, int]] = []
     sets = set()
 

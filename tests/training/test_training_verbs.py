@@ -136,7 +136,7 @@ def test_interrupted_it_says_how_to_go_on(place: Place, monkeypatch: pytest.Monk
         patch.setattr("secateurs.training.watch.Watch.on_step_end", interrupt)
         status, _, err = place.train("--text", text)
     assert status == 130
-    assert err.splitlines()[-1] == "interrupted: the same command continues"
+    assert err.splitlines()[-1] == "interrupted: run the same command again"
     assert not (place.folder / "out").exists()
     assert place.train("--text", text)[0] == 0
 

@@ -33,7 +33,7 @@ class Iterate:
     objective: float
     """The weighted sum of the terms."""
     terms: dict[str, float]
-    """Squared residuals of "gate", "up", "hidden" and "output", relative to the energy of what is aimed at."""
+    """Squared residuals of "gate", "up", "hidden" and "output", relative to the energy of their targets."""
     held_out: float
     """Relative squared error of the pruned MLP's output, on tokens that no weights were fitted to."""
 

@@ -387,7 +387,9 @@ def held_out(tokens: Tokens) -> tuple[Tokens, Tokens]:
             part.inputs.append(x[where])
             part.targets.append(y[where])
     if seen < HELD_OUT:
-        raise FloatingPointError(f"{seen} calibration tokens are too few for iterations: give {HELD_OUT} or more")
+        raise FloatingPointError(
+            f"{seen} calibration tokens are too few for iterations: give {HELD_OUT} or more"
+        )
     return solving, held
 
 

@@ -40,6 +40,7 @@ Advance = Callable[[str, float | None], None]
 
 TOKENS_AT_ONCE = 2048
 
+
 def prune(
     model: str | Path,
     *,

@@ -45,7 +45,7 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
         rate: float | None = None,
         *,
         schedule: str | Schedule = "ladder",
-        importance: Importance = "activation",
+        importance: Importance = "weighted",
         select: Select = "topk",
         attention_rate: float | None = None,
         mlp_rate: float | None = None,

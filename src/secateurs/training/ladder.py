@@ -101,12 +101,17 @@ class Cubic:
 def named_schedule(name: str, peak: float, steps: int) -> Schedule:
     """One of SCHEDULES over `steps` optimiser steps.
 
+    The ladder holds the peak for two fifths of them, descends by three rungs, and is dense for the last
+    three tenths: the dense phase must come while the learning rate is not yet near 0.
+
     Raises:
         ValueError: there is no such schedule, the rate is outside [0, 1), or there are no steps.
     """
-    kinds = {"ladder": Ladder, "constant": Constant, "linear": Linear, "cubic": Cubic}
-    if name not in kinds:
+    kinds = {"constant": Constant, "linear": Linear, "cubic": Cubic}
+    if name not in SCHEDULES:
         raise ValueError(f"unknown schedule '{name}': choose from {', '.join(SCHEDULES)}")
+    if name == "ladder":
+        return Ladder(peak, max(1, round(0.8 * steps)), rungs=4)
     return kinds[name](peak, steps)
 
 

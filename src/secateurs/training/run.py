@@ -60,7 +60,7 @@ def train(
     validation: str | Path | None = None,
     field: str = "text",
     omission: float = 0.5,
-    importance: Importance = "activation",
+    importance: Importance = "weighted",
     select: Select = "topk",
     schedule: str = "ladder",
     epochs: float | None = None,

@@ -66,7 +66,7 @@ class SparseTraining:
         rate: float | None = None,
         *,
         schedule: str | Schedule = "ladder",
-        importance: Importance = "activation",
+        importance: Importance = "weighted",
         select: Select = "topk",
         attention_rate: float | None = None,
         mlp_rate: float | None = None,
