@@ -16,10 +16,16 @@ def resolve_device(device: str | None) -> torch.device:
     return where
 
 
-def home_of(hidden: list[torch.Tensor], device: torch.device) -> torch.device:
-    """Where activations live between blocks: on the GPU if they leave most of it free."""
+def home_of(hidden: list[torch.Tensor], device: torch.device, *, copies: float = 1) -> torch.device:
+    """Where activations live between blocks: on the GPU if they leave most of it free.
+
+    Args:
+        hidden: the activations before the first block.
+        device: that computes.
+        copies: how many times as much is kept there at once.
+    """
     if device.type != "cuda":
         return device
-    size = sum(states.nbytes for states in hidden)
+    held = sum(states.nbytes for states in hidden)
     free, _ = torch.cuda.mem_get_info(device)
-    return device if size < 0.3 * (free + size) else torch.device("cpu")
+    return device if copies * held < 0.3 * (free + held) else torch.device("cpu")

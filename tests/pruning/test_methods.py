@@ -49,6 +49,7 @@ def test_settings_have_the_type_of_the_field() -> None:
         ("admm:iterations=1", "at least 3 iterations, not 1"),
         ("sparsellm:solver=gptq", "unknown method 'gptq'"),
         ("sparsellm:solver=sparsellm", "the solver inside SparseLLM is a local one"),
+        ("sparsellm:solver=sparsegpt:block=64,damping=0.05", "a solver inside 'sparsellm' is a name alone"),
     ],
 )
 def test_what_is_no_method(text: str, message: str) -> None:

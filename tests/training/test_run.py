@@ -65,6 +65,13 @@ def test_pre_training(model: Path, text: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
+def test_text_needs_no_padding_token(model: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(model)
+    assert train(model, output=tmp_path / "out", text=text, steps=2, **QUICK).steps == 2
+
+
 def test_without_omission_it_is_plain_training(model: Path, text: Path, tmp_path: Path) -> None:
     """Against a loop written here: AdamW at a constant rate on the blocks in Trainer's order."""
     settings = tmp_path / "settings.yaml"

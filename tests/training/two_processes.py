@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -128,7 +129,12 @@ def _process(rank: int, folder: Path) -> None:
     results = {"trainer": trainer(folder, 2)}
     for optimizer in OPTIMIZERS:
         results[optimizer] = plain_loop(rank, 2, optimizer)
-    torch.save(results, folder / f"{rank}.pt")
+    found = {
+        f"{run}.losses": torch.tensor(losses, dtype=torch.float64) for run, (losses, _) in results.items()
+    }
+    for run, (_, tensors) in results.items():
+        found |= {f"{run}.{i}": tensor.contiguous() for i, tensor in enumerate(tensors)}
+    save_file(found, folder / f"{rank}.safetensors")
     distributed.destroy_process_group()
 
 
@@ -136,7 +142,19 @@ def two_processes(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes finds."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "PYTHONPATH": ":".join(sys.path)}
     multiprocessing.start_processes(_process, (folder,), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [_read(folder / f"{rank}.safetensors") for rank in range(2)]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found = load_file(file)
+    results = {}
+    for run in ("trainer", *OPTIMIZERS):
+        losses = found.pop(f"{run}.losses").tolist()
+        results[run] = (
+            losses,
+            [found[f"{run}.{i}"] for i in range(sum(n.startswith(f"{run}.") for n in found))],
+        )
+    return results
 
 
 def _free_port() -> str:

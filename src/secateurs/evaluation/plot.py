@@ -186,7 +186,7 @@ def _convergence(mlps: list[MLPReport]) -> "Figure":
         ax.set_title(mlp.name, fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.supxlabel("iteration", fontsize=9)
-    figure.supylabel("relative to the dense energy", fontsize=9)
+    figure.supylabel("relative to the targets' energy", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False)
     return figure

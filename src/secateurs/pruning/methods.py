@@ -56,6 +56,10 @@ def parse_named(text: str, kinds: Mapping[str, type[Any]], what: str) -> Any:
             raise ValueError(f"'{name}' has no setting '{key}'; it has: {', '.join(known) or 'none'}")
         field = known[key.rstrip("_")]
         if types[field] is Solver:
+            if ":" in value:  # at the next comma it would be unclear whose setting that is
+                raise ValueError(
+                    f"'{setting}': a solver inside '{name}' is a name alone here; use Python for its settings"
+                )
             values[field] = parse_method(value)
             continue
         try:

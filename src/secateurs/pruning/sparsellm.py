@@ -209,9 +209,8 @@ class _Run:
         if self.settings.iterations:
             self.auxiliary = [x.new_empty(len(x), rows) for x in self.tokens.inputs]
         for x, y, *s in self._chunks(self.tokens, *([self.auxiliary] if self.auxiliary else [])):
-            x = self._read(x)
             self.moments.update(x)
-            before = self.dense.preactivations(x)
+            before = self.dense.preactivations(self._read(x))
             halves = before.chunk(2, dim=1) if self.dense.gated else (before, before)
             for i, part in enumerate((*halves, self.dense.channels(before), self._read(y))):
                 energy[i] += part.square().sum().cpu()

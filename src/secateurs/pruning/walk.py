@@ -246,6 +246,20 @@ class _Walk:
         return self.method.solver if isinstance(self.method, SparseLLM) else self.method
 
     @property
+    def _copies(self) -> float:
+        """How many times the pruned stream's activations are kept at once."""
+        if not self.joint:
+            return 1
+        config, family = self.model.config, self.model.family
+        sizes, streams = (
+            family.sizes(config),
+            6,
+        )  # with the dense one, two aims, and what the MLP sees and aims at
+        if not self._sparsellm.iterations:
+            return streams
+        return streams + (2 if "gate" in family.roles else 1) * sizes.channels / sizes.hidden
+
+    @property
     def _sparsellm(self) -> SparseLLM:
         """The method of a joint walk: around a local solver, its fits alone."""
         return self.method if isinstance(self.method, SparseLLM) else SparseLLM(self.method, iterations=0)
@@ -276,7 +290,7 @@ class _Walk:
         if tokens is not None:
             with work.clock("run"):
                 hidden = model.embed(tokens, batch_size=batch_size)
-                home = home_of(hidden, model.device)
+                home = home_of(hidden, model.device, copies=self._copies)
                 hidden = [states.to(home) for states in hidden]
         streams = _Streams(hidden, list(hidden) if self.target == "dense" else None)
         spent = 0.0

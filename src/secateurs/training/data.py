@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 
 from secateurs.text.sources import PUBLISHED, Split, load_text
 
@@ -173,7 +173,13 @@ class TextData:
             return [{"input_ids": block, "labels": block} for block in blocks]
 
         held_out = None if self.validation is None else rows(self.validation)
-        return Trainer(train_dataset=rows(self.train), eval_dataset=held_out, **parts)
+        # All rows have one length: Trainer's own collator would ask the tokenizer for a padding token.
+        return Trainer(
+            train_dataset=rows(self.train),
+            eval_dataset=held_out,
+            data_collator=default_data_collator,
+            **parts,
+        )
 
 
 @dataclass(frozen=True)
