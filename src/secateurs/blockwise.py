@@ -176,3 +176,19 @@ class BlockwiseModel:
         """A materialised block's output for (batch, length, hidden) states."""
         output = self.blocks[index](states, *self.calls[index].args, **self.calls[index].kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def run_with(self, index: int, states: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """The same with other parameters, by their names in the block, in their dtype; gradients flow."""
+        dtype = states.dtype
+
+        def converted(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(converted(part) for part in value)
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        call = self.calls[index]
+        kwargs = {name: converted(value) for name, value in call.kwargs.items()}
+        output = torch.func.functional_call(
+            self.blocks[index], parameters, (states, *converted(call.args)), kwargs
+        )
+        return output[0] if isinstance(output, tuple) else output

@@ -27,6 +27,8 @@ def prune(
     field: str = "text",
     device: str | None = None,
     target: Literal["layer", "block", "dense"] | None = None,
+    repair: float = 0.5,
+    refine: int | None = None,
     sequential: Literal["block", "sublayer", "linear"] | None = None,
     batch_size: int | None = None,
 ) -> None:
@@ -57,6 +59,9 @@ def prune(
         target: What is aimed at: each layer's own dense output (layer), the dense block's (block) or the
             dense model's (dense), for which o and down make up for what was lost before them. By default
             dense for sparsellm and layer, as published, for the others.
+        repair: The share of what earlier blocks lost that the target dense asks o and down to make up for.
+        refine: Passes over the calibration text in which the weights that are left in a pruned block are
+            trained towards the target. By default 8 for sparsellm, 0 for the others and for the target layer.
         sequential: What a layer's inputs have seen when they are measured: the pruned blocks before it
             (block, as local methods were published), also its own block's pruned attention (sublayer), or
             every pruned layer (linear). Sparsellm and targets beyond the layer always see every layer.
@@ -77,6 +82,8 @@ def prune(
         field=field,
         device=device,
         target=target,
+        repair=repair,
+        refine=refine,
         sequential=sequential,
         batch_size=batch_size,
         progress=True,

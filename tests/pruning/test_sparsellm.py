@@ -78,10 +78,11 @@ def test_p_is_that_of_the_published_formula(seed: int, gamma: float) -> None:
     down, channels = weight_of(HIDDEN, CHANNELS, seed=seed), random(30, CHANNELS, seed=seed + 1)
     bias, targets = random(HIDDEN, seed=seed + 2), random(30, HIDDEN, seed=seed + 3)
     gap = targets - bias - channels @ down.T
-    p = step_p(channels, gap, down, hidden_system(down, gamma))
+    p, left = step_p(channels, gap, down, hidden_system(down, gamma), gamma)
     system = down.T @ down + gamma * torch.eye(CHANNELS, dtype=torch.float64)
     published = torch.linalg.solve(system, ((targets - bias) @ down + gamma * channels).T).T
     torch.testing.assert_close(p, published, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(left, targets - bias - p @ down.T, rtol=1e-6, atol=1e-8)
 
 
 @few
@@ -95,7 +96,8 @@ def test_steps_of_z_and_s_never_raise_the_objective(seed: int, alpha: float, gam
 
     z_new = step_z(f(s), model_z, p, alpha, gamma)
     assert (terms(s, z_new) <= terms(s, z) * (1 + 1e-9) + 1e-12).all()
-    s_new = step_s(module, s, model_s, p, z_new, alpha, gamma)
+    s_new, active = step_s(module, s, model_s, p, z_new, alpha, gamma)
+    torch.testing.assert_close(active, f(s_new))
     assert (terms(s_new, z_new) <= terms(s, z_new) * (1 + 1e-9) + 1e-12).all()
 
 
@@ -104,7 +106,7 @@ def test_s_is_about_the_lowest_there_is(name: str) -> None:
     """Against a fine grid: exactly for ReLU; for smooth activations, nearly all that can be gained is."""
     module, f = ACTIVATIONS[name]
     model, p, z = random(400, seed=1), random(400, seed=2), random(400, seed=3)
-    s = step_s(module, model, model, p, z, 0.5, 1.0)
+    s, _ = step_s(module, model, model, p, z, 0.5, 1.0)
     grid = torch.linspace(-6, 6, 24001, dtype=torch.float64)[:, None]
 
     def value(s: Tensor) -> Tensor:

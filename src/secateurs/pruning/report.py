@@ -20,7 +20,8 @@ class LayerReport:
     weights: int
     error: float
     """Squared error of the layer's output on the calibration tokens, relative to the output's energy: that of
-    the dense layer, or of what the layer was fitted to, around its mean if it has a bias."""
+    the dense layer, or of what the layer was fitted to, around its mean if it has a bias. Measured before
+    any refinement."""
     seconds: float
     objective: list[float]
     """For an iterative solver, the relative error after each iteration."""
@@ -51,6 +52,29 @@ class MLPReport:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """The descent on one block's remaining weights, judged by sequences that it was not shown."""
+
+    name: str
+    """Of the block."""
+    before: float
+    """Squared error of the block's result, relative to the energy of what the dense block adds."""
+    after: float
+    """Where it is no lower, the weights stay as they were before."""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What became of one block."""
+
+    layers: list[LayerReport]
+    mlps: list[MLPReport]
+    """One, or none where there were no iterations."""
+    refinements: list[Refinement]
+    """One, or none."""
+
+
+@dataclass(frozen=True)
 class Report:
     """What a run did."""
 
@@ -63,6 +87,8 @@ class Report:
     layers: list[LayerReport] = field(repr=False)
     mlps: list[MLPReport] = field(repr=False)
     """One for each block whose MLP SparseLLM iterated on."""
+    refinements: list[Refinement] = field(repr=False)
+    """One for each block that was refined."""
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
@@ -73,8 +99,9 @@ class Report:
             MLPReport(mlp["name"], [Iterate(**iterate) for iterate in mlp["iterates"]], mlp["kept"])
             for mlp in content["mlps"]
         ]
+        refinements = [Refinement(**refinement) for refinement in content["refinements"]]
         shared = {key: content[key] for key in ("settings", "versions", "seconds", "phases")}
-        return cls(output=folder, layers=layers, mlps=mlps, **shared)
+        return cls(output=folder, layers=layers, mlps=mlps, refinements=refinements, **shared)
 
     @property
     def sparsity(self) -> float:

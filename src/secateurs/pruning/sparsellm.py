@@ -243,7 +243,7 @@ class _Run:
             if best is None or lost < best[0]:
                 best = lost, solution
             try:
-                objective, terms, goals = self._settle(mlp)
+                objective, terms, goals = self._settle(mlp, last=k == self.settings.iterations)
             except FloatingPointError:
                 break
             iterates.append(Iterate(objective, terms, lost))
@@ -268,47 +268,46 @@ class _Run:
             products.update(self._read(y), channels)
         return prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
 
-    def _settle(self, mlp: MLP) -> tuple[float, dict[str, float], list[Products]]:
-        """Step p, z and s once: the objective then, its terms, and the products to fit gate and up by."""
+    def _settle(self, mlp: MLP, *, last: bool) -> tuple[float, dict[str, float], list[Products]]:
+        """Step p, z and s once: the objective then, its terms, and the products to fit gate and up by.
+
+        Nothing is fitted after the last step: it needs no products.
+        """
         weights = self.weights
-        down = mlp.down.weight
-        system = hidden_system(down, weights.hidden / weights.output)
-        goals = [Products(*x.weight.shape, dtype=self.dtype, device=self.device) for x in mlp.first]
-        squares = torch.zeros(4, dtype=torch.float64)
+        down, ratio = mlp.down.weight, self.weights.hidden / self.weights.output
+        system = hidden_system(down, ratio)
+        goals = [
+            Products(*x.weight.shape, dtype=self.dtype, device=self.device) for x in mlp.first if not last
+        ]
+        squares = torch.zeros(4, dtype=torch.float64, device=self.device)
         for x, y, stored in self._chunks(self.tokens, self.auxiliary):
-            inputs, target = self._read(x), self._read(y)
-            model = mlp.preactivations(inputs)
-            before = self._read(stored)
+            inputs = self._read(x)
+            model, before = mlp.preactivations(inputs), self._read(stored)
             channels = mlp.channels(before)
-            p = step_p(channels, target - _apply(mlp.down, channels), down, system)
+            p, left = step_p(channels, self._read(y) - _apply(mlp.down, channels), down, system, ratio)
             if mlp.gated:
                 gate, up = before.chunk(2, dim=1)
                 model_gate, model_up = model.chunk(2, dim=1)
                 up = step_z(mlp.activation(gate), model_up, p, weights.up, weights.hidden)
-                gate = step_s(mlp.activation, gate, model_gate, p, up, weights.gate, weights.hidden)
-                after = torch.cat([gate, up], dim=1)
-                gap = (after - model).square_()
-                squares[0] += float(gap[:, : gate.shape[1]].sum())
-                squares[1] += float(gap[:, gate.shape[1] :].sum())
+                gate, active = step_s(mlp.activation, gate, model_gate, p, up, weights.gate, weights.hidden)
+                after, channels = torch.cat([gate, up], dim=1), active * up
+                residuals = (gate - model_gate, up - model_up, p - channels, left)
             else:
                 one = torch.ones((), dtype=self.dtype, device=self.device)
-                after = step_s(mlp.activation, before, model, p, one, weights.up, weights.hidden)
-                squares[1] += float((after - model).square_().sum())
-            squares[2] += float((p - mlp.channels(after)).square_().sum())
-            squares[3] += float((target - _apply(mlp.down, p)).square_().sum())
+                after, channels = step_s(mlp.activation, before, model, p, one, weights.up, weights.hidden)
+                residuals = (torch.zeros_like(one), after - model, p - channels, left)
+            squares += torch.stack([residual.square_().sum() for residual in residuals])
             stored.copy_(after)
             for goal, wanted in zip(
-                goals, after.split([len(x.weight) for x in mlp.first], dim=1), strict=True
+                goals, after.split([len(x.weight) for x in mlp.first], dim=1), strict=not last
             ):
                 goal.update(wanted, inputs)
-        squares /= self.moments.tokens
-        objective = float(sum(w * q for w, q in zip(weights, squares.tolist(), strict=True)))
+        per_token = (squares / self.moments.tokens).tolist()
+        objective = float(sum(w * q for w, q in zip(weights, per_token, strict=True)))
         scale = (self.settings.alpha, self.settings.alpha, self.settings.gamma, 1.0)
         terms = {
             name: weight * square / share
-            for name, weight, square, share in zip(
-                weights._fields, weights, squares.tolist(), scale, strict=True
-            )
+            for name, weight, square, share in zip(weights._fields, weights, per_token, scale, strict=True)
             if name != "gate" or mlp.gated
         }
         if not math.isfinite(objective):
@@ -316,12 +315,12 @@ class _Run:
         return objective, terms, goals
 
     def _held_out_error(self, mlp: MLP) -> float:
-        lost = energy = 0.0
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for x, y in self._chunks(self.held_out):
             target = self._read(y)
             output = _apply(mlp.down, mlp.channels(mlp.preactivations(self._read(x))))
-            lost += float((target - output).square_().sum())
-            energy += float(target.square().sum())
+            squares += torch.stack([output.sub_(target).square_().sum(), target.square().sum()])
+        lost, energy = squares.tolist()
         error = lost / energy if energy > 0 else 0.0
         if not math.isfinite(error):
             raise FloatingPointError("the output of the pruned MLP is not finite on the calibration text")
@@ -406,19 +405,24 @@ def hidden_system(down: Tensor, ratio: float) -> Tensor:
     return factor
 
 
-def step_p(channels: Tensor, gap: Tensor, down: Tensor, system: Tensor) -> Tensor:
-    """The p that lowers gamma |p - q|^2 + |Y - Wd p|^2 most.
+def step_p(
+    channels: Tensor, gap: Tensor, down: Tensor, system: Tensor, ratio: float
+) -> tuple[Tensor, Tensor]:
+    """The p that lowers gamma |p - q|^2 + |Y - Wd p|^2 most, and the Y - Wd p that it leaves.
 
     By the matrix inversion lemma it is q + Wd^T (Wd Wd^T + gamma I)^-1 (Y - Wd q): a system of the hidden
-    size, where the paper's (Wd^T Wd + gamma I)^-1 (Wd^T Y + gamma q) has one of the channels'.
+    size, where the paper's (Wd^T Wd + gamma I)^-1 (Wd^T Y + gamma q) has one of the channels'. What it leaves
+    is gamma times the system's solution.
 
     Args:
         channels: q = f(s) z, (tokens, channels).
         gap: Y - Wd q, (tokens, hidden).
         down: Wd, (hidden, channels).
         system: `hidden_system` of Wd and gamma.
+        ratio: gamma.
     """
-    return torch.addmm(channels, torch.cholesky_solve(gap.T, system).T, down)
+    solution = torch.cholesky_solve(gap.T, system).T
+    return torch.addmm(channels, solution, down), solution * ratio
 
 
 def step_z(active: Tensor, model: Tensor, p: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -434,8 +438,8 @@ def step_z(active: Tensor, model: Tensor, p: Tensor, alpha: float, gamma: float)
 
 def step_s(
     activation: Activation, start: Tensor, model: Tensor, p: Tensor, z: Tensor, alpha: float, gamma: float
-) -> Tensor:
-    """An s that lowers alpha (s - m)^2 + gamma (p - f(s) z)^2, elementwise.
+) -> tuple[Tensor, Tensor]:
+    """An s that lowers alpha (s - m)^2 + gamma (p - f(s) z)^2, elementwise, and f(s).
 
     The lowest there is for ReLU, as the better of two branches; for smooth activations a few Gauss-Newton
     steps, each of which is taken where it helps, and shortened where it does not.
@@ -454,19 +458,25 @@ def step_s(
     if isinstance(activation, nn.ReLU):
         off = model.clamp_max(0)
         on = ((alpha * model + gamma * z * p) / (alpha + gamma * z * z)).clamp_min_(0)
-        return torch.where(value(off, torch.zeros_like(off)) < value(on, on), off, on)
-    s, shorten = start, torch.ones_like(start)
-    for _ in range(NEWTON_STEPS):
-        active, slope = _value_and_slope(activation, s)
-        now = value(s, active)
-        slope.mul_(z)
-        step = (alpha * (model - s)).add_((p - active * z).mul_(slope), alpha=gamma)
-        step.div_(slope.square_().mul_(gamma).add_(alpha)).mul_(shorten)
-        there = s + step
-        better = value(there, activation(there)) < now
-        s = torch.where(better, there, s)
-        shorten = torch.where(better, 1, shorten * 0.25)
-    return s
+        s = torch.where(value(off, torch.zeros_like(off)) < value(on, on), off, on)
+        return s, s.clamp_min(0)
+    s, (active, slope) = start, _value_and_slope(activation, start)
+    now, shorten = value(s, active), torch.ones_like(s)
+    for left in reversed(range(NEWTON_STEPS)):
+        tilt = slope * z
+        step = (model - s).mul_(alpha).add_((p - active * z).mul_(tilt), alpha=gamma)
+        there = step.div_(tilt.square_().mul_(gamma).add_(alpha)).mul_(shorten).add_(s)
+        active_there, slope_there = (
+            _value_and_slope(activation, there) if left else (activation(there), slope)
+        )
+        value_there = value(there, active_there)
+        better = value_there < now
+        s, active = torch.where(better, there, s), torch.where(better, active_there, active)
+        if left:
+            slope = torch.where(better, slope_there, slope)
+            now = torch.where(better, value_there, now)
+            shorten = torch.where(better, 1, shorten * 0.25)
+    return s, active
 
 
 def _value_and_slope(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from secateurs.pruning.allocation import Allocation, as_pattern, describe_alloca
 from secateurs.pruning.magnitude import Magnitude
 from secateurs.pruning.measure import Group, measure, observe
 from secateurs.pruning.methods import Method, describe_method, parse_method
-from secateurs.pruning.report import LayerReport, MLPReport, Report
+from secateurs.pruning.refine import refine as refined_by_descent
+from secateurs.pruning.report import BlockReport, LayerReport, MLPReport, Refinement, Report
 from secateurs.pruning.sensitivity import Sensitivity
 from secateurs.pruning.solver import Solver, rounded
 from secateurs.pruning.sparsellm import MLP, Linear, Pruned, SparseLLM, Tokens, prune_linear
@@ -39,6 +40,9 @@ Advance = Callable[[str, float | None], None]
 """Told the name of each layer that is done, and its error if it was pruned now."""
 
 TOKENS_AT_ONCE = 2048
+
+REFINE = 8
+"""Passes over the calibration text by default, where there is something to refine towards."""
 
 
 def prune(
@@ -55,6 +59,8 @@ def prune(
     field: str = "text",
     device: str | None = None,
     target: Target | None = None,
+    repair: float = 0.5,
+    refine: int | None = None,
     sequential: Sequential | None = None,
     batch_size: int | None = None,
     progress: bool = False,
@@ -85,6 +91,11 @@ def prune(
             was lost before them in the block ("block"); or the dense model's, so that they also make up
             for blocks before ("dense"; SparseLLM's default). Where a model normalises what o and down give
             (Gemma 2, OPT-350m), they aim at their own dense outputs in both.
+        repair: the share of what blocks before have lost that the target "dense" asks o and down to make up
+            for, above 0 and up to 1. All of it pulls harder than a few calibration tokens can guide.
+        refine: passes over the calibration text in which, once a block is pruned, gradient descent brings
+            its remaining weights closer to the target, attention and MLP at once. By default 8 with
+            SparseLLM, and 0 with local methods or the target "layer", which leaves nothing to refine.
         sequential: which pruned layers the inputs of a layer have seen when they are measured: those of
             the blocks before ("block", as published), also this block's attention ("sublayer"), or all
             that come before it ("linear"). SparseLLM, and any method with a target beyond the layer, sees
@@ -123,12 +134,20 @@ def prune(
             raise ValueError(f"calibration text is needed for the target '{target}'")
         sequential = "linear"
     sequential = sequential or "block"
+    if not 0 < repair <= 1:
+        raise ValueError(f"repair is a share above 0 and up to 1, not {repair} (for 0, set target to block)")
+    if refine is None:
+        refine = REFINE if isinstance(solver, SparseLLM) and target != "layer" else 0
+    if refine < 0:
+        raise ValueError(f"refine is a number of passes, not {refine}")
+    if refine and target == "layer":
+        raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
     where = resolve_device(device)
     checkpoint = Checkpoint(resolve(model))
     if Path(output).resolve() == checkpoint.folder.resolve():
         raise ValueError(f"'{output}' is the model's own folder: give another output folder")
     blockwise = BlockwiseModel(checkpoint, where)
-    walk = _Walk(blockwise, solver, target, sequential)
+    walk = _Walk(blockwise, solver, target, repair, refine, sequential)
     budget, shapes = as_pattern(pattern), layer_shapes(blockwise)
     planned = plan(allocation, budget, shapes)
     if calibration is None and isinstance(planned, Sensitivity):
@@ -136,6 +155,8 @@ def prune(
     tokens = None if calibration is None else _tokens(calibration, blockwise, samples, length, seed, field)
     if tokens is not None:
         batch_size = batch_size or max(1, TOKENS_AT_ONCE // tokens.shape[1])
+        if refine and len(tokens) < 2:
+            raise ValueError("refinement holds a calibration sequence out: give two or more (or refine 0)")
     settings = {
         "model": str(model),
         "method": describe_method(solver),
@@ -152,6 +173,8 @@ def prune(
             "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         },
         "target": target,
+        "repair": repair if target == "dense" else None,
+        "refine": refine,
         "sequential": sequential,
         "batch_size": batch_size,
         "device": where.type,
@@ -234,6 +257,8 @@ class _Walk:
     model: BlockwiseModel
     method: Method
     target: Target
+    repair: float
+    refine: int
     sequential: Sequential
 
     @property
@@ -251,10 +276,8 @@ class _Walk:
         if not self.joint:
             return 1
         config, family = self.model.config, self.model.family
-        sizes, streams = (
-            family.sizes(config),
-            6,
-        )  # with the dense one, two aims, and what the MLP sees and aims at
+        # The dense stream too, aims of which some are in float32, and what the MLP sees and aims at.
+        sizes, streams = family.sizes(config), 10
         if not self._sparsellm.iterations:
             return streams
         return streams + (2 if "gate" in family.roles else 1) * sizes.channels / sizes.hidden
@@ -304,9 +327,9 @@ class _Walk:
             if finished is None:
                 with model.block(index, weights):
                     prune = self._prune_jointly if self.joint else self._prune_block
-                    reports, mlp = prune(index, patterns, streams, weights, work, advance)
+                    report = prune(index, patterns, streams, weights, work, advance)
                     with work.clock("write"):
-                        work.write_block(index, weights, reports, mlp, time.monotonic() - start)
+                        work.write_block(index, weights, report, time.monotonic() - start)
                     spent += time.monotonic() - start
                     if more:
                         self._push(index, streams.pruned, work)
@@ -338,7 +361,7 @@ class _Walk:
         weights: dict[str, Tensor],
         work: WorkFolder,
         advance: Advance,
-    ) -> tuple[list[LayerReport], None]:
+    ) -> BlockReport:
         """Prune a materialised block in place, layer by layer, and so `weights`, its tensors as they will be
         stored."""
         reports: list[LayerReport] = []
@@ -357,7 +380,7 @@ class _Walk:
                         with work.clock("solve"):
                             reports.append(self._prune_layer(name, moments, pattern, weights))
                     advance(name, None if pattern is None else reports[-1].error)
-        return reports, None
+        return BlockReport(reports, [], [])
 
     def _prune_jointly(
         self,
@@ -367,14 +390,18 @@ class _Walk:
         weights: dict[str, Tensor],
         work: WorkFolder,
         advance: Advance,
-    ) -> tuple[list[LayerReport], MLPReport | None]:
+    ) -> BlockReport:
         """The same with the target of o and of the MLP beyond themselves. Also pushes the dense stream on."""
         model = self.model
         reports: list[LayerReport] = []
         aims = None
         if self.target != "layer":
             with work.clock("run"):
-                aims = self._aim(index, streams.dense if streams.dense is not None else streams.pruned)
+                aims = self._aim(index, streams.pruned)
+                if streams.dense is not None:
+                    dense = self._aim(index, streams.dense)
+                    streams.dense = dense.result
+                    aims = _Aims(*(self._between(*pair) for pair in zip(aims, dense, strict=True)))
         for group in model.family.groups[:2]:
             names = self._layers(index, (group,))
             if any(patterns[name] for name in names):
@@ -386,17 +413,24 @@ class _Walk:
                     with work.clock("solve"):
                         reports.append(self._prune_to(name, moments, products, pattern, weights))
                 advance(name, None if pattern is None else reports[-1].error)
-        mlp = None
+        report = BlockReport(reports, [], [])
         names = self._layers(index, model.family.groups[2:])
         if any(patterns[name] for name in names):
-            layers, mlp = self._prune_mlp(index, patterns, streams.pruned, aims, weights, work)
-            reports += layers
+            self._prune_mlp(index, patterns, streams.pruned, aims, weights, work, report)
         errors = {layer.name: layer.error for layer in reports}
         for name in names:
             advance(name, errors.get(name))
-        if streams.dense is not None and aims is not None:
-            streams.dense = aims.result
-        return reports, mlp
+        if self.refine and reports and aims is not None:
+            with work.clock("solve"):
+                report.refinements.append(self._refine(index, reports, streams.pruned, aims.result, weights))
+        return report
+
+    def _between(self, near: list[Tensor], far: list[Tensor]) -> list[Tensor]:
+        """`repair` of the way from what a dense block makes of the pruned stream to the dense model's."""
+        return [
+            torch.lerp(here.float(), there.float(), self.repair)
+            for here, there in zip(near, far, strict=True)
+        ]
 
     def _aim(self, index: int, hidden: list[Tensor]) -> _Aims:
         """What a materialised dense block gives for the target's activations."""
@@ -444,8 +478,9 @@ class _Walk:
         aims: _Aims | None,
         weights: dict[str, Tensor],
         work: WorkFolder,
-    ) -> tuple[list[LayerReport], MLPReport | None]:
-        """Prune the MLP of a materialised block as one problem."""
+        report: BlockReport,
+    ) -> None:
+        """Prune the MLP of a materialised block as one problem, and report it."""
         start = time.monotonic()
         model, family = self.model, self.model.family
         with work.clock("run"):
@@ -476,8 +511,42 @@ class _Walk:
                 self._store(name, pruned.layer.weight, pruned.layer.bias, weights)
                 reports.append(_report(name, pruned, 0.0))
         share = round((time.monotonic() - start) / len(reports), 4)  # they are solved together
-        reports = [replace(report, seconds=share) for report in reports]
-        return reports, MLPReport(block, solution.iterates, solution.kept) if method.iterations else None
+        report.layers.extend(replace(layer, seconds=share) for layer in reports)
+        if method.iterations:
+            report.mlps.append(MLPReport(block, solution.iterates, solution.kept))
+
+    def _refine(
+        self,
+        index: int,
+        layers: list[LayerReport],
+        hidden: list[Tensor],
+        targets: list[Tensor],
+        weights: dict[str, Tensor],
+    ) -> Refinement:
+        """Refine the pruned layers of a materialised block, if it is better for it."""
+        path = f"{self.model.family.blocks}.{index}"
+        pruned = {layer.name: self.model.model.get_submodule(layer.name) for layer in layers}
+        names = [
+            f"{name}.{leaf}".removeprefix(path + ".")
+            for name, layer in pruned.items()
+            for leaf in ("weight", "bias")
+            if isinstance(getattr(layer, leaf, None), Tensor)
+        ]
+        try:
+            found = refined_by_descent(self.model, index, names, hidden, targets, passes=self.refine)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"'{path}': {error}") from None
+        if found.after < found.before:
+            for name, layer in pruned.items():
+                inner = name.removeprefix(path + ".")
+                weight, bias = (found.parameters.get(f"{inner}.{leaf}") for leaf in ("weight", "bias"))
+                assert weight is not None
+                stored = weights[self.model.stored_name(name + ".weight")].dtype
+                sparse = weight if linear_weight(layer) is layer.weight else weight.T
+                self._store(
+                    name, rounded(sparse, stored), None if bias is None else rounded(bias, stored), weights
+                )
+        return Refinement(path, found.before, found.after)
 
     def _mlp_tokens(self, index: int, hidden: list[Tensor], aims: _Aims | None) -> Tokens:
         """What the MLP of a block whose attention is pruned sees, and what it ought to give."""

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from secateurs.checkpoint import INDEX, Checkpoint, copy_file, read_json, write_json, write_tensors
 from secateurs.pattern import parse_pattern
-from secateurs.pruning.report import RECORD, LayerReport, MLPReport, Report
+from secateurs.pruning.report import RECORD, BlockReport, Report
 from secateurs.pruning.survey import Patterns
 from secateurs.version import __version__
 
@@ -141,17 +141,11 @@ class WorkFolder:
         self,
         index: int,
         weights: dict[str, Tensor],
-        layers: list[LayerReport],
-        mlp: MLPReport | None,
+        report: BlockReport,
         seconds: float,
     ) -> None:
         """Record a block as done: its report first, then the shard that makes it count."""
-        report = {
-            "seconds": seconds,
-            "layers": [asdict(layer) for layer in layers],
-            "mlps": [asdict(mlp)] if mlp else [],
-        }
-        write_json(self._report(index), report)
+        write_json(self._report(index), {"seconds": seconds, **asdict(report)})
         write_tensors(self.model / self.shards[index + 1], weights)
 
     def _report(self, index: int) -> Path:
@@ -180,8 +174,10 @@ class WorkFolder:
             "versions": self.versions,
             "seconds": round(seconds + sum(block["seconds"] for block in blocks), 3),
             "phases": {phase: round(value, 3) for phase, value in self.phases.items()},
-            "layers": [layer for block in blocks for layer in block["layers"]],
-            "mlps": [mlp for block in blocks for mlp in block["mlps"]],
+            **{
+                part.name: [entry for block in blocks for entry in block[part.name]]
+                for part in fields(BlockReport)
+            },
         }
         write_json(self.model / RECORD, record)
         os.replace(self.model, self.output)

@@ -1,0 +1,126 @@
+"""Gradient descent on what is left of a block, its zeros held: attention and MLP at once.
+
+Local solvers and SparseLLM's fits see a layer or the MLP, through least squares. A last look at the whole
+block, nonlinear as it is, recovers some of what they cannot (Guo et al., EBFT, arXiv 2402.12419, tunes
+pruned blocks in the same way).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from secateurs.blockwise import BlockwiseModel
+
+TOKENS_A_STEP = 1024
+
+HELD_OUT = 8
+"""One sequence in so many, and at least one, judges whether the block is better for it."""
+
+RATE = 0.003
+"""The first step's size, relative to the root mean square of the weights that it changes."""
+
+WARM_UP = 20
+"""Steps until Adam's second moments may be trusted with the whole rate."""
+
+
+class Refined(NamedTuple):
+    """Parameters of a block after descent, and what it gained on sequences that it was not shown."""
+
+    parameters: dict[str, Tensor]
+    """By their names in the block, in the dtypes they had."""
+    before: float
+    """Squared error of the block's result, relative to the energy of what the dense block adds."""
+    after: float
+
+
+def refine(
+    model: BlockwiseModel,
+    index: int,
+    names: Sequence[str],
+    hidden: list[Tensor],
+    targets: list[Tensor],
+    *,
+    passes: int,
+) -> Refined:
+    """Train some parameters of a materialised block towards a target. The block itself stays as it is.
+
+    Adam, in float32, at a rate that falls linearly to zero; a step sees about `TOKENS_A_STEP` tokens.
+    Matrices keep their zeros. Memory: four times the block's parameters in float32, and the activations
+    of one step.
+
+    Args:
+        model: whose block it is.
+        index: of the block.
+        names: of the parameters to train, within the block.
+        hidden: what the block is given, a (batch, length, hidden) tensor for each batch; at least two
+            sequences.
+        targets: what it ought to give, of the same shapes.
+        passes: over the sequences.
+
+    Raises:
+        FloatingPointError: the block's result is not finite before anything is changed.
+    """
+    pairs = [
+        pair
+        for given, wanted in zip(hidden, targets, strict=True)
+        for pair in zip(given.split(1), wanted.split(1), strict=True)
+    ]
+    shown = [pair for i, pair in enumerate(pairs) if i % HELD_OUT != 1]
+    unseen = pairs[1::HELD_OUT]
+    dense = dict(model.blocks[index].named_parameters())
+    parameters = {name: parameter.detach().float() for name, parameter in dense.items()}
+    trained = {name: parameters[name].clone().requires_grad_() for name in names}
+    parameters |= trained
+    kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim == 2}
+    together = max(1, TOKENS_A_STEP // hidden[0].shape[1])
+    energy = sum(float((wanted.float() - given.float()).square().sum()) for given, wanted in pairs) / len(
+        pairs
+    )
+    energy = energy or 1.0
+
+    def lost(some: Sequence[tuple[Tensor, Tensor]], weights: dict[str, Tensor]) -> Tensor:
+        given, wanted = (torch.cat(tensors).to(model.device).float() for tensors in zip(*some, strict=True))
+        return (model.run_with(index, given, weights) - wanted).square().sum() / (energy * len(some))
+
+    @torch.no_grad()
+    def error(weights: dict[str, Tensor]) -> float:
+        return sum(float(lost([pair], weights)) for pair in unseen) / len(unseen)
+
+    before = error(parameters)
+    if not math.isfinite(before):
+        raise FloatingPointError("the result of the pruned block is not finite on the calibration text")
+    steps = passes * math.ceil(len(shown) / together)
+    optimiser = torch.optim.Adam(
+        [
+            {"params": [parameter], "lr": RATE * _typical(parameter.detach())}
+            for parameter in trained.values()
+        ],
+        betas=(0.9, 0.95),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps)
+    )
+    order = torch.Generator().manual_seed(index)
+    with torch.enable_grad():
+        for _ in range(passes):
+            for chosen in torch.randperm(len(shown), generator=order).split(together):
+                lost([shown[i] for i in chosen.tolist()], parameters).backward()
+                for name, mask in kept.items():
+                    gradient = trained[name].grad
+                    assert gradient is not None
+                    gradient.mul_(mask)  # Adam does not move what never has a gradient
+                optimiser.step()
+                optimiser.zero_grad()
+                schedule.step()
+    result = {name: parameter.detach().to(dense[name].dtype) for name, parameter in trained.items()}
+    after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
+    return Refined(result, before, after)
+
+
+def _typical(parameter: Tensor) -> float:
+    """The root mean square of what is not zero; for a bias of zeros, that of a small one."""
+    used = parameter[parameter != 0]
+    return float(used.square().mean().sqrt()) if used.numel() else 1e-2

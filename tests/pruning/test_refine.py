@@ -1,0 +1,147 @@
+"""Refinement against whole models that transformers runs, and against Adam written out."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import secateurs.pruning.refine
+from families import FAMILIES, build, tokens
+from folders import save, tensors_of
+from secateurs import Wanda, prune
+from secateurs.anatomy import family_of
+from secateurs.blockwise import BlockwiseModel
+from secateurs.checkpoint import Checkpoint
+from secateurs.pruning.refine import refine
+
+
+def first_block(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the first block is given and gives, with gradients."""
+    noted: list[tuple[Tensor, Tensor]] = []
+
+    def note(_: Any, given: tuple[Tensor, ...], result: Any) -> None:
+        noted.append((given[0], result[0] if isinstance(result, tuple) else result))
+
+    block = model.get_submodule(family_of(model.config).blocks)[0]  # type: ignore[index]
+    handle = block.register_forward_hook(note)
+    model(ids, use_cache=False)
+    handle.remove()
+    return noted[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_reports_what_it_gains_and_touches_what_is_pruned(name: str, tmp_path: Path) -> None:
+    ids = tokens(batch=96)
+    settings: Any = {
+        "calibration": ids,
+        "method": Wanda(),
+        "pattern": "50%",
+        "target": "dense",
+        "batch_size": 40,
+        "repair": 1.0,
+    }
+    dense = save(tmp_path / "dense", name)
+    prune(dense, output=tmp_path / "before", **settings)
+    report = prune(dense, output=tmp_path / "after", refine=3, **settings)
+    assert len(report.refinements) == 3
+    assert any(block.after < block.before for block in report.refinements)
+    pruned = {layer.name for layer in report.layers}
+    before, after = tensors_of(tmp_path / "before"), tensors_of(tmp_path / "after")
+    moved = set()
+    for tensor in before:
+        if not torch.equal(before[tensor], after[tensor]):
+            moved.add(tensor)
+            zeros = [(tensors[tensor] == 0).sum() for tensors in (before, after)]
+            assert zeros[0] == zeros[1]
+            if ".0." in tensor:  # later blocks see other inputs, by which their zeros are chosen
+                assert torch.equal(before[tensor] == 0, after[tensor] == 0)
+    layers = {tensor.rpartition(".")[0] for tensor in moved}
+    assert layers
+    assert all(any(layer.endswith(name) for layer in pruned) for name in layers)
+
+    errors = []
+    given, wanted = (
+        part[1::8].detach() for part in first_block(AutoModelForCausalLM.from_pretrained(dense), ids)
+    )
+    everything_given, everything = first_block(AutoModelForCausalLM.from_pretrained(dense), ids)
+    energy = (everything - everything_given).square().sum() / len(ids)
+    for folder in ("before", "after"):
+        _, result = first_block(AutoModelForCausalLM.from_pretrained(tmp_path / folder), ids)
+        errors.append(float((result[1::8] - wanted).square().sum() / energy / len(given)))
+    first = report.refinements[0]
+    assert [first.before, min(first.before, first.after)] == pytest.approx(errors, rel=1e-3)
+
+
+def test_its_steps_are_those_of_adam_where_weights_are_left(tmp_path: Path) -> None:
+    ids, name, passes = tokens(batch=10), "model.layers.0.mlp.up_proj.weight", 2
+    blockwise = BlockwiseModel(Checkpoint(save(tmp_path / "dense", "llama")), torch.device("cpu"))
+    hidden = blockwise.embed(ids, batch_size=4)
+    with blockwise.block(0):
+        targets = [blockwise.run(0, states) for states in hidden]
+        up = blockwise.model.get_parameter(name)
+        up.data *= torch.rand(up.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        start = up.detach().clone()
+        found = refine(blockwise, 0, ["mlp.up_proj.weight"], hidden, targets, passes=passes)
+        assert torch.equal(up, start)
+
+    model = build("llama").double()
+    wanted = torch.cat(targets).double()
+    weight = model.get_parameter(name)
+    weight.data = start.double()
+    shown = [i for i in range(10) if i % 8 != 1]
+    given, _ = first_block(model, ids)
+    energy = (wanted - given.detach()).square().sum() / 10
+    order = torch.Generator().manual_seed(0)
+    together = max(1, secateurs.pruning.refine.TOKENS_A_STEP // ids.shape[1])
+    first_moment, second_moment = torch.zeros_like(weight), torch.zeros_like(weight)
+    rate = secateurs.pruning.refine.RATE * start[start != 0].double().square().mean().sqrt()
+    steps, step = passes * math.ceil(len(shown) / together), 0
+    for _ in range(passes):
+        for chosen in torch.randperm(len(shown), generator=order).split(together):
+            some = [shown[i] for i in chosen]
+            _, result = first_block(model, ids[some])
+            loss = (result - wanted[some]).square().sum() / energy / len(some)
+            (gradient,) = torch.autograd.grad(loss, weight)
+            gradient = gradient * (start != 0)
+            first_moment = 0.9 * first_moment + 0.1 * gradient
+            second_moment = 0.95 * second_moment + 0.05 * gradient**2
+            scaled = second_moment / (1 - 0.95 ** (step + 1))
+            now = rate * min(1, (step + 1) / 20) * (1 - step / steps)
+            weight.data -= now * first_moment / (1 - 0.9 ** (step + 1)) / (scaled.sqrt() + 1e-8)
+            step += 1
+    moved = found.parameters["mlp.up_proj.weight"] - start
+    assert moved.norm() > 0
+    torch.testing.assert_close(moved, (weight.detach() - start).float(), rtol=0.02, atol=float(rate) * 1e-2)
+
+
+def test_a_descent_that_makes_it_worse_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secateurs.pruning.refine, "RATE", 1e3)
+    settings: Any = {"calibration": tokens(batch=4), "method": "wanda", "target": "block"}
+    dense = save(tmp_path / "dense", "opt")
+    prune(dense, output=tmp_path / "before", **settings)
+    report = prune(dense, output=tmp_path / "after", refine=1, **settings)
+    assert all(not block.after < block.before for block in report.refinements)
+    for name, tensor in tensors_of(tmp_path / "before").items():
+        assert torch.equal(tensor, tensors_of(tmp_path / "after")[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refine": -1}, "refine is a number of passes, not -1"),
+        ({"refine": 2, "target": "layer"}, "set target to block or dense"),
+        ({"refine": 2, "method": "wanda"}, "set target to block or dense"),
+        ({"refine": 2, "calibration": tokens(batch=1)}, "give two or more"),
+    ],
+)
+def test_settings_that_leave_nothing_to_refine(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "dense", "llama")
+    with pytest.raises(ValueError, match=message):
+        prune(folder, **{"output": tmp_path / "out", "calibration": tokens(), **settings})
+    assert not (tmp_path / "out").exists()
