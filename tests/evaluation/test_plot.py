@@ -24,7 +24,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def iterated(pruned: Path, folder: Path, *, blocks: int = 3) -> Path:
-    """A copy whose record tells of iterations on MLPs; the first iterate has no hidden term."""
+    """A copy whose record tells of iterations on MLPs; the second iterate has no hidden term."""
     shutil.copytree(pruned, folder)
     record = json.loads((folder / "secateurs.json").read_text())
     record["mlps"] = [
@@ -32,8 +32,10 @@ def iterated(pruned: Path, folder: Path, *, blocks: int = 3) -> Path:
             "name": f"model.layers.{block}",
             "iterates": [
                 {
-                    "objective": 0.5 / (i + 1),
-                    "terms": {"gate": 0.2 / (i + 1), "up": 0.2, "hidden": 0.1 * (i > 0), "output": 0.1},
+                    "objective": 0.5 / i if i else None,
+                    "terms": {"gate": 0.2 / i, "up": 0.2, "hidden": 0.1 * (i > 1), "output": 0.1}
+                    if i
+                    else {},
                     "held_out": 0.3 / (i + 1),
                 }
                 for i in range(4)

@@ -164,12 +164,12 @@ def _convergence(mlps: list[MLPReport]) -> "Figure":
     ]
     for ax, mlp in zip(axes, mlps, strict=True):
         curves: dict[str, list[float]] = {
-            "objective": [iterate.objective for iterate in mlp.iterates],
+            "objective": [iterate.objective or math.nan for iterate in mlp.iterates],
             "held-out error": [iterate.held_out for iterate in mlp.iterates],
             **{term: [iterate.terms.get(term, math.nan) for iterate in mlp.iterates] for term in terms},
         }
         for name, style in styles:
-            # On a logarithmic axis a term that is 0, as some are before any iteration, has no place.
+            # On a logarithmic axis a term that is 0 has no place.
             ax.plot([value if value > 0 else math.nan for value in curves[name]], label=name, **style)
         ax.plot(
             [mlp.kept],

@@ -31,8 +31,9 @@ class LayerReport:
 class Iterate:
     """An MLP as SparseLLM's iterations leave it."""
 
-    objective: float
-    """The weighted sum of the terms."""
+    objective: float | None
+    """The weighted sum of the terms once p, z and s have moved, to which this iterate's weights are then
+    fitted and pruned. None for the first: nothing has moved yet."""
     terms: dict[str, float]
     """Squared residuals of "gate", "up", "hidden" and "output", relative to the energy of their targets."""
     held_out: float

@@ -36,7 +36,8 @@ CHUNK = 1024
 HELD_OUT = 8
 """One token in so many, of each chunk, chooses among the iterates."""
 
-NEWTON_STEPS = 3
+NEWTON_STEPS = 2
+"""Of s in every iteration: it goes on in the next from where it is."""
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -225,9 +226,13 @@ class _Run:
         iterates: list[Iterate] = []
         best: tuple[float, MLPSolution] | None = None
         mlp = self.dense
+        objective: float | None = None
+        terms: dict[str, float] = {}
         goals: Sequence[Products | None] = [None] * len(mlp.first)
         for k in range(self.settings.iterations + 1):
             try:
+                if k:
+                    objective, terms, goals = self._settle(mlp)
                 first = self._prune_first(mlp, goals)
                 mlp = replace(self.dense, first=tuple(self._converted(pruned.layer) for pruned in first))
                 down = self._prune_down(mlp)
@@ -240,13 +245,9 @@ class _Run:
                 if best is None:
                     raise
                 break
+            iterates.append(Iterate(objective, terms, lost))
             if best is None or lost < best[0]:
                 best = lost, solution
-            try:
-                objective, terms, goals = self._settle(mlp, last=k == self.settings.iterations)
-            except FloatingPointError:
-                break
-            iterates.append(Iterate(objective, terms, lost))
         assert best is not None
         return best[1]
 
@@ -268,17 +269,12 @@ class _Run:
             products.update(self._read(y), channels)
         return prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
 
-    def _settle(self, mlp: MLP, *, last: bool) -> tuple[float, dict[str, float], list[Products]]:
-        """Step p, z and s once: the objective then, its terms, and the products to fit gate and up by.
-
-        Nothing is fitted after the last step: it needs no products.
-        """
+    def _settle(self, mlp: MLP) -> tuple[float, dict[str, float], list[Products]]:
+        """Step p, z and s once: the objective then, its terms, and the products to fit gate and up by."""
         weights = self.weights
         down, ratio = mlp.down.weight, self.weights.hidden / self.weights.output
         system = hidden_system(down, ratio)
-        goals = [
-            Products(*x.weight.shape, dtype=self.dtype, device=self.device) for x in mlp.first if not last
-        ]
+        goals = [Products(*x.weight.shape, dtype=self.dtype, device=self.device) for x in mlp.first]
         squares = torch.zeros(4, dtype=torch.float64, device=self.device)
         for x, y, stored in self._chunks(self.tokens, self.auxiliary):
             inputs = self._read(x)
@@ -299,7 +295,7 @@ class _Run:
             squares += torch.stack([residual.square_().sum() for residual in residuals])
             stored.copy_(after)
             for goal, wanted in zip(
-                goals, after.split([len(x.weight) for x in mlp.first], dim=1), strict=not last
+                goals, after.split([len(x.weight) for x in mlp.first], dim=1), strict=True
             ):
                 goal.update(wanted, inputs)
         per_token = (squares / self.moments.tokens).tolist()
@@ -460,22 +456,24 @@ def step_s(
         on = ((alpha * model + gamma * z * p) / (alpha + gamma * z * z)).clamp_min_(0)
         s = torch.where(value(off, torch.zeros_like(off)) < value(on, on), off, on)
         return s, s.clamp_min(0)
-    s, (active, slope) = start, _value_and_slope(activation, start)
+    s, (active, slope) = start.clone(), _value_and_slope(activation, start)
     now, shorten = value(s, active), torch.ones_like(s)
     for left in reversed(range(NEWTON_STEPS)):
         tilt = slope * z
-        step = (model - s).mul_(alpha).add_((p - active * z).mul_(tilt), alpha=gamma)
-        there = step.div_(tilt.square_().mul_(gamma).add_(alpha)).mul_(shorten).add_(s)
-        active_there, slope_there = (
-            _value_and_slope(activation, there) if left else (activation(there), slope)
-        )
+        there = (model - s).mul_(alpha).add_((active * z).sub_(p).mul_(tilt), alpha=-gamma)
+        there.div_(tilt.square_().mul_(gamma).add_(alpha)).mul_(shorten).add_(s)
+        if left:
+            active_there, slope_there = _value_and_slope(activation, there)
+        else:
+            active_there = activation(there)
         value_there = value(there, active_there)
         better = value_there < now
-        s, active = torch.where(better, there, s), torch.where(better, active_there, active)
+        torch.where(better, there, s, out=s)
+        torch.where(better, active_there, active, out=active)
         if left:
-            slope = torch.where(better, slope_there, slope)
-            now = torch.where(better, value_there, now)
-            shorten = torch.where(better, 1, shorten * 0.25)
+            torch.where(better, slope_there, slope, out=slope)
+            torch.where(better, value_there, now, out=now)
+            shorten.mul_(0.25).masked_fill_(better, 1)
     return s, active
 
 
