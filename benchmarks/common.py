@@ -148,6 +148,23 @@ def perplexities(folder: Path, texts: dict[str, Any], length: int) -> dict[str, 
     return {name: secateurs.perplexity(model, tokens, length=length) for name, tokens in texts.items()}
 
 
+def log_probabilities(folder: Path, tokens: Any, length: int) -> Any:
+    """What a saved model predicts after each token but a window's last: (tokens, vocabulary)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    with torch.no_grad():
+        scores = [model(window[None]).logits[0, :-1].float().log_softmax(-1) for window in windows]
+    return torch.cat(scores)
+
+
+def divergence(dense: Any, pruned: Any) -> float:
+    """Mean over tokens of the Kullback-Leibler divergence KL(dense || pruned), nats."""
+    return float((dense.exp() * (dense - pruned)).sum(dim=-1).mean())
+
+
 def load(path: Path) -> list[Record]:
     """The rows of an earlier, perhaps interrupted, run."""
     return json.loads(path.read_text())["rows"] if path.exists() else []

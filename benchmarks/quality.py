@@ -1,17 +1,19 @@
 """Perplexity by method and pattern on real models, over several calibration samples.
 
 Every combination is pruned and saved, loaded back by transformers, searched for NaN and Inf, and measured
-on the first windows of each text. The tables show the mean over the seeds, and each method's margin over
-SparseGPT in log-perplexity (below zero is better), paired by seed: mean (least to most). A combination in
-the results is not repeated: interrupt at will, and run the same command again.
+on the first windows of each text: perplexity, and the divergence of the dense model's predictions from the
+pruned one's. (Where the dense model knows a text badly, what changes its predictions may lower perplexity:
+only the divergence then tells how much of the model is left.) The tables show the mean over the seeds, and
+each method's margin over the base in log-perplexity (below zero is better), paired by seed: mean (least to
+most). A combination in the results is not repeated: interrupt at will, and run the same command again.
 
     python benchmarks/quality.py --models ../out/llama ../out/opt --calibration ../data/wikitext-2/valid.txt \
         --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
 
 What each part of SparseLLM adds, one after the other, in the same walk:
 
-    python benchmarks/quality.py ... --methods sparsegpt +sequential +fit +iterations +dense +allocation \
-        admm everything --results benchmarks/results/ablation.json
+    python benchmarks/quality.py ... --methods sparsegpt +sequential +fit +iterations +dense +refinement \
+        +allocation admm sparsellm everything --results benchmarks/results/ablation.json
 """
 
 import math
@@ -25,20 +27,36 @@ import tyro
 from transformers import AutoTokenizer
 
 import secateurs
-from common import RESULTS, Record, environment, load, perplexities, print_table, save
+from common import (
+    RESULTS,
+    Record,
+    divergence,
+    environment,
+    load,
+    log_probabilities,
+    perplexities,
+    print_table,
+    save,
+)
 from secateurs.pruning.walk import Sequential
 from secateurs.text import calibration_blocks, evaluation_tokens
 
 Cell = tuple[str, str, int | None]  # method, pattern, calibration seed
 DENSE: Cell = ("dense", "0%", None)
 
+COMPARED = 16
+"""Windows of each text on which predictions are compared."""
+
 RUNGS: dict[str, Record] = {
     "+sequential": {"method": "sparsegpt", "sequential": "linear"},
     "+fit": {"method": "sparsegpt", "target": "block"},
-    "+iterations": {"method": "sparsellm:solver=sparsegpt", "target": "block"},
-    "+dense": {"method": "sparsellm:solver=sparsegpt", "target": "dense"},
+    "+iterations": {"method": "sparsellm:solver=sparsegpt", "target": "block", "refine": 0},
+    "+dense": {"method": "sparsellm:solver=sparsegpt", "target": "dense", "refine": 0},
+    "+refinement": {"method": "sparsellm:solver=sparsegpt", "target": "dense"},
     "+allocation": {"method": "sparsellm:solver=sparsegpt", "target": "dense", "allocation": "sensitivity"},
-    "everything": {"method": "sparsellm:solver=admm", "target": "dense", "allocation": "sensitivity"},
+    "sparsellm": {"method": "sparsellm"},
+    "without iterations": {"method": "sparsellm:iterations=0"},
+    "everything": {"method": "sparsellm", "allocation": "sensitivity"},
 }
 """What `secateurs.prune` is given for methods that are more than a name."""
 
@@ -56,6 +74,7 @@ def measure(
     cell: Cell,
     ids: dict[int | None, torch.Tensor],
     texts: dict[str, torch.Tensor],
+    dense: dict[str, torch.Tensor],
     length: int,
     sequential: Sequential,
 ) -> Record:
@@ -74,6 +93,10 @@ def measure(
         )
         return {
             "perplexity": perplexities(output, texts, length),
+            "divergence": {
+                name: divergence(scores, log_probabilities(output, texts[name][: COMPARED * length], length))
+                for name, scores in dense.items()
+            },
             "sparsity": report.sparsity,
             "seconds": report.seconds,
             "error": mean(layer.error for layer in report.layers),
@@ -91,21 +114,28 @@ def margin(own: dict[int | None, float], base: dict[int | None, float]) -> str:
     return f"{mean(margins):+.3f} ({min(margins):+.3f} to {max(margins):+.3f})" if margins else ""
 
 
-def print_tables(rows: list[Record], methods: tuple[str, ...], patterns: tuple[str, ...]) -> None:
-    """One for each model and text."""
-    rivals = [method for method in methods if method != "sparsegpt"]
+def print_tables(rows: list[Record], methods: tuple[str, ...], patterns: tuple[str, ...], base: str) -> None:
+    """One of perplexities and one of divergences for each model and text."""
+    rivals = [method for method in methods if method != base]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         for text in own[0]["perplexity"]:
-            scores = {(row["method"], row["pattern"], row["seed"]): row["perplexity"][text] for row in own}
-            table = []
-            for pattern in patterns:
-                found = {method: by_seed(scores, method, pattern) for method in methods}
-                means = [mean(found[method].values()) if found[method] else "" for method in methods]
-                margins = [margin(found[method], by_seed(scores, "sparsegpt", pattern)) for method in rivals]
-                table.append([pattern, *means, *margins])
-            print(f"\n{model} on {text}: perplexity {scores[DENSE]:.2f} dense\n")
-            print_table(["pattern", *methods, *(f"{method} - sparsegpt" for method in rivals)], table)
+            for kind in ("perplexity", "divergence"):
+                scores = {
+                    (row["method"], row["pattern"], row["seed"]): row[kind][text]
+                    for row in own
+                    if kind in row
+                }
+                table = []
+                for pattern in patterns:
+                    found = {method: by_seed(scores, method, pattern) for method in methods}
+                    means = [mean(found[method].values()) if found[method] else "" for method in methods]
+                    margins = [margin(found[method], found[base]) for method in rivals]
+                    table.append([pattern, *means, *(margins if kind == "perplexity" else [])])
+                dense = f" ({scores[DENSE]:.2f} dense)" if DENSE in scores else ""
+                against = [f"{method} - {base}" for method in rivals] if kind == "perplexity" else []
+                print(f"\n{kind} of {model} on {text}{dense}\n")
+                print_table(["pattern", *methods, *against], table)
 
 
 def main(
@@ -119,6 +149,7 @@ def main(
     length: int = 512,
     windows: int = 64,
     sequential: Sequential = "block",
+    base: str = "sparsegpt",
     results: Path = RESULTS / "quality.json",
 ) -> None:
     about = {
@@ -138,15 +169,19 @@ def main(
             for seed in seeds
         }
         evaluation = {text.stem: evaluation_tokens(text, tokenizer)[: windows * length] for text in texts}
+        dense = {
+            name: log_probabilities(model, text[: COMPARED * length], length)
+            for name, text in evaluation.items()
+        }
         for cell in grid(methods, patterns, seeds):
             if (model.name, *cell) in done:
                 continue
             row = {"model": model.name, **dict(zip(("method", "pattern", "seed"), cell, strict=True))}
-            rows.append(row | measure(model, cell, ids, evaluation, length, sequential))
+            rows.append(row | measure(model, cell, ids, evaluation, dense, length, sequential))
             save(results, about, rows)
             scores = (f"{text} {score:.2f}" for text, score in rows[-1]["perplexity"].items())
             print(*row.values(), *scores, flush=True)
-    print_tables(rows, methods, patterns)
+    print_tables(rows, methods, patterns, base)
 
 
 if __name__ == "__main__":
