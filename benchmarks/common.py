@@ -148,21 +148,24 @@ def perplexities(folder: Path, texts: dict[str, Any], length: int) -> dict[str, 
     return {name: secateurs.perplexity(model, tokens, length=length) for name, tokens in texts.items()}
 
 
-def log_probabilities(folder: Path, tokens: Any, length: int) -> Any:
-    """What a saved model predicts after each token but a window's last: (tokens, vocabulary)."""
+def divergences(
+    dense: Path, pruned: Path, texts: dict[str, Any], length: int, windows: int = 16
+) -> dict[str, float]:
+    """KL(dense || pruned) of saved models' predictions, nats, over the first windows of each text."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
-    with torch.no_grad():
-        scores = [model(window[None]).logits[0, :-1].float().log_softmax(-1) for window in windows]
-    return torch.cat(scores)
-
-
-def divergence(dense: Any, pruned: Any) -> float:
-    """Mean over tokens of the Kullback-Leibler divergence KL(dense || pruned), nats."""
-    return float((dense.exp() * (dense - pruned)).sum(dim=-1).mean())
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval() for folder in (dense, pruned)]
+    found = {}
+    for name, tokens in texts.items():
+        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows]
+        total = 0.0
+        with torch.no_grad():
+            for block in blocks:
+                wanted, given = (model(block).logits[0, :-1].float().log_softmax(dim=-1) for model in models)
+                total += float((wanted.exp() * (wanted - given)).sum(dim=-1).mean())
+        found[name] = total / len(blocks)
+    return found
 
 
 def load(path: Path) -> list[Record]:

@@ -30,10 +30,9 @@ import secateurs
 from common import (
     RESULTS,
     Record,
-    divergence,
+    divergences,
     environment,
     load,
-    log_probabilities,
     perplexities,
     print_table,
     save,
@@ -43,9 +42,6 @@ from secateurs.text import calibration_blocks, evaluation_tokens
 
 Cell = tuple[str, str, int | None]  # method, pattern, calibration seed
 DENSE: Cell = ("dense", "0%", None)
-
-COMPARED = 16
-"""Windows of each text on which predictions are compared."""
 
 RUNGS: dict[str, Record] = {
     "+sequential": {"method": "sparsegpt", "sequential": "linear"},
@@ -74,7 +70,6 @@ def measure(
     cell: Cell,
     ids: dict[int | None, torch.Tensor],
     texts: dict[str, torch.Tensor],
-    dense: dict[str, torch.Tensor],
     length: int,
     sequential: Sequential,
 ) -> Record:
@@ -93,10 +88,7 @@ def measure(
         )
         return {
             "perplexity": perplexities(output, texts, length),
-            "divergence": {
-                name: divergence(scores, log_probabilities(output, texts[name][: COMPARED * length], length))
-                for name, scores in dense.items()
-            },
+            "divergence": divergences(model, output, texts, length),
             "sparsity": report.sparsity,
             "seconds": report.seconds,
             "error": mean(layer.error for layer in report.layers),
@@ -130,7 +122,7 @@ def print_tables(rows: list[Record], methods: tuple[str, ...], patterns: tuple[s
                 for pattern in patterns:
                     found = {method: by_seed(scores, method, pattern) for method in methods}
                     means = [mean(found[method].values()) if found[method] else "" for method in methods]
-                    margins = [margin(found[method], found[base]) for method in rivals]
+                    margins = [margin(found[method], by_seed(scores, base, pattern)) for method in rivals]
                     table.append([pattern, *means, *(margins if kind == "perplexity" else [])])
                 dense = f" ({scores[DENSE]:.2f} dense)" if DENSE in scores else ""
                 against = [f"{method} - {base}" for method in rivals] if kind == "perplexity" else []
@@ -169,15 +161,11 @@ def main(
             for seed in seeds
         }
         evaluation = {text.stem: evaluation_tokens(text, tokenizer)[: windows * length] for text in texts}
-        dense = {
-            name: log_probabilities(model, text[: COMPARED * length], length)
-            for name, text in evaluation.items()
-        }
         for cell in grid(methods, patterns, seeds):
             if (model.name, *cell) in done:
                 continue
             row = {"model": model.name, **dict(zip(("method", "pattern", "seed"), cell, strict=True))}
-            rows.append(row | measure(model, cell, ids, evaluation, dense, length, sequential))
+            rows.append(row | measure(model, cell, ids, evaluation, length, sequential))
             save(results, about, rows)
             scores = (f"{text} {score:.2f}" for text, score in rows[-1]["perplexity"].items())
             print(*row.values(), *scores, flush=True)

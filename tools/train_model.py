@@ -3,6 +3,8 @@
     python tools/train_model.py --books DIR --output models/llama
     python tools/train_model.py --books DIR --output models/opt --architecture opt --tokens 3_276_800
     python tools/train_model.py --books DIR --output models/llama-128 --width 128
+    python tools/train_model.py --books DIR --output models/opt-wikitext --start models/opt --more valid.txt \
+        --tokens 1_228_800
 
 One file from raw text to a folder that transformers loads. Matrices are trained by Muon, which on two
 CPU cores reaches in one hour what AdamW reaches in two; embeddings, norms and biases by AdamW. The rate
@@ -102,17 +104,38 @@ def main(
     architecture: Literal["llama", "opt"] = "llama",
     width: int = 256,
     tokens: int = 9_830_400,
+    start: Path | None = None,
+    more: Path | None = None,
     muon_rate: float = 0.005,
     adam_rate: float = 0.004,
     seed: int = 0,
 ) -> None:
+    """Train a model.
+
+    Args:
+        books: a folder of text files, of which `HELD_OUT` are left out.
+        output: the folder to make.
+        architecture: of a model trained from nothing.
+        width: of the same.
+        tokens: to train on.
+        start: a model to go on from.
+        more: a text from which every other sequence is taken.
+        muon_rate: of matrices.
+        adam_rate: of the rest.
+        seed: of the weights and the order.
+    """
     torch.manual_seed(seed)
     files = sorted(books.glob("*.txt"))
     train_files = [file for file in files if file.name not in HELD_OUT]
-    tokenizer = train_tokenizer(train_files)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else train_tokenizer(train_files)
     text = torch.cat([encode(tokenizer, file) for file in train_files])
+    other = encode(tokenizer, more) if more else text
     held_out = {name: encode(tokenizer, books / name) for name in HELD_OUT}
-    model = build(architecture, width)
+    model = (
+        AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+        if start
+        else build(architecture, width)
+    )
     print(f"{model.num_parameters():,} parameters, {text.numel():,} tokens of text")
 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -126,11 +149,14 @@ def main(
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
 
+    def window(source: torch.Tensor) -> torch.Tensor:
+        offset = int(torch.randint(source.numel() - LENGTH - 1, ()))
+        return source[offset : offset + LENGTH + 1]
+
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimisers]
-    start = time.monotonic()
+    began = time.monotonic()
     for step in range(steps):
-        offsets = torch.randint(text.numel() - LENGTH - 1, (BATCH,))
-        loss = loss_of(model, torch.stack([text[o : o + LENGTH + 1] for o in offsets]))
+        loss = loss_of(model, torch.stack([window(source) for source in [text, other] * (BATCH // 2)]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser, schedule in zip(optimisers, schedules, strict=True):
@@ -138,18 +164,19 @@ def main(
             optimiser.zero_grad()
             schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            seconds = time.monotonic() - start
+            seconds = time.monotonic() - began
             print(f"step {step}/{steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
 
     model.bfloat16()
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     record = {
-        "architecture": architecture,
+        "architecture": model.config.model_type,
         "parameters": model.num_parameters(),
         "tokens": steps * BATCH * LENGTH,
-        "seconds": round(time.monotonic() - start),
-        "trained_on": [file.name for file in train_files],
+        "seconds": round(time.monotonic() - began),
+        "started_from": start.name if start else None,
+        "trained_on": [file.name for file in (*train_files, *([more] if more else []))],
         "perplexity_held_out": {k: round(perplexity(model, v), 2) for k, v in held_out.items()},
     }
     print(json.dumps(record, indent=2))

@@ -178,17 +178,7 @@ class BlockwiseModel:
         return output[0] if isinstance(output, tuple) else output
 
     def run_with(self, index: int, states: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """The same with other parameters, by their names in the block, in their dtype; gradients flow."""
-        dtype = states.dtype
-
-        def converted(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(converted(part) for part in value)
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
+        """The same with other parameters, by their names in the block; gradients flow to them."""
         call = self.calls[index]
-        kwargs = {name: converted(value) for name, value in call.kwargs.items()}
-        output = torch.func.functional_call(
-            self.blocks[index], parameters, (states, *converted(call.args)), kwargs
-        )
+        output = torch.func.functional_call(self.blocks[index], parameters, (states, *call.args), call.kwargs)
         return output[0] if isinstance(output, tuple) else output

@@ -27,7 +27,7 @@ def prune(
     field: str = "text",
     device: str | None = None,
     target: Literal["layer", "block", "dense"] | None = None,
-    repair: float = 0.5,
+    repair: float | None = None,
     refine: int | None = None,
     sequential: Literal["block", "sublayer", "linear"] | None = None,
     batch_size: int | None = None,
@@ -59,7 +59,8 @@ def prune(
         target: What is aimed at: each layer's own dense output (layer), the dense block's (block) or the
             dense model's (dense), for which o and down make up for what was lost before them. By default
             dense for sparsellm and layer, as published, for the others.
-        repair: The share of what earlier blocks lost that the target dense asks o and down to make up for.
+        repair: The share of what earlier blocks lost that the target dense asks o and down to make up for. By
+            default 0.5.
         refine: Passes over the calibration text in which the weights that are left in a pruned block are
             trained towards the target. By default 8 for sparsellm, 0 for the others and for the target layer.
         sequential: What a layer's inputs have seen when they are measured: the pruned blocks before it

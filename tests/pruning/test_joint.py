@@ -163,7 +163,7 @@ def test_every_target_is_that_of_a_whole_model(
         method=method,
         pattern=HALF,
         target=target,
-        repair=repair,
+        repair=repair if target == "dense" else None,
         refine=0,
         batch_size=16,
     )

@@ -78,7 +78,8 @@ def test_p_is_that_of_the_published_formula(seed: int, gamma: float) -> None:
     down, channels = weight_of(HIDDEN, CHANNELS, seed=seed), random(30, CHANNELS, seed=seed + 1)
     bias, targets = random(HIDDEN, seed=seed + 2), random(30, HIDDEN, seed=seed + 3)
     gap = targets - bias - channels @ down.T
-    p, left = step_p(channels, gap, down, hidden_system(down, gamma), gamma)
+    gram = down @ down.T
+    p, left = step_p(channels, gap, down, gram, hidden_system(gram, gamma))
     system = down.T @ down + gamma * torch.eye(CHANNELS, dtype=torch.float64)
     published = torch.linalg.solve(system, ((targets - bias) @ down + gamma * channels).T).T
     torch.testing.assert_close(p, published, rtol=1e-6, atol=1e-8)

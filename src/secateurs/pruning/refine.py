@@ -17,29 +17,32 @@ from secateurs.blockwise import BlockwiseModel
 TOKENS_A_STEP = 1024
 
 HELD_OUT = 8
-"""One sequence in so many, and at least one, judges whether the block is better for it."""
+"""One sequence in so many, and at least one, is not shown to the descent: it judges what that gained. (The
+fits before it have seen it, so that what they left there looks a little small.)"""
 
 RATE = 0.003
-"""The first step's size, relative to the root mean square of the weights that it changes."""
+"""The largest that a step may be, relative to the root mean square of the weights that it changes."""
 
 WARM_UP = 20
-"""Steps until Adam's second moments may be trusted with the whole rate."""
+"""Steps until Adam's second moments may be trusted with the whole rate; in a short run a quarter of them."""
 
 
 class Refined(NamedTuple):
-    """Parameters of a block after descent, and what it gained on sequences that it was not shown."""
+    """What descent found for a block."""
 
-    parameters: dict[str, Tensor]
-    """By their names in the block, in the dtypes they had."""
+    parameters: dict[str, Tensor] | None
+    """By their names in the block, in the dtypes they are stored in; None where they are no better."""
     before: float
-    """Squared error of the block's result, relative to the energy of what the dense block adds."""
-    after: float
+    """Squared error of the block's result on the sequences that the descent was not shown, relative to the
+    energy of what the block is asked to add: its target less its input."""
+    after: float | None
+    """The same with what was found; None where that is not finite."""
 
 
 def refine(
     model: BlockwiseModel,
     index: int,
-    names: Sequence[str],
+    stored: dict[str, torch.dtype],
     hidden: list[Tensor],
     targets: list[Tensor],
     *,
@@ -47,14 +50,15 @@ def refine(
 ) -> Refined:
     """Train some parameters of a materialised block towards a target. The block itself stays as it is.
 
-    Adam, in float32, at a rate that falls linearly to zero; a step sees about `TOKENS_A_STEP` tokens.
-    Matrices keep their zeros. Memory: four times the block's parameters in float32, and the activations
-    of one step.
+    Adam, in float32, at a rate that rises for some steps and then falls linearly to zero; a step sees about
+    `TOKENS_A_STEP` tokens. Matrices keep their zeros. Memory: about six times the block's parameters in
+    float32, and the activations of one step.
 
     Args:
         model: whose block it is.
         index: of the block.
-        names: of the parameters to train, within the block.
+        stored: the parameters to train, by their names within the block, and the dtypes that they will be
+            saved in: the result is judged as it is rounded to them.
         hidden: what the block is given, a (batch, length, hidden) tensor for each batch; at least two
             sequences.
         targets: what it ought to give, of the same shapes.
@@ -70,9 +74,10 @@ def refine(
     ]
     shown = [pair for i, pair in enumerate(pairs) if i % HELD_OUT != 1]
     unseen = pairs[1::HELD_OUT]
-    dense = dict(model.blocks[index].named_parameters())
-    parameters = {name: parameter.detach().float() for name, parameter in dense.items()}
-    trained = {name: parameters[name].clone().requires_grad_() for name in names}
+    parameters = {
+        name: parameter.detach().float() for name, parameter in model.blocks[index].named_parameters()
+    }
+    trained = {name: parameters[name].clone().requires_grad_() for name in stored}
     parameters |= trained
     kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim == 2}
     together = max(1, TOKENS_A_STEP // hidden[0].shape[1])
@@ -93,6 +98,7 @@ def refine(
     if not math.isfinite(before):
         raise FloatingPointError("the result of the pruned block is not finite on the calibration text")
     steps = passes * math.ceil(len(shown) / together)
+    warm_up = min(WARM_UP, 1 + steps // 4)
     optimiser = torch.optim.Adam(
         [
             {"params": [parameter], "lr": RATE * _typical(parameter.detach())}
@@ -101,7 +107,7 @@ def refine(
         betas=(0.9, 0.95),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps)
+        optimiser, lambda step: min(1, (step + 1) / warm_up) * (1 - step / steps)
     )
     order = torch.Generator().manual_seed(index)
     with torch.enable_grad():
@@ -115,9 +121,10 @@ def refine(
                 optimiser.step()
                 optimiser.zero_grad()
                 schedule.step()
-    result = {name: parameter.detach().to(dense[name].dtype) for name, parameter in trained.items()}
+    del optimiser, schedule
+    result = {name: parameter.detach().to(stored[name]) for name, parameter in trained.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
-    return Refined(result, before, after)
+    return Refined(result if after < before else None, before, after if math.isfinite(after) else None)
 
 
 def _typical(parameter: Tensor) -> float:

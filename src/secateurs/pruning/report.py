@@ -59,9 +59,9 @@ class Refinement:
     name: str
     """Of the block."""
     before: float
-    """Squared error of the block's result, relative to the energy of what the dense block adds."""
-    after: float
-    """Where it is no lower, the weights stay as they were before."""
+    """Squared error of the block's result, relative to the energy of what the block is asked to add."""
+    after: float | None
+    """Where it is no lower, or None for not finite, the weights stay as they were before."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Report:
     versions: dict[str, str]
     seconds: float
     phases: dict[str, float]
-    """Seconds to load, run (forward passes and second moments), solve and write."""
+    """Seconds to load, run (forward passes and second moments), solve, refine and write."""
     layers: list[LayerReport] = field(repr=False)
     mlps: list[MLPReport] = field(repr=False)
     """One for each block whose MLP SparseLLM iterated on."""
@@ -100,7 +100,7 @@ class Report:
             MLPReport(mlp["name"], [Iterate(**iterate) for iterate in mlp["iterates"]], mlp["kept"])
             for mlp in content["mlps"]
         ]
-        refinements = [Refinement(**refinement) for refinement in content["refinements"]]
+        refinements = [Refinement(**refinement) for refinement in content.get("refinements", [])]
         shared = {key: content[key] for key in ("settings", "versions", "seconds", "phases")}
         return cls(output=folder, layers=layers, mlps=mlps, refinements=refinements, **shared)
 

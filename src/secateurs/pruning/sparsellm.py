@@ -34,7 +34,7 @@ CHUNK = 1024
 """Tokens that are worked on at once."""
 
 HELD_OUT = 8
-"""One token in so many, of each chunk, chooses among the iterates."""
+"""One token in so many chooses among the iterates."""
 
 NEWTON_STEPS = 2
 """Of s in every iteration: it goes on in the next from where it is."""
@@ -272,15 +272,16 @@ class _Run:
     def _settle(self, mlp: MLP) -> tuple[float, dict[str, float], list[Products]]:
         """Step p, z and s once: the objective then, its terms, and the products to fit gate and up by."""
         weights = self.weights
-        down, ratio = mlp.down.weight, self.weights.hidden / self.weights.output
-        system = hidden_system(down, ratio)
+        down = mlp.down.weight
+        gram = down @ down.T
+        system = hidden_system(gram, weights.hidden / weights.output)
         goals = [Products(*x.weight.shape, dtype=self.dtype, device=self.device) for x in mlp.first]
         squares = torch.zeros(4, dtype=torch.float64, device=self.device)
         for x, y, stored in self._chunks(self.tokens, self.auxiliary):
             inputs = self._read(x)
             model, before = mlp.preactivations(inputs), self._read(stored)
             channels = mlp.channels(before)
-            p, left = step_p(channels, self._read(y) - _apply(mlp.down, channels), down, system, ratio)
+            p, left = step_p(channels, self._read(y) - _apply(mlp.down, channels), down, gram, system)
             if mlp.gated:
                 gate, up = before.chunk(2, dim=1)
                 model_gate, model_up = model.chunk(2, dim=1)
@@ -387,13 +388,17 @@ def held_out(tokens: Tokens) -> tuple[Tokens, Tokens]:
     return solving, held
 
 
-def hidden_system(down: Tensor, ratio: float) -> Tensor:
-    """The Cholesky factor of Wd Wd^T + ratio I, (hidden, hidden); Wd is (hidden, channels).
+def hidden_system(gram: Tensor, ratio: float) -> Tensor:
+    """The Cholesky factor of Wd Wd^T + ratio I, (hidden, hidden).
+
+    Args:
+        gram: Wd Wd^T, (hidden, hidden).
+        ratio: gamma.
 
     Raises:
         FloatingPointError: it is singular in the dtype that is computed in, or holds NaN or Inf.
     """
-    system = down @ down.T
+    system = gram.clone()
     system.diagonal().add_(ratio)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed:
@@ -402,23 +407,23 @@ def hidden_system(down: Tensor, ratio: float) -> Tensor:
 
 
 def step_p(
-    channels: Tensor, gap: Tensor, down: Tensor, system: Tensor, ratio: float
+    channels: Tensor, gap: Tensor, down: Tensor, gram: Tensor, system: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The p that lowers gamma |p - q|^2 + |Y - Wd p|^2 most, and the Y - Wd p that it leaves.
 
     By the matrix inversion lemma it is q + Wd^T (Wd Wd^T + gamma I)^-1 (Y - Wd q): a system of the hidden
     size, where the paper's (Wd^T Wd + gamma I)^-1 (Wd^T Y + gamma q) has one of the channels'. What it leaves
-    is gamma times the system's solution.
+    is found in the hidden size too.
 
     Args:
         channels: q = f(s) z, (tokens, channels).
         gap: Y - Wd q, (tokens, hidden).
         down: Wd, (hidden, channels).
-        system: `hidden_system` of Wd and gamma.
-        ratio: gamma.
+        gram: Wd Wd^T, (hidden, hidden).
+        system: `hidden_system` of both.
     """
     solution = torch.cholesky_solve(gap.T, system).T
-    return torch.addmm(channels, solution, down), solution * ratio
+    return torch.addmm(channels, solution, down), torch.addmm(gap, solution, gram, alpha=-1)
 
 
 def step_z(active: Tensor, model: Tensor, p: Tensor, alpha: float, gamma: float) -> Tensor:

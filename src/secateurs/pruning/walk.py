@@ -41,6 +41,9 @@ Advance = Callable[[str, float | None], None]
 
 TOKENS_AT_ONCE = 2048
 
+REPAIR = 0.5
+"""By default; all of it pulls harder than a few calibration tokens can guide."""
+
 REFINE = 8
 """Passes over the calibration text by default, where there is something to refine towards."""
 
@@ -59,7 +62,7 @@ def prune(
     field: str = "text",
     device: str | None = None,
     target: Target | None = None,
-    repair: float = 0.5,
+    repair: float | None = None,
     refine: int | None = None,
     sequential: Sequential | None = None,
     batch_size: int | None = None,
@@ -68,7 +71,8 @@ def prune(
     """Prune a pretrained decoder into a new folder that transformers loads.
 
     Blocks are materialised one at a time and written as they are done. If the run is interrupted, the same
-    call continues it; on the same device with the same threads the result has the same bytes.
+    call continues it; on the same processor with the same threads the result has the same bytes. (On a GPU
+    refinement rounds a little differently each time.)
 
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub. It is only read.
@@ -92,7 +96,7 @@ def prune(
             for blocks before ("dense"; SparseLLM's default). Where a model normalises what o and down give
             (Gemma 2, OPT-350m), they aim at their own dense outputs in both.
         repair: the share of what blocks before have lost that the target "dense" asks o and down to make up
-            for, above 0 and up to 1. All of it pulls harder than a few calibration tokens can guide.
+            for, above 0 and up to 1; by default half.
         refine: passes over the calibration text in which, once a block is pruned, gradient descent brings
             its remaining weights closer to the target, attention and MLP at once. By default 8 with
             SparseLLM, and 0 with local methods or the target "layer", which leaves nothing to refine.
@@ -134,11 +138,15 @@ def prune(
             raise ValueError(f"calibration text is needed for the target '{target}'")
         sequential = "linear"
     sequential = sequential or "block"
+    if repair is not None and target != "dense":
+        raise ValueError(f"repair goes with the target dense, not with {target}")
+    if repair is None:
+        repair = REPAIR
     if not 0 < repair <= 1:
         raise ValueError(f"repair is a share above 0 and up to 1, not {repair} (for 0, set target to block)")
     if refine is None:
         refine = REFINE if isinstance(solver, SparseLLM) and target != "layer" else 0
-    if refine < 0:
+    if refine < 0 or not isinstance(refine, int):
         raise ValueError(f"refine is a number of passes, not {refine}")
     if refine and target == "layer":
         raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
@@ -276,7 +284,7 @@ class _Walk:
         if not self.joint:
             return 1
         config, family = self.model.config, self.model.family
-        # The dense stream too, aims of which some are in float32, and what the MLP sees and aims at.
+        # The dense stream, aims in float32, what the MLP sees and aims at, and that less what is held out.
         sizes, streams = family.sizes(config), 10
         if not self._sparsellm.iterations:
             return streams
@@ -391,17 +399,13 @@ class _Walk:
         work: WorkFolder,
         advance: Advance,
     ) -> BlockReport:
-        """The same with the target of o and of the MLP beyond themselves. Also pushes the dense stream on."""
+        """The same with the target of o and of the MLP beyond themselves."""
         model = self.model
-        reports: list[LayerReport] = []
+        report = BlockReport([], [], [])
         aims = None
         if self.target != "layer":
             with work.clock("run"):
-                aims = self._aim(index, streams.pruned)
-                if streams.dense is not None:
-                    dense = self._aim(index, streams.dense)
-                    streams.dense = dense.result
-                    aims = _Aims(*(self._between(*pair) for pair in zip(aims, dense, strict=True)))
+                aims = self._aims(index, streams)
         for group in model.family.groups[:2]:
             names = self._layers(index, (group,))
             if any(patterns[name] for name in names):
@@ -411,26 +415,40 @@ class _Walk:
                 pattern = patterns[name]
                 if pattern is not None:
                     with work.clock("solve"):
-                        reports.append(self._prune_to(name, moments, products, pattern, weights))
-                advance(name, None if pattern is None else reports[-1].error)
-        report = BlockReport(reports, [], [])
+                        report.layers.append(self._prune_to(name, moments, products, pattern, weights))
+                advance(name, None if pattern is None else report.layers[-1].error)
         names = self._layers(index, model.family.groups[2:])
         if any(patterns[name] for name in names):
             self._prune_mlp(index, patterns, streams.pruned, aims, weights, work, report)
-        errors = {layer.name: layer.error for layer in reports}
+        if self.refine and report.layers and aims is not None:
+            with work.clock("refine"):
+                report.refinements.append(
+                    self._refine(index, report.layers, streams.pruned, aims.result, weights)
+                )
+        errors = {layer.name: layer.error for layer in report.layers}
         for name in names:
             advance(name, errors.get(name))
-        if self.refine and reports and aims is not None:
-            with work.clock("solve"):
-                report.refinements.append(self._refine(index, reports, streams.pruned, aims.result, weights))
         return report
 
-    def _between(self, near: list[Tensor], far: list[Tensor]) -> list[Tensor]:
-        """`repair` of the way from what a dense block makes of the pruned stream to the dense model's."""
-        return [
-            torch.lerp(here.float(), there.float(), self.repair)
-            for here, there in zip(near, far, strict=True)
-        ]
+    def _aims(self, index: int, streams: _Streams) -> _Aims:
+        """What a block is to give. Also pushes the dense stream on."""
+        if streams.dense is None:
+            return self._aim(index, streams.pruned)
+        far = self._aim(index, streams.dense)
+        streams.dense = far.result
+        if self.repair == 1:
+            return far
+        near = self._aim(index, streams.pruned)
+
+        def between(pair: tuple[list[Tensor], list[Tensor]]) -> list[Tensor]:
+            return [
+                torch.lerp(here.float(), there.float(), self.repair)
+                for here, there in zip(*pair, strict=True)
+            ]
+
+        attention, result = between((near.attention, far.attention)), between((near.result, far.result))
+        adds = self.model.family.adds(self.model.config)  # then what the MLP is to give is the result itself
+        return _Aims(attention, result if adds else between((near.mlp, far.mlp)), result)
 
     def _aim(self, index: int, hidden: list[Tensor]) -> _Aims:
         """What a materialised dense block gives for the target's activations."""
@@ -526,26 +544,22 @@ class _Walk:
         """Refine the pruned layers of a materialised block, if it is better for it."""
         path = f"{self.model.family.blocks}.{index}"
         pruned = {layer.name: self.model.model.get_submodule(layer.name) for layer in layers}
-        names = [
-            f"{name}.{leaf}".removeprefix(path + ".")
+        stored = {
+            f"{name}.{leaf}".removeprefix(path + "."): weights[self.model.stored_name(f"{name}.{leaf}")].dtype
             for name, layer in pruned.items()
             for leaf in ("weight", "bias")
             if isinstance(getattr(layer, leaf, None), Tensor)
-        ]
+        }
         try:
-            found = refined_by_descent(self.model, index, names, hidden, targets, passes=self.refine)
+            found = refined_by_descent(self.model, index, stored, hidden, targets, passes=self.refine)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{path}': {error}") from None
-        if found.after < found.before:
+        if found.parameters is not None:
             for name, layer in pruned.items():
                 inner = name.removeprefix(path + ".")
                 weight, bias = (found.parameters.get(f"{inner}.{leaf}") for leaf in ("weight", "bias"))
                 assert weight is not None
-                stored = weights[self.model.stored_name(name + ".weight")].dtype
-                sparse = weight if linear_weight(layer) is layer.weight else weight.T
-                self._store(
-                    name, rounded(sparse, stored), None if bias is None else rounded(bias, stored), weights
-                )
+                self._store(name, weight if linear_weight(layer) is layer.weight else weight.T, bias, weights)
         return Refinement(path, found.before, found.after)
 
     def _mlp_tokens(self, index: int, hidden: list[Tensor], aims: _Aims | None) -> Tokens:

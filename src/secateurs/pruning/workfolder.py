@@ -66,7 +66,7 @@ class WorkFolder:
         self.parts = [sorted(set(checkpoint.file_of) - inside), *blocks]
         count = len(self.parts)
         self.shards = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        self.phases = dict.fromkeys(("load", "run", "solve", "write"), 0.0)
+        self.phases = dict.fromkeys(("load", "run", "solve", "refine", "write"), 0.0)
         self.finished = self._is_finished()
         if self.finished:
             shutil.rmtree(self.partial, ignore_errors=True)
