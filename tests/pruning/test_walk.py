@@ -338,7 +338,7 @@ def test_the_record(name: str, tmp_path: Path) -> None:
     assert record["versions"]["transformers"] == transformers.__version__
     assert record["versions"].keys() >= {"secateurs"}
     assert record["seconds"] >= sum(layer["seconds"] for layer in record["layers"])
-    assert record["phases"].keys() == {"load", "run", "solve", "write"}
+    assert record["phases"].keys() == {"load", "run", "solve", "refine", "write"}
     assert Report.read(tmp_path / "out") == report
 
     dense, sparse = AutoModelForCausalLM.from_pretrained(source), assert_loads(tmp_path / "out")

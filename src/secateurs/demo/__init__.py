@@ -63,8 +63,7 @@ def demo(*, pattern: str = "70%", device: str | None = None) -> None:
                 MODEL,
                 output=Path(scratch) / method,
                 calibration=CALIBRATION,
-                # Its four iterations would take longer than all the rest.
-                method="sparsellm:iterations=1" if method == "sparsellm" else method,
+                method=method,
                 pattern=pattern,
                 samples=SAMPLES,
                 length=LENGTH,
