@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from common import Record, peak_bytes, versions
@@ -105,11 +106,7 @@ def published(model: str, tokens: str, output: str, pattern: str, repository: st
     imports = finish_imports(model)
     phases = Phases()
     ids = load_file(tokens)["ids"]
-    if pattern.endswith("%"):
-        settings: Record = {"sparsity": float(pattern[:-1]) / 100}
-    else:
-        keep, group = map(int, pattern.split(":"))
-        settings = {"sparsity": 0.0, "prunen": group - keep, "prunem": group}
+    settings = sparsegpt_settings(pattern)
 
     with phases("load"):
         network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
@@ -169,6 +166,64 @@ def published(model: str, tokens: str, output: str, pattern: str, repository: st
     return {"seconds": phases.total(), "phases": phases.seconds, "import_bytes": imports}
 
 
+def published_sparsellm(
+    model: str, tokens: str, output: str, pattern: str, repository: str, iterations: int = 8
+) -> Record:
+    """`llama_sparsellm` of a checkout of BaiTheBest/SparseLLM, on the CPU.
+
+    It runs as it stands, on our token ids, but for these changes to its text: the iterations, of which it
+    has eight written in; float32 where it has float16, which a CPU is slow at and this model is not in (a
+    float32 model fails there); a copy of one weight, which float16 made by its cast; and a block gets all
+    that the model passes it, since transformers 5 leaves the rotary embeddings to the model. It prunes a
+    block's attention first, and takes X, Y and the first z, p and s from the dense block.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
+    sys.path.insert(0, repository)
+    source = (Path(repository) / "model_utils.py").read_text()
+    for theirs, ours in {
+        "opt_epochs = 8": f"opt_epochs = {iterations}",
+        ".half()": ".float()",
+        "w.to(dtype=torch.float32)": "w.clone()",
+        "torch.float16": "torch.float32",
+        'cache["attention_mask"] = kwargs["attention_mask"]': 'cache["attention_mask"] = kwargs',
+        "attention_mask=attention_mask": "**attention_mask",
+    }.items():
+        if theirs not in source:
+            raise ValueError(f"{repository}/model_utils.py has no {theirs!r}")
+        source = source.replace(theirs, ours)
+    code: Record = {}
+    exec(source, code)
+
+    imports = finish_imports(model)
+    phases = Phases()
+    with phases("load"):
+        ids = load_file(tokens)["ids"]
+        network = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
+    network.seqlen = ids.shape[1]
+    # The defaults of its llama_main.py.
+    settings = {"prunen": 0, "prunem": 0, "percdamp": 0.01, "blocksize": 128, "wbits": 16}
+    order = {"minlayer": -1, "maxlayer": 1000, "prune_only": "", "invert": False, "true_sequential": False}
+    arguments = {**settings, **order, **sparsegpt_settings(pattern), "nsamples": len(ids)}
+    with phases("prune"):
+        batches = [(row[None],) for row in ids]
+        code["llama_sparsellm"](network, batches, torch.device("cpu"), SimpleNamespace(**arguments))
+    with phases("write"):
+        network.save_pretrained(output)
+    return {"seconds": phases.total(), "phases": phases.seconds, "import_bytes": imports}
+
+
+def sparsegpt_settings(pattern: str) -> Record:
+    """Our pattern in the words of the published SparseGPT, whose N is how many to prune."""
+    if pattern.endswith("%"):
+        return {"sparsity": float(pattern[:-1]) / 100}
+    keep, group = map(int, pattern.split(":"))
+    return {"sparsity": 0.0, "prunen": group - keep, "prunem": group}
+
+
 class Phases:
     """Seconds by name; time inside an inner phase is not counted to the outer one."""
 
@@ -196,6 +251,7 @@ if __name__ == "__main__":
         "secateurs": secateurs,
         "llmcompressor": llmcompressor,
         "published": published,
+        "published_sparsellm": published_sparsellm,
     }
     result = tools[job.pop("tool")](**job)
     print("\n" + json.dumps({**result, "peak_bytes": peak_bytes(), "versions": versions()}))
