@@ -2,8 +2,9 @@
 
 The model is a Llama of width 512 and MLP 1376 with random weights; 32 x 256 calibration tokens; 70 %; four
 iterations. "as published" has SparseGPT inside and each MLP's own output as the target; "dense" aims at the
-dense model. Each run has a process of its own; the clock covers loading, pruning and writing, not the
-imports. Beside the peak stands what it is above the imports and the model's own bytes.
+dense model; "default" is what `secateurs prune` does, with ADMM inside and refinement. Each run has a process
+of its own; the clock covers loading, pruning and writing, not the imports. Beside the peak stands what it is
+above the imports and the model's own bytes.
 
     python benchmarks/sparsellm_cost.py
 
@@ -36,6 +37,7 @@ def main(
     depths: tuple[int, ...] = (2, 8),
     samples: int = 32,
     length: int = 256,
+    methods: tuple[str, ...] = (),
     repetitions: int = 3,
     results: Path = RESULTS / "sparsellm_cost.json",
     published: Path | None = None,
@@ -44,9 +46,11 @@ def main(
     ours = {"tool": "secateurs", "method": "sparsellm:solver=sparsegpt,iterations=4"}
     tools: dict[str, Record] = {
         "as published": {**ours, "target": "layer"},
-        "dense": {**ours, "target": "dense"},
-        "dense, ADMM inside": {**ours, "method": "sparsellm:solver=admm,iterations=4", "target": "dense"},
+        "dense": {**ours, "target": "dense", "refine": 0},
+        "default": {"tool": "secateurs", "method": "sparsellm"},
     }
+    if methods:
+        tools = {name: tools[name] for name in methods}
     if published:
         tools["published"] = {"tool": "published_sparsellm", "repository": str(published), "iterations": 4}
     rows: list[Record] = []
