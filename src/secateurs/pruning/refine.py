@@ -122,7 +122,8 @@ def refine(
                 optimiser.zero_grad()
                 schedule.step()
     del optimiser, schedule
-    result = {name: parameter.detach().to(stored[name]) for name, parameter in trained.items()}
+    # Rounding may bring small negative weights to -0; adding 0 makes it +0.
+    result = {name: parameter.detach().to(stored[name]) + 0 for name, parameter in trained.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
     return Refined(result if after < before else None, before, after if math.isfinite(after) else None)
 

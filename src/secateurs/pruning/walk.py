@@ -42,7 +42,7 @@ Advance = Callable[[str, float | None], None]
 TOKENS_AT_ONCE = 2048
 
 REPAIR = 0.5
-"""By default; all of it pulls harder than a few calibration tokens can guide."""
+"""By default: whether none or all of it is better depends on the text and the sparsity."""
 
 REFINE = 8
 """Passes over the calibration text by default, where there is something to refine towards."""
@@ -146,7 +146,7 @@ def prune(
         raise ValueError(f"repair is a share above 0 and up to 1, not {repair} (for 0, set target to block)")
     if refine is None:
         refine = REFINE if isinstance(solver, SparseLLM) and target != "layer" else 0
-    if refine < 0 or not isinstance(refine, int):
+    if not isinstance(refine, int) or refine < 0:
         raise ValueError(f"refine is a number of passes, not {refine}")
     if refine and target == "layer":
         raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
