@@ -11,14 +11,17 @@ a gate has p - f(z). What differs from the published code:
 - Each term is relative to its energy in the dense model: alpha and gamma mean the same for every model.
 - Weights are fitted by a ridge step from where they are, which never raises their term; there is no
   pseudo-inverse of activations, only second moments that are summed as tokens stream by.
-- p is found in a system of the hidden size, s (and z without a gate) by safeguarded Newton steps.
+- p is found in a system of the hidden size; s (and z without a gate) takes a safeguarded Newton step.
 - Down is fitted to what the pruned gate and up really give, and the iterate is kept that is best on tokens
   that none of its weights were fitted to.
+- An iteration reads the tokens once: p, z and s step while the products to fit down by are summed, and so
+  with down as it was before.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,14 +33,14 @@ from secateurs.pruning.report import Iterate
 from secateurs.pruning.solver import Solver, rounded, working_dtype
 from secateurs.pruning.statistics import Products, Statistics
 
-CHUNK = 1024
-"""Tokens that are worked on at once."""
+CHUNK = 2048
+"""Tokens that are multiplied at once."""
+
+SLICE = 128
+"""Tokens that z and s step on at once on a processor, so that what lies between stays in its cache."""
 
 HELD_OUT = 8
 """One token in so many chooses among the iterates."""
-
-NEWTON_STEPS = 2
-"""Of s in every iteration: it goes on in the next from where it is."""
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -73,9 +76,20 @@ class MLP:
     gated: bool
     activation: Activation
 
+    @cached_property
+    def _stacked(self) -> Linear:
+        """All of `first` as one layer: one product is faster than two and a copy."""
+        if len(self.first) == 1:
+            return self.first[0]
+        weight = torch.cat([layer.weight for layer in self.first])
+        if all(layer.bias is None for layer in self.first):
+            return Linear(weight, None, None)
+        biases = [weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in self.first]
+        return Linear(weight, torch.cat(biases), None)
+
     def preactivations(self, inputs: Tensor) -> Tensor:
         """(tokens, hidden) -> (tokens, channels), or (tokens, 2 * channels): gate, then up."""
-        return torch.cat([_apply(layer, inputs) for layer in self.first], dim=1)
+        return _apply(self._stacked, inputs)
 
     def channels(self, preactivations: Tensor) -> Tensor:
         """What down reads, (tokens, channels)."""
@@ -179,66 +193,68 @@ class _Run:
     """The iterations on one MLP."""
 
     def __init__(self, settings: SparseLLM, mlp: MLP, tokens: Tokens, stored: torch.dtype) -> None:
-        self.settings, self.stored = settings, stored
+        self.settings, self.tokens, self.stored = settings, tokens, stored
         self.dtype, self.device = working_dtype(mlp.down.weight), mlp.down.weight.device
         self.dense = replace(
             mlp,
             first=tuple(self._converted(layer) for layer in mlp.first),
             down=self._converted(mlp.down),
         )
-        self.tokens, self.held_out = held_out(tokens) if settings.iterations else (tokens, tokens)
+        self.solving, self.held_out = rows_of(tokens.inputs, hold_out=settings.iterations > 0)
         self.moments = Statistics(mlp.first[0].weight.shape[1], dtype=self.dtype, device=self.device)
-        self.auxiliary: list[Tensor] = []  # s above z, for every batch
+        self.auxiliary: list[Tensor] = []  # s beside z, for every batch
         self.weights = self._measure()
 
     def _converted(self, layer: Linear) -> Linear:
         bias = None if layer.bias is None else layer.bias.to(self.dtype)
         return replace(layer, weight=layer.weight.to(self.dtype), bias=bias)
 
-    def _chunks(self, tokens: Tokens, *more: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """Views of a few tokens at a time."""
-        for batch in zip(tokens.inputs, tokens.targets, *more, strict=True):
-            yield from zip(*(tensor.split(CHUNK) for tensor in batch), strict=True)
+    def _chunks(self, rows: Sequence[Tensor], *more: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """X and Y of a few of the rows at a time, to compute with, and views of what has a row for each."""
+        for x, y, chosen, *others in zip(*self.tokens, rows, *more, strict=True):
+            for part, *views in zip(*(tensor.split(CHUNK) for tensor in (chosen, *others)), strict=True):
+                yield self._read(x[part]), self._read(y[part]), *views
 
     def _read(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
 
     def _measure(self) -> Weights:
         """Take in X, start s and z where the dense MLP has them, weigh the terms by their energy there."""
-        energy = torch.zeros(4, dtype=torch.float64)
-        rows = sum(len(layer.weight) for layer in self.dense.first)
+        energy = torch.zeros(4, dtype=torch.float64, device=self.device)
+        outputs = sum(len(layer.weight) for layer in self.dense.first)
         if self.settings.iterations:
-            self.auxiliary = [x.new_empty(len(x), rows) for x in self.tokens.inputs]
-        for x, y, *s in self._chunks(self.tokens, *([self.auxiliary] if self.auxiliary else [])):
+            self.auxiliary = [
+                x.new_empty(len(rows), outputs)
+                for x, rows in zip(self.tokens.inputs, self.solving, strict=True)
+            ]
+        for x, y, *state in self._chunks(self.solving, *([self.auxiliary] if self.auxiliary else [])):
             self.moments.update(x)
-            before = self.dense.preactivations(self._read(x))
+            before = self.dense.preactivations(x)
             halves = before.chunk(2, dim=1) if self.dense.gated else (before, before)
-            for i, part in enumerate((*halves, self.dense.channels(before), self._read(y))):
-                energy[i] += part.square().sum().cpu()
-            if s:
-                s[0].copy_(before)
+            parts = (*halves, self.dense.channels(before), y)
+            energy += torch.stack([part.square().sum() for part in parts])
+            if state:
+                state[0].copy_(before)
         tiny = torch.finfo(torch.float32).tiny
         per_token = (energy / self.moments.tokens).clamp_min(tiny).tolist()
         alpha, gamma = self.settings.alpha, self.settings.gamma
         return Weights(*(w / e for w, e in zip((alpha, alpha, gamma, 1.0), per_token, strict=True)))
 
     def solution(self) -> MLPSolution:
+        iterations = self.settings.iterations
         iterates: list[Iterate] = []
         best: tuple[float, MLPSolution] | None = None
-        mlp = self.dense
-        objective: float | None = None
-        terms: dict[str, float] = {}
-        goals: Sequence[Products | None] = [None] * len(mlp.first)
-        for k in range(self.settings.iterations + 1):
+        mlp, step = self.dense, None
+        for k in range(iterations + 1):
             try:
-                if k:
-                    objective, terms, goals = self._settle(mlp)
-                first = self._prune_first(mlp, goals)
-                mlp = replace(self.dense, first=tuple(self._converted(pruned.layer) for pruned in first))
-                down = self._prune_down(mlp)
+                objective, terms, goals = step.result() if step else (None, {}, None)
+                first = self._prune_first(mlp.first, goals)
+                mlp = replace(mlp, first=tuple(self._converted(pruned.layer) for pruned in first))
+                step = _Step(self, mlp) if k < iterations else None
+                down = self._prune_down(mlp, step)
                 mlp = replace(mlp, down=self._converted(down.layer))
                 solution = MLPSolution(first, down, iterates, k)
-                if not self.settings.iterations:
+                if not iterations:
                     return solution
                 lost = self._held_out_error(mlp)
             except FloatingPointError:
@@ -251,77 +267,111 @@ class _Run:
         assert best is not None
         return best[1]
 
-    def _prune_first(self, mlp: MLP, goals: Sequence[Products | None]) -> tuple[Pruned, ...]:
+    def _prune_first(
+        self, layers: tuple[Linear, ...], goals: Sequence[Products] | None
+    ) -> tuple[Pruned, ...]:
         settings = self.settings
         return tuple(
             prune_linear(settings.solver, layer, self.moments, goal, settings.damping, self.stored)
-            for layer, goal in zip(mlp.first, goals, strict=True)
+            for layer, goal in zip(layers, goals or [None] * len(layers), strict=True)
         )
 
-    def _prune_down(self, mlp: MLP) -> Pruned:
-        """Prune down, fitted to what the pruned gate and up give."""
-        settings, down = self.settings, mlp.down
+    def _prune_down(self, mlp: MLP, step: "_Step | None") -> Pruned:
+        """Prune down, fitted to what the pruned gate and up give, from where the dense one is. The step, if
+        there is one, is taken on the way."""
+        settings, down = self.settings, self.dense.down
         moments = Statistics(down.weight.shape[1], dtype=self.dtype, device=self.device)
         products = Products(*down.weight.shape, dtype=self.dtype, device=self.device)
-        for x, y in self._chunks(self.tokens):
-            channels = mlp.channels(mlp.preactivations(self._read(x)))
-            moments.update(channels)
-            products.update(self._read(y), channels)
-        return prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
-
-    def _settle(self, mlp: MLP) -> tuple[float, dict[str, float], list[Products]]:
-        """Step p, z and s once: the objective then, its terms, and the products to fit gate and up by."""
-        weights = self.weights
-        down = mlp.down.weight
-        gram = down @ down.T
-        system = hidden_system(gram, weights.hidden / weights.output)
-        goals = [Products(*x.weight.shape, dtype=self.dtype, device=self.device) for x in mlp.first]
-        squares = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for x, y, stored in self._chunks(self.tokens, self.auxiliary):
-            inputs = self._read(x)
-            model, before = mlp.preactivations(inputs), self._read(stored)
+        for x, y, *state in self._chunks(self.solving, *([self.auxiliary] if step else [])):
+            before = mlp.preactivations(x)
             channels = mlp.channels(before)
-            p, left = step_p(channels, self._read(y) - _apply(mlp.down, channels), down, gram, system)
-            if mlp.gated:
-                gate, up = before.chunk(2, dim=1)
-                model_gate, model_up = model.chunk(2, dim=1)
-                up = step_z(mlp.activation(gate), model_up, p, weights.up, weights.hidden)
-                gate, active = step_s(mlp.activation, gate, model_gate, p, up, weights.gate, weights.hidden)
-                after, channels = torch.cat([gate, up], dim=1), active * up
-                residuals = (gate - model_gate, up - model_up, p - channels, left)
-            else:
-                one = torch.ones((), dtype=self.dtype, device=self.device)
-                after, channels = step_s(mlp.activation, before, model, p, one, weights.up, weights.hidden)
-                residuals = (torch.zeros_like(one), after - model, p - channels, left)
-            squares += torch.stack([residual.square_().sum() for residual in residuals])
-            stored.copy_(after)
-            for goal, wanted in zip(
-                goals, after.split([len(x.weight) for x in mlp.first], dim=1), strict=True
-            ):
-                goal.update(wanted, inputs)
-        per_token = (squares / self.moments.tokens).tolist()
-        objective = float(sum(w * q for w, q in zip(weights, per_token, strict=True)))
-        scale = (self.settings.alpha, self.settings.alpha, self.settings.gamma, 1.0)
-        terms = {
-            name: weight * square / share
-            for name, weight, square, share in zip(weights._fields, weights, per_token, scale, strict=True)
-            if name != "gate" or mlp.gated
-        }
-        if not math.isfinite(objective):
-            raise FloatingPointError("the objective is not finite")
-        return objective, terms, goals
+            moments.update(channels)
+            products.update(y, channels)
+            if step:
+                step.take(x, y, before, state[0])
+        return prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
 
     def _held_out_error(self, mlp: MLP) -> float:
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for x, y in self._chunks(self.held_out):
-            target = self._read(y)
-            output = _apply(mlp.down, mlp.channels(mlp.preactivations(self._read(x))))
-            squares += torch.stack([output.sub_(target).square_().sum(), target.square().sum()])
+            output = _apply(mlp.down, mlp.channels(mlp.preactivations(x)))
+            squares += torch.stack([output.sub_(y).square_().sum(), y.square().sum()])
         lost, energy = squares.tolist()
         error = lost / energy if energy > 0 else 0.0
         if not math.isfinite(error):
             raise FloatingPointError("the output of the pruned MLP is not finite on the calibration text")
         return error
+
+
+class _Step:
+    """One step of p, z and s on every token, and what it leaves: gate's and up's products to be fitted by."""
+
+    def __init__(self, run: _Run, mlp: MLP) -> None:
+        self.run, self.mlp = run, mlp
+        down = mlp.down.weight
+        self.ratio = run.weights.hidden / run.weights.output
+        self.inverse = hidden_inverse(down @ down.T, self.ratio)
+        self.goals = [Products(*x.weight.shape, dtype=run.dtype, device=run.device) for x in mlp.first]
+        self.squares = torch.zeros(4, dtype=torch.float64, device=run.device)
+
+    def take(self, x: Tensor, y: Tensor, model: Tensor, state: Tensor) -> None:
+        """Step from `state`, s beside z, in place.
+
+        Args:
+            x: (tokens, hidden).
+            y: (tokens, hidden).
+            model: what gate and up give for x, (tokens, 2 * channels), or (tokens, channels).
+            state: the same shape.
+        """
+        mlp = self.mlp
+        channels = mlp.channels(self.run._read(state))
+        gap = y - _apply(mlp.down, channels)
+        p, left = step_p(channels, gap, mlp.down.weight, self.inverse, self.ratio)
+        self.squares[3] += left.square_().sum()
+        rows = SLICE if p.device.type == "cpu" else len(p)
+        for part in zip(*(tensor.split(rows) for tensor in (p, model, state)), strict=True):
+            self._take_part(*part)
+        wanted = state.split([len(layer.weight) for layer in mlp.first], dim=1)
+        for goal, part in zip(self.goals, wanted, strict=True):
+            goal.update(self.run._read(part), x)
+
+    def _take_part(self, p: Tensor, model: Tensor, state: Tensor) -> None:
+        """Step z and s."""
+        f, weights, before = self.mlp.activation, self.run.weights, self.run._read(state)
+        if self.mlp.gated:
+            (gate, _), (model_gate, model_up) = before.chunk(2, dim=1), model.chunk(2, dim=1)
+            z = step_z(f(gate), model_up, p, weights.up, weights.hidden)
+            s, active = step_s(f, gate, model_gate, p, z, weights.gate, weights.hidden)
+            residuals = {0: s - model_gate, 1: z - model_up, 2: active.mul_(z).sub_(p)}
+            gate_state, up_state = state.chunk(2, dim=1)
+            gate_state.copy_(s)
+            up_state.copy_(z)
+        else:
+            one = torch.ones((), dtype=model.dtype, device=model.device)
+            s, active = step_s(f, before, model, p, one, weights.up, weights.hidden)
+            residuals = {1: s - model, 2: active.sub_(p)}
+            state.copy_(s)
+        for i, residual in residuals.items():
+            self.squares[i] += residual.square_().sum()
+
+    def result(self) -> tuple[float, dict[str, float], list[Products]]:
+        """The objective after the step, its terms, and the products to fit gate and up by.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        settings, weights = self.run.settings, self.run.weights
+        per_token = (self.squares / self.goals[0].tokens).tolist()
+        objective = float(sum(w * q for w, q in zip(weights, per_token, strict=True)))
+        if not math.isfinite(objective):
+            raise FloatingPointError("the objective is not finite")
+        scale = (settings.alpha, settings.alpha, settings.gamma, 1.0)
+        terms = {
+            name: weight * square / share
+            for name, weight, square, share in zip(weights._fields, weights, per_token, scale, strict=True)
+            if name != "gate" or self.mlp.gated
+        }
+        return objective, terms, self.goals
 
 
 def prune_linear(
@@ -367,63 +417,61 @@ def prune_linear(
     return Pruned(pruned, centred.error(weight, sparse.to(weight.dtype)), solution.objective)
 
 
-def held_out(tokens: Tokens) -> tuple[Tokens, Tokens]:
-    """Tokens to solve on, and every eighth, counted through all batches, which is held out.
+def rows_of(inputs: Sequence[Tensor], *, hold_out: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The rows of each batch to solve on, and those held out: every eighth, counted through all batches.
+
+    Args:
+        inputs: one tensor (tokens, hidden) for every batch.
+        hold_out: whether any are held out.
 
     Raises:
         FloatingPointError: there are too few tokens to hold any out.
     """
-    solving, held = Tokens([], []), Tokens([], [])
+    solving, held = [], []
     seen = 0
-    for x, y in zip(*tokens, strict=True):
-        out = torch.arange(seen, seen + len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+    for x in inputs:
+        rows = torch.arange(len(x), device=x.device)
+        out = (rows + seen) % HELD_OUT == (HELD_OUT - 1 if hold_out else HELD_OUT)
         seen += len(x)
-        for part, where in ((solving, ~out), (held, out)):
-            part.inputs.append(x[where])
-            part.targets.append(y[where])
-    if seen < HELD_OUT:
+        solving.append(rows[~out])
+        held.append(rows[out])
+    if hold_out and seen < HELD_OUT:
         raise FloatingPointError(
             f"{seen} calibration tokens are too few for iterations: give {HELD_OUT} or more"
         )
     return solving, held
 
 
-def hidden_system(gram: Tensor, ratio: float) -> Tensor:
-    """The Cholesky factor of Wd Wd^T + ratio I, (hidden, hidden).
+def hidden_inverse(gram: Tensor, ratio: float) -> Tensor:
+    """(Wd Wd^T + ratio I)^-1, (hidden, hidden); NaN if it is singular in the dtype that is computed in.
 
     Args:
-        gram: Wd Wd^T, (hidden, hidden).
+        gram: Wd Wd^T, (hidden, hidden); modified.
         ratio: gamma.
-
-    Raises:
-        FloatingPointError: it is singular in the dtype that is computed in, or holds NaN or Inf.
     """
-    system = gram.clone()
-    system.diagonal().add_(ratio)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:
-        raise FloatingPointError("the system for the input of down is not positive definite")
-    return factor
+    gram.diagonal().add_(ratio)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return torch.full_like(gram, torch.nan) if failed else torch.cholesky_inverse(factor)
 
 
 def step_p(
-    channels: Tensor, gap: Tensor, down: Tensor, gram: Tensor, system: Tensor
+    channels: Tensor, gap: Tensor, down: Tensor, inverse: Tensor, ratio: float
 ) -> tuple[Tensor, Tensor]:
     """The p that lowers gamma |p - q|^2 + |Y - Wd p|^2 most, and the Y - Wd p that it leaves.
 
     By the matrix inversion lemma it is q + Wd^T (Wd Wd^T + gamma I)^-1 (Y - Wd q): a system of the hidden
     size, where the paper's (Wd^T Wd + gamma I)^-1 (Wd^T Y + gamma q) has one of the channels'. What it leaves
-    is found in the hidden size too.
+    is gamma (Wd Wd^T + gamma I)^-1 (Y - Wd q).
 
     Args:
         channels: q = f(s) z, (tokens, channels).
         gap: Y - Wd q, (tokens, hidden).
         down: Wd, (hidden, channels).
-        gram: Wd Wd^T, (hidden, hidden).
-        system: `hidden_system` of both.
+        inverse: `hidden_inverse` of Wd Wd^T, (hidden, hidden).
+        ratio: gamma, as it was given there.
     """
-    solution = torch.cholesky_solve(gap.T, system).T
-    return torch.addmm(channels, solution, down), torch.addmm(gap, solution, gram, alpha=-1)
+    solution = gap @ inverse
+    return torch.addmm(channels, solution, down), solution.mul_(ratio)
 
 
 def step_z(active: Tensor, model: Tensor, p: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -442,8 +490,8 @@ def step_s(
 ) -> tuple[Tensor, Tensor]:
     """An s that lowers alpha (s - m)^2 + gamma (p - f(s) z)^2, elementwise, and f(s).
 
-    The lowest there is for ReLU, as the better of two branches; for smooth activations a few Gauss-Newton
-    steps, each of which is taken where it helps, and shortened where it does not.
+    The lowest there is for ReLU, as the better of two branches; for smooth activations a Gauss-Newton step
+    where it helps. (The next iteration goes on from there.)
 
     Args:
         activation: f.
@@ -453,33 +501,22 @@ def step_s(
         z: that multiplies f(s); 1 for an MLP without a gate.
     """
 
-    def value(s: Tensor, active: Tensor) -> Tensor:
-        return (s - model).square_().mul_(alpha).add_((p - active * z).square_(), alpha=gamma)
+    def value(away: Tensor, missed: Tensor) -> Tensor:
+        return away.square().mul_(alpha).addcmul_(missed, missed, value=gamma)
 
     if isinstance(activation, nn.ReLU):
         off = model.clamp_max(0)
         on = ((alpha * model + gamma * z * p) / (alpha + gamma * z * z)).clamp_min_(0)
-        s = torch.where(value(off, torch.zeros_like(off)) < value(on, on), off, on)
+        s = torch.where(value(off - model, p) < value(on - model, p - on * z), off, on)
         return s, s.clamp_min(0)
-    s, (active, slope) = start.clone(), _value_and_slope(activation, start)
-    now, shorten = value(s, active), torch.ones_like(s)
-    for left in reversed(range(NEWTON_STEPS)):
-        tilt = slope * z
-        there = (model - s).mul_(alpha).add_((active * z).sub_(p).mul_(tilt), alpha=-gamma)
-        there.div_(tilt.square_().mul_(gamma).add_(alpha)).mul_(shorten).add_(s)
-        if left:
-            active_there, slope_there = _value_and_slope(activation, there)
-        else:
-            active_there = activation(there)
-        value_there = value(there, active_there)
-        better = value_there < now
-        torch.where(better, there, s, out=s)
-        torch.where(better, active_there, active, out=active)
-        if left:
-            torch.where(better, slope_there, slope, out=slope)
-            torch.where(better, value_there, now, out=now)
-            shorten.mul_(0.25).masked_fill_(better, 1)
-    return s, active
+    active, slope = _value_and_slope(activation, start)
+    away, missed, tilt = start - model, torch.addcmul(p, active, z, value=-1), slope.mul_(z)
+    now = value(away, missed)
+    step = away.mul_(alpha).addcmul_(missed, tilt, value=-gamma).div_(tilt.square_().mul_(gamma).add_(alpha))
+    there = start - step
+    active_there = activation(there)
+    better = value(there - model, torch.addcmul(p, active_there, z, value=-1)) < now
+    return torch.where(better, there, start), torch.where(better, active_there, active)
 
 
 def _value_and_slope(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]:
