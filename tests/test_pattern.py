@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from secateurs.pattern import NM, Unstructured, parse_pattern
+from secateurs.pattern import NM, SAMPLE, Unstructured, kth_smallest, parse_pattern
 
 SHARES = st.floats(0, 1, exclude_max=True)
 NS_AND_MS = st.integers(2, 9).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
@@ -71,6 +71,25 @@ def test_a_mask_does_not_depend_on_memory_layout():
     scores = torch.rand(24, 16, generator=torch.Generator().manual_seed(0))
     for pattern in (Unstructured(0.6), NM(2, 4)):
         assert (pattern.keep(scores) == pattern.keep(scores.T.contiguous().T)).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.999, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "few values", "one value", "infinite", "sorted", "misleading"])
+def test_the_kth_smallest_of_many(kind, share):
+    """Against numpy's sort; also where what is sampled is nothing like the rest."""
+    values = np.random.default_rng(0).normal(size=20 * SAMPLE).astype(np.float32)
+    if kind == "few values":
+        values = values.round()
+    elif kind == "one value":
+        values[:] = 3
+    elif kind == "infinite":
+        values[: len(values) // 2] = np.inf
+    elif kind == "sorted":
+        values.sort()
+    elif kind == "misleading":
+        values[:: len(values) // SAMPLE | 1] = 100
+    k = max(round(share * len(values)), 1)
+    assert float(kth_smallest(torch.from_numpy(values), k)) == np.sort(values)[k - 1]
 
 
 def test_sparsity_zero_keeps_everything():

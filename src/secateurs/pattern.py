@@ -4,6 +4,7 @@ A pattern turns scores into a keep-mask and knows nothing of where scores come f
 earlier one is kept, so that a mask depends on nothing but its scores.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -11,6 +12,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+SAMPLE = 4096
+"""Values that tell roughly where a threshold lies."""
 
 Group = Literal["layer", "row"]
 """What competes for the places of an unstructured pattern: all weights of a layer, or those of one output."""
@@ -51,7 +55,10 @@ class Unstructured:
         pruned = round(self.sparsity * size)
         if pruned == 0:
             return torch.ones_like(scores, dtype=torch.bool)
-        threshold = rivals.kthvalue(pruned, dim=1, keepdim=True).values
+        if group == "layer":
+            threshold = kth_smallest(rivals[0], pruned)
+        else:
+            threshold = rivals.kthvalue(pruned, dim=1, keepdim=True).values
         keep = rivals > threshold
         places = size - pruned - keep.sum(dim=1, keepdim=True)
         if places.any():  # more scores equal the threshold than fall
@@ -134,6 +141,31 @@ class NM:
 
 
 Pattern = Unstructured | NM
+
+
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """What `values.kthvalue(k)` finds, where there are many in a third of the time.
+
+    A sample says between which two values it lies, and only those between them are searched; where the sample
+    is wrong, which the counts show, all are.
+
+    Args:
+        values: (n,), float32 or float64.
+        k: from 1 to n.
+
+    Returns:
+        A scalar.
+    """
+    if len(values) >= 16 * SAMPLE:
+        sample = values[:: len(values) // SAMPLE | 1].sort().values
+        rank = k * len(sample) // len(values)
+        margin = 2 * math.isqrt(len(sample))  # four standard deviations of a rank in the sample, or more
+        low, high = (sample[min(max(i, 0), len(sample) - 1)] for i in (rank - margin, rank + margin))
+        within = values[(values >= low) & (values <= high)]
+        left = k - int((values < low).count_nonzero())
+        if 0 < left <= len(within):
+            return within.kthvalue(left).values
+    return values.kthvalue(k).values
 
 
 def parse_pattern(text: str) -> Pattern:

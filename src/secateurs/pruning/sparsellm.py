@@ -213,9 +213,9 @@ class _Run:
         """X and Y of a few of the rows at a time, to compute with, and views of what has a row for each."""
         for x, y, chosen, *others in zip(*self.tokens, rows, *more, strict=True):
             for part, *views in zip(*(tensor.split(CHUNK) for tensor in (chosen, *others)), strict=True):
-                yield self._read(x[part]), self._read(y[part]), *views
+                yield self.read(x[part]), self.read(y[part]), *views
 
-    def _read(self, tensor: Tensor) -> Tensor:
+    def read(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
 
     def _measure(self) -> Weights:
@@ -244,11 +244,16 @@ class _Run:
         iterations = self.settings.iterations
         iterates: list[Iterate] = []
         best: tuple[float, MLPSolution] | None = None
-        mlp, step = self.dense, None
+        mlp = self.dense
+        step: _Step | None = None
+        objective: float | None = None
+        terms: dict[str, float] = {}
+        goals: Sequence[Products | None] = [None] * len(mlp.first)
         for k in range(iterations + 1):
             try:
-                objective, terms, goals = step.result() if step else (None, {}, None)
-                first = self._prune_first(mlp.first, goals)
+                if step:
+                    objective, terms, goals = step.result()
+                first = self._prune_first(mlp, goals)
                 mlp = replace(mlp, first=tuple(self._converted(pruned.layer) for pruned in first))
                 step = _Step(self, mlp) if k < iterations else None
                 down = self._prune_down(mlp, step)
@@ -267,13 +272,11 @@ class _Run:
         assert best is not None
         return best[1]
 
-    def _prune_first(
-        self, layers: tuple[Linear, ...], goals: Sequence[Products] | None
-    ) -> tuple[Pruned, ...]:
+    def _prune_first(self, mlp: MLP, goals: Sequence[Products | None]) -> tuple[Pruned, ...]:
         settings = self.settings
         return tuple(
             prune_linear(settings.solver, layer, self.moments, goal, settings.damping, self.stored)
-            for layer, goal in zip(layers, goals or [None] * len(layers), strict=True)
+            for layer, goal in zip(mlp.first, goals, strict=True)
         )
 
     def _prune_down(self, mlp: MLP, step: "_Step | None") -> Pruned:
@@ -324,7 +327,7 @@ class _Step:
             state: the same shape.
         """
         mlp = self.mlp
-        channels = mlp.channels(self.run._read(state))
+        channels = mlp.channels(self.run.read(state))
         gap = y - _apply(mlp.down, channels)
         p, left = step_p(channels, gap, mlp.down.weight, self.inverse, self.ratio)
         self.squares[3] += left.square_().sum()
@@ -333,11 +336,11 @@ class _Step:
             self._take_part(*part)
         wanted = state.split([len(layer.weight) for layer in mlp.first], dim=1)
         for goal, part in zip(self.goals, wanted, strict=True):
-            goal.update(self.run._read(part), x)
+            goal.update(self.run.read(part), x)
 
     def _take_part(self, p: Tensor, model: Tensor, state: Tensor) -> None:
         """Step z and s."""
-        f, weights, before = self.mlp.activation, self.run.weights, self.run._read(state)
+        f, weights, before = self.mlp.activation, self.run.weights, self.run.read(state)
         if self.mlp.gated:
             (gate, _), (model_gate, model_up) = before.chunk(2, dim=1), model.chunk(2, dim=1)
             z = step_z(f(gate), model_up, p, weights.up, weights.hidden)
