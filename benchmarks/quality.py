@@ -5,7 +5,8 @@ on the first windows of each text: perplexity, and the divergence of the dense m
 pruned one's. (Where the dense model knows a text badly, what changes its predictions may lower perplexity:
 only the divergence then tells how much of the model is left.) The tables show the mean over the seeds, and
 each method's margin over the base in log-perplexity (below zero is better), paired by seed: mean (least to
-most). A combination in the results is not repeated: interrupt at will, and run the same command again.
+most). A combination in the results is not repeated: interrupt at will, and run the same command again. Each
+row names the revision that was measured.
 
     python benchmarks/quality.py --models ../out/llama ../out/opt --calibration ../data/wikitext-2/valid.txt \
         --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
@@ -165,7 +166,8 @@ def main(
             if (model.name, *cell) in done:
                 continue
             row = {"model": model.name, **dict(zip(("method", "pattern", "seed"), cell, strict=True))}
-            rows.append(row | measure(model, cell, ids, evaluation, length, sequential))
+            measured = measure(model, cell, ids, evaluation, length, sequential)
+            rows.append({**row, **measured, "revision": about["revision"]})
             save(results, about, rows)
             scores = (f"{text} {score:.2f}" for text, score in rows[-1]["perplexity"].items())
             print(*row.values(), *scores, flush=True)

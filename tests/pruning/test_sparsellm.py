@@ -268,6 +268,40 @@ def test_a_run_is_that_of_the_reference(
         assert sum(weights[k] * v for k, v in iterate.terms.items()) == pytest.approx(iterate.objective)
 
 
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_iterations_help_tokens_that_nothing_was_fitted_to(name: str) -> None:
+    mlp = problem(ACTIVATIONS[name][0], gated=name == "silu", fused=False, bias=False)
+    inputs = random(1600, HIDDEN, seed=3)
+    dense = mlp.channels(torch.cat([inputs @ layer.weight.T for layer in mlp.first], dim=1))
+    tokens = Tokens([inputs], [dense @ mlp.down.weight.T])
+    solution = SparseLLM(SparseGPT(block=8), iterations=6).prune(mlp, tokens, stored=torch.float64)
+    assert solution.kept > 0
+
+
+def test_tokens_may_be_in_half_precision() -> None:
+    """Beside the same run in float64: s and z are then rounded to bfloat16 between the iterations."""
+    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=True)
+    half = Tokens(*([part.bfloat16() for part in parts] for parts in calibration()))
+    full = Tokens(*([part.double() for part in parts] for parts in half))
+    method = SparseLLM(SparseGPT(block=8), iterations=3)
+    runs = [method.prune(mlp, tokens, stored=torch.float64).iterates for tokens in (half, full)]
+    for ours, exact in zip(*runs, strict=True):
+        assert ours.held_out == pytest.approx(exact.held_out, rel=0.01)
+        assert ours.terms == pytest.approx(exact.terms, rel=0.01)
+
+
+def test_a_step_that_cannot_be_solved_ends_the_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hidden_inverse(torch.zeros(3, 3), 0.0).isnan().all()
+    monkeypatch.setattr(
+        secateurs.pruning.sparsellm, "hidden_inverse", lambda gram, ratio: torch.full_like(gram, torch.nan)
+    )
+    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
+    solution = SparseLLM(SparseGPT(block=8), iterations=3).prune(mlp, calibration(), stored=torch.float64)
+    assert (len(solution.iterates), solution.kept) == (1, 0)
+    for pruned in (*solution.first, solution.down):
+        assert pruned.layer.weight.isfinite().all()
+
+
 @pytest.mark.parametrize("solver", [SparseGPT(block=8), ADMM()])
 def test_without_iterations_down_is_fitted_to_the_pruned_gate_and_up(solver: SparseGPT | ADMM) -> None:
     mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)

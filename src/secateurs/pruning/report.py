@@ -32,8 +32,9 @@ class Iterate:
     """An MLP as SparseLLM's iterations leave it."""
 
     objective: float | None
-    """The weighted sum of the terms once p, z and s have moved, to which this iterate's weights are then
-    fitted and pruned. None for the first: nothing has moved yet."""
+    """The weighted sum of the terms once p, z and s have moved, to which this iterate's gate and up are then
+    fitted and pruned. They move with the gate and up of the iterate before, and the down of the one before
+    that; the second iterate's with the dense down. None for the first: nothing has moved yet."""
     terms: dict[str, float]
     """Squared residuals of "gate", "up", "hidden" and "output", relative to the energy of their targets."""
     held_out: float

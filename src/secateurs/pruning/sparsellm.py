@@ -21,7 +21,6 @@ a gate has p - f(z). What differs from the published code:
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -36,8 +35,8 @@ from secateurs.pruning.statistics import Products, Statistics
 CHUNK = 2048
 """Tokens that are multiplied at once."""
 
-SLICE = 128
-"""Tokens that z and s step on at once on a processor, so that what lies between stays in its cache."""
+SLICE = 256
+"""Tokens that z and s step on at once: there is much in between, which is best kept in a cache."""
 
 HELD_OUT = 8
 """One token in so many chooses among the iterates."""
@@ -76,9 +75,8 @@ class MLP:
     gated: bool
     activation: Activation
 
-    @cached_property
-    def _stacked(self) -> Linear:
-        """All of `first` as one layer: one product is faster than two and a copy."""
+    def stacked(self) -> Linear:
+        """Those of `first` as one layer, a copy: one product is faster than two and their concatenation."""
         if len(self.first) == 1:
             return self.first[0]
         weight = torch.cat([layer.weight for layer in self.first])
@@ -87,12 +85,12 @@ class MLP:
         biases = [weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in self.first]
         return Linear(weight, torch.cat(biases), None)
 
-    def preactivations(self, inputs: Tensor) -> Tensor:
-        """(tokens, hidden) -> (tokens, channels), or (tokens, 2 * channels): gate, then up."""
-        return _apply(self._stacked, inputs)
-
     def channels(self, preactivations: Tensor) -> Tensor:
-        """What down reads, (tokens, channels)."""
+        """What down reads, (tokens, channels).
+
+        Args:
+            preactivations: what `first` gives, (tokens, channels), or (tokens, 2 * channels): gate, then up.
+        """
         if not self.gated:
             return self.activation(preactivations)
         gate, up = preactivations.chunk(2, dim=1)
@@ -174,8 +172,9 @@ class SparseLLM:
     def prune(self, mlp: MLP, tokens: Tokens, *, stored: torch.dtype) -> MLPSolution:
         """Prune an MLP.
 
-        Memory: beside the tokens, s and z in the dtype of the inputs, and of the sums over tokens one matrix
-        (channels, channels) with the solver's factors of it, and one (hidden, hidden).
+        Memory: beside the tokens, s and z in the dtype of the inputs; of the sums over tokens one matrix
+        (channels, channels) with the solver's factors of it, one (channels, hidden) for each layer, and one
+        (hidden, hidden).
 
         Args:
             mlp: its dense layers; not modified.
@@ -227,14 +226,15 @@ class _Run:
                 x.new_empty(len(rows), outputs)
                 for x, rows in zip(self.tokens.inputs, self.solving, strict=True)
             ]
-        for x, y, *state in self._chunks(self.solving, *([self.auxiliary] if self.auxiliary else [])):
+        first = self.dense.stacked()
+        for x, y, *auxiliary in self._chunks(self.solving, *([self.auxiliary] if self.auxiliary else [])):
             self.moments.update(x)
-            before = self.dense.preactivations(x)
+            before = _apply(first, x)
             halves = before.chunk(2, dim=1) if self.dense.gated else (before, before)
             parts = (*halves, self.dense.channels(before), y)
             energy += torch.stack([part.square().sum() for part in parts])
-            if state:
-                state[0].copy_(before)
+            if auxiliary:
+                auxiliary[0].copy_(before)
         tiny = torch.finfo(torch.float32).tiny
         per_token = (energy / self.moments.tokens).clamp_min(tiny).tolist()
         alpha, gamma = self.settings.alpha, self.settings.gamma
@@ -248,14 +248,15 @@ class _Run:
         step: _Step | None = None
         objective: float | None = None
         terms: dict[str, float] = {}
-        goals: Sequence[Products | None] = [None] * len(mlp.first)
         for k in range(iterations + 1):
             try:
                 if step:
-                    objective, terms, goals = step.result()
-                first = self._prune_first(mlp, goals)
+                    objective, terms = step.result()
+                first = self._prune_first(mlp, step.goals if step else [None] * len(mlp.first))
+                step = None  # before the next one takes as much memory
                 mlp = replace(mlp, first=tuple(self._converted(pruned.layer) for pruned in first))
-                step = _Step(self, mlp) if k < iterations else None
+                if k < iterations:
+                    step = _Step(mlp, self.settings, self.weights)
                 down = self._prune_down(mlp, step)
                 mlp = replace(mlp, down=self._converted(down.layer))
                 solution = MLPSolution(first, down, iterates, k)
@@ -285,19 +286,21 @@ class _Run:
         settings, down = self.settings, self.dense.down
         moments = Statistics(down.weight.shape[1], dtype=self.dtype, device=self.device)
         products = Products(*down.weight.shape, dtype=self.dtype, device=self.device)
-        for x, y, *state in self._chunks(self.solving, *([self.auxiliary] if step else [])):
-            before = mlp.preactivations(x)
+        first = mlp.stacked()
+        for x, y, *auxiliary in self._chunks(self.solving, *([self.auxiliary] if step else [])):
+            before = _apply(first, x)
+            if step:
+                step.take(x, y, before, auxiliary[0])
             channels = mlp.channels(before)
             moments.update(channels)
             products.update(y, channels)
-            if step:
-                step.take(x, y, before, state[0])
         return prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
 
     def _held_out_error(self, mlp: MLP) -> float:
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        first = mlp.stacked()
         for x, y in self._chunks(self.held_out):
-            output = _apply(mlp.down, mlp.channels(mlp.preactivations(x)))
+            output = _apply(mlp.down, mlp.channels(_apply(first, x)))
             squares += torch.stack([output.sub_(y).square_().sum(), y.square().sum()])
         lost, energy = squares.tolist()
         error = lost / energy if energy > 0 else 0.0
@@ -307,63 +310,68 @@ class _Run:
 
 
 class _Step:
-    """One step of p, z and s on every token, and what it leaves: gate's and up's products to be fitted by."""
+    """One step of p, z and s on every token, and the products that gate and up are to be fitted by then.
 
-    def __init__(self, run: _Run, mlp: MLP) -> None:
-        self.run, self.mlp = run, mlp
+    Args:
+        mlp: gate and up as they are pruned now; down as it was before.
+        settings: alpha and gamma.
+        weights: of the terms.
+    """
+
+    def __init__(self, mlp: MLP, settings: SparseLLM, weights: Weights) -> None:
+        self.mlp, self.settings, self.weights = mlp, settings, weights
         down = mlp.down.weight
-        self.ratio = run.weights.hidden / run.weights.output
+        self.ratio = weights.hidden / weights.output
         self.inverse = hidden_inverse(down @ down.T, self.ratio)
-        self.goals = [Products(*x.weight.shape, dtype=run.dtype, device=run.device) for x in mlp.first]
-        self.squares = torch.zeros(4, dtype=torch.float64, device=run.device)
+        self.goals = [Products(*x.weight.shape, dtype=down.dtype, device=down.device) for x in mlp.first]
+        self.squares = torch.zeros(4, dtype=torch.float64, device=down.device)
 
-    def take(self, x: Tensor, y: Tensor, model: Tensor, state: Tensor) -> None:
-        """Step from `state`, s beside z, in place.
+    def take(self, x: Tensor, y: Tensor, model: Tensor, auxiliary: Tensor) -> None:
+        """Step on a few tokens.
 
         Args:
             x: (tokens, hidden).
             y: (tokens, hidden).
             model: what gate and up give for x, (tokens, 2 * channels), or (tokens, channels).
-            state: the same shape.
+            auxiliary: s beside z, the same shape; on any device, in any dtype. Modified.
         """
         mlp = self.mlp
-        channels = mlp.channels(self.run.read(state))
+        work = auxiliary.to(model)
+        channels = mlp.channels(work)
         gap = y - _apply(mlp.down, channels)
         p, left = step_p(channels, gap, mlp.down.weight, self.inverse, self.ratio)
         self.squares[3] += left.square_().sum()
-        rows = SLICE if p.device.type == "cpu" else len(p)
-        for part in zip(*(tensor.split(rows) for tensor in (p, model, state)), strict=True):
-            self._take_part(*part)
-        wanted = state.split([len(layer.weight) for layer in mlp.first], dim=1)
-        for goal, part in zip(self.goals, wanted, strict=True):
-            goal.update(self.run.read(part), x)
+        for part in zip(*(tensor.split(SLICE) for tensor in (p, model, work)), strict=True):
+            self._step_z_and_s(*part)
+        wanted = work.split([len(layer.weight) for layer in mlp.first], dim=1)
+        for goal, rows in zip(self.goals, wanted, strict=True):
+            goal.update(rows, x)
+        if work is not auxiliary:
+            auxiliary.copy_(work)
 
-    def _take_part(self, p: Tensor, model: Tensor, state: Tensor) -> None:
-        """Step z and s."""
-        f, weights, before = self.mlp.activation, self.run.weights, self.run.read(state)
+    def _step_z_and_s(self, p: Tensor, model: Tensor, work: Tensor) -> None:
+        f, weights = self.mlp.activation, self.weights
         if self.mlp.gated:
-            (gate, _), (model_gate, model_up) = before.chunk(2, dim=1), model.chunk(2, dim=1)
-            z = step_z(f(gate), model_up, p, weights.up, weights.hidden)
-            s, active = step_s(f, gate, model_gate, p, z, weights.gate, weights.hidden)
-            residuals = {0: s - model_gate, 1: z - model_up, 2: active.mul_(z).sub_(p)}
-            gate_state, up_state = state.chunk(2, dim=1)
-            gate_state.copy_(s)
-            up_state.copy_(z)
+            (gate, up), (model_gate, model_up) = work.chunk(2, dim=1), model.chunk(2, dim=1)
+            up.copy_(step_z(f(gate), model_up, p, weights.up, weights.hidden))
+            s, active = step_s(f, gate, model_gate, p, up, weights.gate, weights.hidden)
+            gate.copy_(s)
+            residuals = {0: gate - model_gate, 1: up - model_up, 2: active.mul_(up).sub_(p)}
         else:
             one = torch.ones((), dtype=model.dtype, device=model.device)
-            s, active = step_s(f, before, model, p, one, weights.up, weights.hidden)
-            residuals = {1: s - model, 2: active.sub_(p)}
-            state.copy_(s)
-        for i, residual in residuals.items():
-            self.squares[i] += residual.square_().sum()
+            s, active = step_s(f, work, model, p, one, weights.up, weights.hidden)
+            work.copy_(s)
+            residuals = {1: work - model, 2: active.sub_(p)}
+        for term, residual in residuals.items():
+            self.squares[term] += residual.square_().sum()
 
-    def result(self) -> tuple[float, dict[str, float], list[Products]]:
-        """The objective after the step, its terms, and the products to fit gate and up by.
+    def result(self) -> tuple[float, dict[str, float]]:
+        """The objective after the step, and its terms.
 
         Raises:
             FloatingPointError: it is not finite.
         """
-        settings, weights = self.run.settings, self.run.weights
+        settings, weights = self.settings, self.weights
         per_token = (self.squares / self.goals[0].tokens).tolist()
         objective = float(sum(w * q for w, q in zip(weights, per_token, strict=True)))
         if not math.isfinite(objective):
@@ -374,7 +382,7 @@ class _Step:
             for name, weight, square, share in zip(weights._fields, weights, per_token, scale, strict=True)
             if name != "gate" or self.mlp.gated
         }
-        return objective, terms, self.goals
+        return objective, terms
 
 
 def prune_linear(
@@ -434,7 +442,7 @@ def rows_of(inputs: Sequence[Tensor], *, hold_out: bool) -> tuple[list[Tensor], 
     seen = 0
     for x in inputs:
         rows = torch.arange(len(x), device=x.device)
-        out = (rows + seen) % HELD_OUT == (HELD_OUT - 1 if hold_out else HELD_OUT)
+        out = (rows + seen) % HELD_OUT == HELD_OUT - 1 if hold_out else torch.zeros_like(rows).bool()
         seen += len(x)
         solving.append(rows[~out])
         held.append(rows[out])
@@ -446,7 +454,10 @@ def rows_of(inputs: Sequence[Tensor], *, hold_out: bool) -> tuple[list[Tensor], 
 
 
 def hidden_inverse(gram: Tensor, ratio: float) -> Tensor:
-    """(Wd Wd^T + ratio I)^-1, (hidden, hidden); NaN if it is singular in the dtype that is computed in.
+    """(Wd Wd^T + ratio I)^-1, (hidden, hidden).
+
+    Where it is singular in the dtype that is computed in, all of it is NaN, and so is the objective of the
+    step that uses it: the iterations end, and what was pruned until then stands.
 
     Args:
         gram: Wd Wd^T, (hidden, hidden); modified.
@@ -494,7 +505,7 @@ def step_s(
     """An s that lowers alpha (s - m)^2 + gamma (p - f(s) z)^2, elementwise, and f(s).
 
     The lowest there is for ReLU, as the better of two branches; for smooth activations a Gauss-Newton step
-    where it helps. (The next iteration goes on from there.)
+    where it helps; where it does not, s stays.
 
     Args:
         activation: f.
