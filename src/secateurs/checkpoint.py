@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from secateurs.finite import all_finite
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
@@ -116,7 +118,7 @@ class Checkpoint:
                         raise ValueError(
                             f"'{name}' in '{self.folder / file}' cannot be read: {error}"
                         ) from None
-                    if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
+                    if tensors[name].is_floating_point() and not all_finite(tensors[name]):
                         raise ValueError(f"'{name}' in '{self.folder / file}' holds NaN or Inf")
         return tensors
 

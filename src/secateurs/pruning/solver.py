@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from secateurs.finite import all_finite
 from secateurs.pattern import Pattern
 from secateurs.pruning.statistics import Statistics
 
@@ -51,7 +52,7 @@ def finished(weight: Tensor) -> Tensor:
     Raises:
         FloatingPointError: not all of it is finite.
     """
-    if not weight.isfinite().all():
+    if not all_finite(weight):
         raise FloatingPointError(
             "pruning gave NaN or Inf: the weight holds some, or its inputs are out of range"
         )
@@ -67,6 +68,6 @@ def rounded(weight: Tensor, stored: torch.dtype) -> Tensor:
         FloatingPointError: that dtype cannot hold it.
     """
     weight = weight.to(stored) + 0
-    if not weight.isfinite().all():
+    if not all_finite(weight):
         raise FloatingPointError(f"pruning gave values that {stored} cannot hold")
     return weight

@@ -35,8 +35,8 @@ from secateurs.pruning.statistics import Products, Statistics
 CHUNK = 2048
 """Tokens that are multiplied at once."""
 
-SLICE = 256
-"""Tokens that z and s step on at once: there is much in between, which is best kept in a cache."""
+SLICE = {"cpu": 128, "cuda": 512}
+"""Tokens that z and s step on at once: there is much in between, which a processor keeps in its cache."""
 
 HELD_OUT = 8
 """One token in so many chooses among the iterates."""
@@ -341,11 +341,12 @@ class _Step:
         gap = y - _apply(mlp.down, channels)
         p, left = step_p(channels, gap, mlp.down.weight, self.inverse, self.ratio)
         self.squares[3] += left.square_().sum()
-        for part in zip(*(tensor.split(SLICE) for tensor in (p, model, work)), strict=True):
+        rows = SLICE[p.device.type]
+        for part in zip(*(tensor.split(rows) for tensor in (p, model, work)), strict=True):
             self._step_z_and_s(*part)
         wanted = work.split([len(layer.weight) for layer in mlp.first], dim=1)
-        for goal, rows in zip(self.goals, wanted, strict=True):
-            goal.update(rows, x)
+        for goal, part in zip(self.goals, wanted, strict=True):
+            goal.update(part, x)
         if work is not auxiliary:
             auxiliary.copy_(work)
 

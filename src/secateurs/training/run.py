@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.checkpoint import Checkpoint, copy_file, resolve
+from secateurs.finite import all_finite
 from secateurs.runtime.load import load_model
 from secateurs.text import load_tokenizer
 from secateurs.training.callback import Importance, Select, SparsityAcceleratedTraining
@@ -334,7 +335,7 @@ def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the weights the values that they will be stored with, so that those are what is validated."""
     for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(dtype))
-        if not parameter.isfinite().all():
+        if not all_finite(parameter):
             raise FloatingPointError(f"'{name}' has values that {dtype} cannot hold: train at a smaller rate")
 
 
