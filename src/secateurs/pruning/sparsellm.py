@@ -35,8 +35,8 @@ from secateurs.pruning.statistics import Products, Statistics
 CHUNK = 2048
 """Tokens that are multiplied at once."""
 
-SLICE = {"cpu": 128, "cuda": 512}
-"""Tokens that z and s step on at once: there is much in between, which a processor keeps in its cache."""
+SLICE = 128
+"""Tokens that z and s step on at once on a processor, whose cache then holds all that is in between."""
 
 HELD_OUT = 8
 """One token in so many chooses among the iterates."""
@@ -212,9 +212,9 @@ class _Run:
         """X and Y of a few of the rows at a time, to compute with, and views of what has a row for each."""
         for x, y, chosen, *others in zip(*self.tokens, rows, *more, strict=True):
             for part, *views in zip(*(tensor.split(CHUNK) for tensor in (chosen, *others)), strict=True):
-                yield self.read(x[part]), self.read(y[part]), *views
+                yield self._read(x[part]), self._read(y[part]), *views
 
-    def read(self, tensor: Tensor) -> Tensor:
+    def _read(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
 
     def _measure(self) -> Weights:
@@ -341,7 +341,7 @@ class _Step:
         gap = y - _apply(mlp.down, channels)
         p, left = step_p(channels, gap, mlp.down.weight, self.inverse, self.ratio)
         self.squares[3] += left.square_().sum()
-        rows = SLICE[p.device.type]
+        rows = SLICE if p.device.type == "cpu" else CHUNK // 4
         for part in zip(*(tensor.split(rows) for tensor in (p, model, work)), strict=True):
             self._step_z_and_s(*part)
         wanted = work.split([len(layer.weight) for layer in mlp.first], dim=1)
