@@ -97,9 +97,7 @@ def published(model: str, tokens: str, output: str, pattern: str, repository: st
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    # It calls both unconditionally.
-    torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
-    sys.path.insert(0, repository)
+    use_checkout(repository)
     from sparsegpt import SparseGPT
 
     torch.set_grad_enabled(False)
@@ -181,8 +179,7 @@ def published_sparsellm(
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
-    sys.path.insert(0, repository)
+    use_checkout(repository)
     source = (Path(repository) / "model_utils.py").read_text()
     for theirs, ours in {
         "opt_epochs = 8": f"opt_epochs = {iterations}",
@@ -214,6 +211,15 @@ def published_sparsellm(
     with phases("write"):
         network.save_pretrained(output)
     return {"seconds": phases.total(), "phases": phases.seconds, "import_bytes": imports}
+
+
+def use_checkout(repository: str) -> None:
+    """Import from a checkout of code written for a GPU, on the CPU."""
+    import torch
+
+    # It calls both unconditionally.
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
+    sys.path.insert(0, repository)
 
 
 def sparsegpt_settings(pattern: str) -> Record:

@@ -284,8 +284,8 @@ class _Walk:
         if not self.joint:
             return 1
         config, family = self.model.config, self.model.family
-        # The dense stream, aims in float32, and what the MLP sees and aims at.
-        sizes, streams = family.sizes(config), 8
+        # The dense stream, two or three aims in float32, and what the MLP sees and aims at.
+        sizes, streams = family.sizes(config), 8 if family.adds(config) else 10
         if not self._sparsellm.iterations:
             return streams
         return streams + (2 if "gate" in family.roles else 1) * sizes.channels / sizes.hidden
