@@ -13,12 +13,16 @@ openmp = ["-fopenmp"] if sys.platform == "linux" else []
 setup(
     ext_modules=[
         Extension(
-            "secateurs.runtime._kernels",
-            ["src/secateurs/runtime/kernels.cpp"],
+            f"secateurs.{name}",
+            [f"src/secateurs/{source}"],
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-w", *openmp],
             extra_link_args=openmp,
             language="c++",
             optional=True,
+        )
+        for name, source in (
+            ("pruning._sweep", "pruning/sweep.cpp"),
+            ("runtime._kernels", "runtime/kernels.cpp"),
         )
     ]
 )

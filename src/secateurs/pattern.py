@@ -157,11 +157,11 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
         A scalar.
     """
     if len(values) >= 16 * SAMPLE:
-        sample = values[:: len(values) // SAMPLE | 1].sort().values
+        sample = values[:: len(values) // SAMPLE | 1].contiguous()
         rank = k * len(sample) // len(values)
         margin = 2 * math.isqrt(len(sample))  # four standard deviations of a rank in the sample, or more
-        low = sample[rank - margin] if rank > margin else -math.inf
-        high = sample[rank + margin] if rank + margin < len(sample) else math.inf
+        low = sample.kthvalue(rank - margin).values if rank > margin else -math.inf
+        high = sample.kthvalue(rank + margin).values if rank + margin <= len(sample) else math.inf
         within = values[(values >= low) & (values <= high)]
         left = k - int((values < low).count_nonzero())
         if 0 < left <= len(within):

@@ -58,7 +58,7 @@ class SparseGPT:
         pruned = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
         pruned[statistics.norms == 0] = 0
         change = pruned.clone()
-        sweep = _sweep_on(weight.device)
+        sweep = _sweep_for(pruned)
         block = _multiple(self.block, pattern)
         for start in range(0, len(pruned), block):
             before, now = slice(start), slice(start, start + block)
@@ -71,7 +71,7 @@ class SparseGPT:
 
 
 def sweep(weight: Tensor, inverse: Tensor, pattern: Pattern) -> None:
-    """Prune one block of columns in place: the reference for the Triton kernel.
+    """Prune one block of columns in place: the reference for the Triton and the C++ kernel.
 
     Args:
         weight: (block, out), corrected for the errors of all earlier blocks.
@@ -101,13 +101,15 @@ def choose(weight: Tensor, scale: Tensor, pattern: Pattern) -> Tensor:
     return pattern.keep((weight.abs() / scale[:, None]).T).T
 
 
-def _sweep_on(device: torch.device) -> Callable[[Tensor, Tensor, Pattern], None]:
-    """The Triton kernel where it can run, otherwise `sweep`."""
-    if device.type == "cuda" and find_spec("triton"):
+def _sweep_for(weight: Tensor) -> Callable[[Tensor, Tensor, Pattern], None]:
+    """The kernel for it where there is one, otherwise `sweep`."""
+    if weight.is_cuda and find_spec("triton"):
         from secateurs.pruning import sweep_triton
 
         return sweep_triton.sweep
-    return sweep
+    from secateurs.pruning import sweep_cpu
+
+    return sweep_cpu.sweep if sweep_cpu.serves(weight) else sweep
 
 
 def _multiple(columns: int, pattern: Pattern) -> int:
