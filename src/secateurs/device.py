@@ -16,6 +16,13 @@ def resolve_device(device: str | None) -> torch.device:
     return where
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 matrices are no slower there than those of float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def home_of(hidden: list[torch.Tensor], device: torch.device, *, copies: float = 1) -> torch.device:
     """Where activations live between blocks: on the GPU if they leave most of it free.
 

@@ -290,6 +290,30 @@ def test_tokens_may_be_in_half_precision() -> None:
         assert ours.terms == pytest.approx(exact.terms, rel=0.01)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_model_in_half_precision(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens run through the MLP in bfloat16, as through the model, beside the same run in float64."""
+    mlp = problem(nn.SiLU(), gated=gated, fused=False, bias=True)
+    layers = [replace(x, weight=x.weight.bfloat16().double()) for x in (*mlp.first, mlp.down)]
+    mlp = replace(mlp, first=tuple(layers[:-1]), down=layers[-1])
+    inputs = random(1600, HIDDEN, seed=3).bfloat16()
+    before = [inputs.double() @ layer.weight.T + bias_of(layer) for layer in mlp.first]
+    targets = mlp.channels(torch.cat(before, dim=1)) @ mlp.down.weight.T + bias_of(mlp.down)
+    runs = []
+    for fast in (True, False):
+        monkeypatch.setattr(
+            secateurs.pruning.sparsellm, "multiplies_bfloat16", lambda device, fast=fast: fast
+        )
+        method = SparseLLM(SparseGPT(block=8), iterations=3)
+        runs.append(method.prune(mlp, Tokens([inputs], [targets]), stored=torch.bfloat16).iterates)
+    for ours, exact in zip(*runs, strict=True):
+        assert ours.held_out == pytest.approx(exact.held_out, rel=0.01)
+        assert ours.terms == pytest.approx(
+            exact.terms, rel=0.01, abs=2.0**-16
+        )  # squares of what rounding loses
+    assert runs[0] != runs[1]
+
+
 def test_a_step_that_cannot_be_solved_ends_the_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hidden_inverse(torch.zeros(3, 3), 0.0).isnan().all()
     monkeypatch.setattr(

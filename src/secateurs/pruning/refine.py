@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateurs.blockwise import BlockwiseModel
+from secateurs.device import multiplies_bfloat16
 
 TOKENS_A_STEP = 1024
 
@@ -86,9 +87,13 @@ def refine(
     )
     energy = energy or 1.0
 
+    low = hidden[0].dtype == torch.bfloat16 and multiplies_bfloat16(model.device)
+
     def lost(some: Sequence[tuple[Tensor, Tensor]], weights: dict[str, Tensor]) -> Tensor:
         given, wanted = (torch.cat(tensors).to(model.device).float() for tensors in zip(*some, strict=True))
-        return (model.run_with(index, given, weights) - wanted).square().sum() / (energy * len(some))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+            result = model.run_with(index, given, weights)
+        return (result - wanted).square().sum() / (energy * len(some))
 
     @torch.no_grad()
     def error(weights: dict[str, Tensor]) -> float:

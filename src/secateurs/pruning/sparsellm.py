@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secateurs.device import multiplies_bfloat16
 from secateurs.pattern import Pattern
 from secateurs.pruning.admm import ADMM
 from secateurs.pruning.report import Iterate
@@ -194,6 +195,7 @@ class _Run:
     def __init__(self, settings: SparseLLM, mlp: MLP, tokens: Tokens, stored: torch.dtype) -> None:
         self.settings, self.tokens, self.stored = settings, tokens, stored
         self.dtype, self.device = working_dtype(mlp.down.weight), mlp.down.weight.device
+        self.running = running_dtype(stored, self.dtype, self.device)
         self.dense = replace(
             mlp,
             first=tuple(self._converted(layer) for layer in mlp.first),
@@ -205,8 +207,7 @@ class _Run:
         self.weights = self._measure()
 
     def _converted(self, layer: Linear) -> Linear:
-        bias = None if layer.bias is None else layer.bias.to(self.dtype)
-        return replace(layer, weight=layer.weight.to(self.dtype), bias=bias)
+        return _to(self.dtype, layer)
 
     def _chunks(self, rows: Sequence[Tensor], *more: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """X and Y of a few of the rows at a time, to compute with, and views of what has a row for each."""
@@ -215,7 +216,7 @@ class _Run:
                 yield self._read(x[part]), self._read(y[part]), *views
 
     def _read(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype)
+        return tensor.to(self.device, self.running)
 
     def _measure(self) -> Weights:
         """Take in X, start s and z where the dense MLP has them, weigh the terms by their energy there."""
@@ -226,13 +227,13 @@ class _Run:
                 x.new_empty(len(rows), outputs)
                 for x, rows in zip(self.tokens.inputs, self.solving, strict=True)
             ]
-        first = self.dense.stacked()
+        first = _to(self.running, self.dense.stacked())
         for x, y, *auxiliary in self._chunks(self.solving, *([self.auxiliary] if self.auxiliary else [])):
             self.moments.update(x)
             before = _apply(first, x)
             halves = before.chunk(2, dim=1) if self.dense.gated else (before, before)
             parts = (*halves, self.dense.channels(before), y)
-            energy += torch.stack([part.square().sum() for part in parts])
+            energy += torch.stack([_squares(part, self.dtype) for part in parts])
             if auxiliary:
                 auxiliary[0].copy_(before)
         tiny = torch.finfo(torch.float32).tiny
@@ -256,7 +257,7 @@ class _Run:
                 step = None  # before the next one takes as much memory
                 mlp = replace(mlp, first=tuple(self._converted(pruned.layer) for pruned in first))
                 if k < iterations:
-                    step = _Step(mlp, self.settings, self.weights)
+                    step = _Step(mlp, self.settings, self.weights, self.running)
                 down = self._prune_down(mlp, step)
                 mlp = replace(mlp, down=self._converted(down.layer))
                 solution = MLPSolution(first, down, iterates, k)
@@ -286,7 +287,7 @@ class _Run:
         settings, down = self.settings, self.dense.down
         moments = Statistics(down.weight.shape[1], dtype=self.dtype, device=self.device)
         products = Products(*down.weight.shape, dtype=self.dtype, device=self.device)
-        first = mlp.stacked()
+        first = _to(self.running, mlp.stacked())
         for x, y, *auxiliary in self._chunks(self.solving, *([self.auxiliary] if step else [])):
             before = _apply(first, x)
             if step:
@@ -298,10 +299,10 @@ class _Run:
 
     def _held_out_error(self, mlp: MLP) -> float:
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        first = mlp.stacked()
+        first, down = _to(self.running, mlp.stacked()), _to(self.running, mlp.down)
         for x, y in self._chunks(self.held_out):
-            output = _apply(mlp.down, mlp.channels(_apply(first, x)))
-            squares += torch.stack([output.sub_(y).square_().sum(), y.square().sum()])
+            output = _apply(down, mlp.channels(_apply(first, x)))
+            squares += torch.stack([_squares(output.sub_(y), self.dtype), _squares(y, self.dtype)])
         lost, energy = squares.tolist()
         error = lost / energy if energy > 0 else 0.0
         if not math.isfinite(error):
@@ -316,11 +317,14 @@ class _Step:
         mlp: gate and up as they are pruned now; down as it was before.
         settings: alpha and gamma.
         weights: of the terms.
+        running: see `running_dtype`.
     """
 
-    def __init__(self, mlp: MLP, settings: SparseLLM, weights: Weights) -> None:
+    def __init__(self, mlp: MLP, settings: SparseLLM, weights: Weights, running: torch.dtype) -> None:
         self.mlp, self.settings, self.weights = mlp, settings, weights
         down = mlp.down.weight
+        self.dtype = down.dtype
+        self.down = _to(running, mlp.down)
         self.ratio = weights.hidden / weights.output
         self.inverse = hidden_inverse(down @ down.T, self.ratio)
         self.goals = [Products(*x.weight.shape, dtype=down.dtype, device=down.device) for x in mlp.first]
@@ -335,16 +339,15 @@ class _Step:
             model: what gate and up give for x, (tokens, 2 * channels), or (tokens, channels).
             auxiliary: s beside z, the same shape; on any device, in any dtype. Modified.
         """
-        mlp = self.mlp
-        work = auxiliary.to(model)
-        channels = mlp.channels(work)
-        gap = y - _apply(mlp.down, channels)
-        p, left = step_p(channels, gap, mlp.down.weight, self.inverse, self.ratio)
+        work = auxiliary.to(model.device, self.dtype)
+        channels = self.mlp.channels(auxiliary.to(model))
+        gap = y.to(self.dtype) - _apply(self.down, channels)
+        p, left = step_p(channels.to(self.dtype), gap, self.mlp.down.weight, self.inverse, self.ratio)
         self.squares[3] += left.square_().sum()
         rows = SLICE if p.device.type == "cpu" else CHUNK // 4
         for part in zip(*(tensor.split(rows) for tensor in (p, model, work)), strict=True):
             self._step_z_and_s(*part)
-        wanted = work.split([len(layer.weight) for layer in mlp.first], dim=1)
+        wanted = work.split([len(layer.weight) for layer in self.mlp.first], dim=1)
         for goal, part in zip(self.goals, wanted, strict=True):
             goal.update(part, x)
         if work is not auxiliary:
@@ -352,6 +355,7 @@ class _Step:
 
     def _step_z_and_s(self, p: Tensor, model: Tensor, work: Tensor) -> None:
         f, weights = self.mlp.activation, self.weights
+        model = model.to(self.dtype)
         if self.mlp.gated:
             (gate, up), (model_gate, model_up) = work.chunk(2, dim=1), model.chunk(2, dim=1)
             up.copy_(step_z(f(gate), model_up, p, weights.up, weights.hidden))
@@ -359,7 +363,7 @@ class _Step:
             gate.copy_(s)
             residuals = {0: gate - model_gate, 1: up - model_up, 2: active.mul_(up).sub_(p)}
         else:
-            one = torch.ones((), dtype=model.dtype, device=model.device)
+            one = torch.ones((), dtype=self.dtype, device=model.device)
             s, active = step_s(f, work, model, p, one, weights.up, weights.hidden)
             work.copy_(s)
             residuals = {1: work - model, 2: active.sub_(p)}
@@ -540,6 +544,22 @@ def _value_and_slope(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]
         active = activation(s)
         (slope,) = torch.autograd.grad(active.sum(), s)
     return active.detach(), slope
+
+
+def running_dtype(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What tokens run through the MLP in: bfloat16 where the model will run in that and the device is fast at
+    it. Otherwise, as for sums over tokens and the steps of p, z and s in any case, it is `dtype`."""
+    return torch.bfloat16 if stored == torch.bfloat16 and multiplies_bfloat16(device) else dtype
+
+
+def _to(dtype: torch.dtype, layer: Linear) -> Linear:
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return replace(layer, weight=layer.weight.to(dtype), bias=bias)
+
+
+def _squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their sum, computed in this dtype."""
+    return torch.linalg.vector_norm(tensor, dtype=dtype).square()
 
 
 def _apply(layer: Linear, inputs: Tensor) -> Tensor:
