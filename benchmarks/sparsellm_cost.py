@@ -1,16 +1,17 @@
-"""SparseLLM's seconds and memory on a processor, by depth.
+"""SparseLLM's seconds and memory on a processor, by depth and by the dtype of the model's weights.
 
 The model is a Llama of width 512 and MLP 1376 with random weights; 32 x 256 calibration tokens; 70 %; four
-iterations. "as published" has SparseGPT inside and each MLP's own output as the target; "dense" aims at the
+iterations. (The published code is run in float32 only.)
+"as published" has SparseGPT inside and each MLP's own output as the target; "dense" aims at the
 dense model; "default" is what `secateurs prune` does, with ADMM inside and refinement. Each run has a process
 of its own; the clock covers loading, pruning and writing, not the imports. Beside the peak stands what it is
 above the imports and the model's own bytes.
 
     python benchmarks/sparsellm_cost.py
 
-Given a checkout of github.com/BaiTheBest/SparseLLM, its code runs in turn with ours on the same model and
-tokens: "published" with our four iterations (see `published_sparsellm` in job.py). The ratio is that of its
-median seconds to those of "as published".
+Given a checkout of github.com/BaiTheBest/SparseLLM, its code runs in turn with ours on the same float32 model
+and tokens: "published" with our four iterations (see `published_sparsellm` in job.py). The ratios are those
+of its median seconds to those of "as published".
 
     python benchmarks/sparsellm_cost.py --published ../SparseLLM
 """
@@ -34,6 +35,9 @@ from common import (
 )
 
 
+DTYPES = ("float32", "bfloat16")
+
+
 def main(
     depths: tuple[int, ...] = (2, 8),
     samples: int = 32,
@@ -52,8 +56,6 @@ def main(
     }
     if methods:
         tools = {name: tools[name] for name in methods}
-    if published:
-        tools["published"] = {"tool": "published_sparsellm", "repository": str(published), "iterations": 4}
     rows: list[Record] = []
     table = []
     ratios = []
@@ -61,23 +63,32 @@ def main(
         here = Path(temporary)
         tokens = random_tokens(here / "ids.safetensors", samples, length)
         for depth in depths:
-            model = random_llama(here / str(depth), layers=depth, dtype="float32")
-            size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-            shared = {"model": str(model), "tokens": str(tokens), "pattern": "70%"}
-            jobs = {name: {**shared, **tool, "output": str(here / "out")} for name, tool in tools.items()}
-            done = alternate(jobs, repetitions)
-            for name, runs in done.items():
-                rows.append({"blocks": depth, "method": name, "model_bytes": size, "runs": runs})
-                peak, imports = middle(runs, "peak_bytes"), middle(runs, "import_bytes")
-                above = (peak - imports - size) / 1e6
-                table.append(
-                    [depth, name, middle(runs, "seconds"), peak / 1e6, imports / 1e6, size / 1e6, above]
-                )
+            models = {dtype: random_llama(here / f"{depth}_{dtype}", depth, dtype) for dtype in DTYPES}
+            kinds = {(name, dtype): tool for dtype in DTYPES for name, tool in tools.items()}
+            if published:
+                theirs = {"tool": "published_sparsellm", "repository": str(published), "iterations": 4}
+                kinds["published", "float32"] = theirs
+            shared = {"tokens": str(tokens), "pattern": "70%", "output": str(here / "out")}
+            jobs = {kind: {**shared, **tool, "model": str(models[kind[1]])} for kind, tool in kinds.items()}
+            seconds = {}
+            for (name, dtype), repeated in alternate(jobs, repetitions).items():
+                size = sum(file.stat().st_size for file in models[dtype].glob("*.safetensors"))
+                kind = {"blocks": depth, "method": name, "dtype": dtype, "model_bytes": size}
+                rows.append({**kind, "runs": repeated})
+                seconds[name, dtype] = middle(repeated, "seconds")
+                peak, imports = middle(repeated, "peak_bytes"), middle(repeated, "import_bytes")
+                megabytes = [held / 1e6 for held in (peak, imports, size, peak - imports - size)]
+                table.append([depth, name, dtype, seconds[name, dtype], *megabytes])
             save(results, about, rows)
-            if published and "as published" in done:
-                theirs, base = (middle(done[name], "seconds") for name in ("published", "as published"))
-                ratios.append(f"{depth} blocks: published / as published {theirs / base:.2f} in seconds")
-    print_table(["blocks", "method", "seconds", "peak MB", "imports MB", "model MB", "above both MB"], table)
+            ratios += [
+                f"{depth} blocks: published (float32) / as published ({dtype}) "
+                f"{seconds['published', 'float32'] / seconds['as published', dtype]:.2f} in seconds"
+                for dtype in DTYPES
+                if published and ("as published", dtype) in seconds
+            ]
+    print_table(
+        ["blocks", "method", "dtype", "seconds", "peak MB", "imports MB", "model MB", "above both MB"], table
+    )
     for ratio in ratios:
         print(ratio)
 

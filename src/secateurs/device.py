@@ -17,10 +17,10 @@ def resolve_device(device: str | None) -> torch.device:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 matrices are no slower there than those of float32."""
+    """Whether it has instructions for products of bfloat16 matrices: emulated, they are slow."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def home_of(hidden: list[torch.Tensor], device: torch.device, *, copies: float = 1) -> torch.device:

@@ -159,6 +159,30 @@ def test_its_steps_are_those_of_adam_where_weights_are_left(
     torch.testing.assert_close(moved, (weight.detach() - start).float(), rtol=0.02, atol=float(rate) * 1e-2)
 
 
+def test_products_in_half_precision_gain_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a caller who has autocast on."""
+    monkeypatch.setattr(secateurs.pruning.refine, "TOKENS_A_STEP", 72)
+    ids, name = tokens(batch=40), "mlp.up_proj.weight"
+    dense = save(tmp_path / "dense", "llama", dtype=torch.bfloat16)
+    blockwise = BlockwiseModel(Checkpoint(dense), torch.device("cpu"))
+    hidden = blockwise.embed(ids, batch_size=4)
+    found = []
+    with blockwise.block(0):
+        targets = [blockwise.run(0, states) for states in hidden]
+        up = blockwise.model.get_parameter(f"model.layers.0.{name}")
+        up.data *= torch.rand(up.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        for fast, within in ((False, False), (True, False), (True, True)):
+            monkeypatch.setattr(
+                secateurs.pruning.refine, "multiplies_bfloat16", lambda device, fast=fast: fast
+            )
+            with torch.autocast("cpu", torch.bfloat16, enabled=within):
+                found.append(refine(blockwise, 0, {name: torch.bfloat16}, hidden, targets, passes=10))
+    assert found[0].before != found[1].before
+    gains = [refined.before - refined.after for refined in found]
+    assert gains[0] > 0.03
+    assert gains == pytest.approx([gains[0]] * 3, rel=0.05)
+
+
 @pytest.mark.parametrize("rate", [1e3, 1e30])
 def test_a_descent_that_makes_it_worse_is_not_taken(
     rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

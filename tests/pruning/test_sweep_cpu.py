@@ -1,5 +1,7 @@
 """The C++ sweep against the torch one in float64."""
 
+from shutil import which
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,26 +13,25 @@ from secateurs.pruning import sparsegpt, sweep_cpu
 from secateurs.pruning.statistics import Statistics
 
 pytestmark = pytest.mark.skipif(
-    not sweep_cpu.serves(torch.empty(0)), reason="secateurs was installed without a compiler"
+    not sweep_cpu.serves(torch.empty(0)) and not which("c++"), reason="there is no compiler to install with"
 )
 
 PATTERNS = [Unstructured(0.7), Unstructured(0.0), NM(2, 4), NM(4, 8), NM(1, 3), NM(3, 5), NM(7, 20)]
 
 
-def both(outputs: int, columns: int, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block swept in float64 by torch and in float32 by C++."""
+def block_of(outputs: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and inverse as the sweep gets them for one block, in float64."""
     inverse = Statistics.from_inputs(correlated_inputs(2 * columns, columns)).factor(0.01).inverse()
-    expected = weight_of(outputs, columns).T.contiguous()
+    return weight_of(outputs, columns).T.contiguous(), inverse
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 100), st.integers(1, 12), st.sampled_from(PATTERNS), st.sampled_from(sweep_cpu.ISAS))
+def test_same_as_torch(outputs: int, groups: int, pattern: Pattern, isa: str) -> None:
+    expected, inverse = block_of(outputs, groups * getattr(pattern, "m", 11))
     actual = expected.float()
     sparsegpt.sweep(expected, inverse, pattern)
-    sweep_cpu.sweep(actual, inverse.float(), pattern)
-    return actual, expected
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 100), st.integers(1, 12), st.sampled_from(PATTERNS))
-def test_same_as_torch(outputs: int, groups: int, pattern: Pattern) -> None:
-    actual, expected = both(outputs, groups * getattr(pattern, "m", 11), pattern)
+    sweep_cpu.sweep(actual, inverse.float(), pattern, isa=isa)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(actual == 0, expected == 0)
 
@@ -46,15 +47,23 @@ def test_equal_scores_are_settled_alike(pattern: Pattern) -> None:
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), NM(2, 4)], ids=str)
 def test_same_bits_for_any_number_of_threads(pattern: Pattern) -> None:
-    threads = torch.get_num_threads()
+    weight, inverse = (tensor.float() for tensor in block_of(150, 120))
+    threads, results = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(1)
-        alone, _ = both(150, 120, pattern)
-        torch.set_num_threads(3)
-        together, _ = both(150, 120, pattern)
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            results.append(weight.clone())
+            sweep_cpu.sweep(results[-1], inverse, pattern)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(alone, together)
+    assert torch.equal(*results)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a multiple"):
+        sweep_cpu.sweep(torch.ones(10, 4), torch.eye(10), NM(2, 4))
+    with pytest.raises(AssertionError):
+        sweep_cpu.sweep(torch.ones(8, 4), torch.eye(8, dtype=torch.float64), NM(2, 4))
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), NM(2, 4)], ids=str)

@@ -51,9 +51,10 @@ def refine(
 ) -> Refined:
     """Train some parameters of a materialised block towards a target. The block itself stays as it is.
 
-    Adam, in float32, at a rate that rises for some steps and then falls linearly to zero; a step sees about
-    `TOKENS_A_STEP` tokens. Matrices keep their zeros. Memory: about six times the block's parameters in
-    float32, and the activations of one step.
+    Adam on float32 weights, at a rate that rises for some steps and then falls linearly to zero; a step sees
+    about `TOKENS_A_STEP` tokens, and multiplies them in bfloat16 where the model does and the device is fast
+    at it. Matrices keep their zeros. Memory: about six times the block's parameters in float32, and the
+    activations of one step.
 
     Args:
         model: whose block it is.
@@ -91,7 +92,8 @@ def refine(
 
     def lost(some: Sequence[tuple[Tensor, Tensor]], weights: dict[str, Tensor]) -> Tensor:
         given, wanted = (torch.cat(tensors).to(model.device).float() for tensors in zip(*some, strict=True))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+        # Within a caller's autocast a cache would keep what the first step multiplied by.
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
             result = model.run_with(index, given, weights)
         return (result - wanted).square().sum() / (energy * len(some))
 

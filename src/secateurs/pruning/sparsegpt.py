@@ -7,8 +7,7 @@ R = U^-1, that is H = R R^T, and D = W - S the change so far, the earlier column
     w_b = W_b + D_before R_before,b U_bb        where U_bb = R_bb^-1 is as small as the block,
 
 which equals the paper's W_b - E_before U_before,b because E = D R are its errors. A Cholesky factorisation
-is then all that is done at full size. Within the block the sweep is the paper's, on U_bb, in two levels:
-16 columns one by one, then one product that pushes their errors to the rest of the block.
+is then all that is done at full size. Within the block the sweep is the paper's, on U_bb.
 """
 
 from collections.abc import Callable
@@ -72,6 +71,8 @@ class SparseGPT:
 
 def sweep(weight: Tensor, inverse: Tensor, pattern: Pattern) -> None:
     """Prune one block of columns in place: the reference for the Triton and the C++ kernel.
+
+    In two levels: 16 columns one by one, then one product that pushes their errors to the rest of the block.
 
     Args:
         weight: (block, out), corrected for the errors of all earlier blocks.

@@ -195,19 +195,16 @@ class _Run:
     def __init__(self, settings: SparseLLM, mlp: MLP, tokens: Tokens, stored: torch.dtype) -> None:
         self.settings, self.tokens, self.stored = settings, tokens, stored
         self.dtype, self.device = working_dtype(mlp.down.weight), mlp.down.weight.device
-        self.running = running_dtype(stored, self.dtype, self.device)
+        self.running = running_dtype(tokens.inputs[0], stored, self.dtype, self.device)
         self.dense = replace(
             mlp,
-            first=tuple(self._converted(layer) for layer in mlp.first),
-            down=self._converted(mlp.down),
+            first=tuple(_cast(layer, self.dtype) for layer in mlp.first),
+            down=_cast(mlp.down, self.dtype),
         )
         self.solving, self.held_out = rows_of(tokens.inputs, hold_out=settings.iterations > 0)
         self.moments = Statistics(mlp.first[0].weight.shape[1], dtype=self.dtype, device=self.device)
         self.auxiliary: list[Tensor] = []  # s beside z, for every batch
         self.weights = self._measure()
-
-    def _converted(self, layer: Linear) -> Linear:
-        return _to(self.dtype, layer)
 
     def _chunks(self, rows: Sequence[Tensor], *more: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """X and Y of a few of the rows at a time, to compute with, and views of what has a row for each."""
@@ -227,7 +224,7 @@ class _Run:
                 x.new_empty(len(rows), outputs)
                 for x, rows in zip(self.tokens.inputs, self.solving, strict=True)
             ]
-        first = _to(self.running, self.dense.stacked())
+        first = _cast(self.dense.stacked(), self.running)
         for x, y, *auxiliary in self._chunks(self.solving, *([self.auxiliary] if self.auxiliary else [])):
             self.moments.update(x)
             before = _apply(first, x)
@@ -255,11 +252,11 @@ class _Run:
                     objective, terms = step.result()
                 first = self._prune_first(mlp, step.goals if step else [None] * len(mlp.first))
                 step = None  # before the next one takes as much memory
-                mlp = replace(mlp, first=tuple(self._converted(pruned.layer) for pruned in first))
+                mlp = replace(mlp, first=tuple(_cast(pruned.layer, self.dtype) for pruned in first))
                 if k < iterations:
                     step = _Step(mlp, self.settings, self.weights, self.running)
                 down = self._prune_down(mlp, step)
-                mlp = replace(mlp, down=self._converted(down.layer))
+                mlp = replace(mlp, down=_cast(down.layer, self.dtype))
                 solution = MLPSolution(first, down, iterates, k)
                 if not iterations:
                     return solution
@@ -287,7 +284,7 @@ class _Run:
         settings, down = self.settings, self.dense.down
         moments = Statistics(down.weight.shape[1], dtype=self.dtype, device=self.device)
         products = Products(*down.weight.shape, dtype=self.dtype, device=self.device)
-        first = _to(self.running, mlp.stacked())
+        first = _cast(mlp.stacked(), self.running)
         for x, y, *auxiliary in self._chunks(self.solving, *([self.auxiliary] if step else [])):
             before = _apply(first, x)
             if step:
@@ -299,7 +296,7 @@ class _Run:
 
     def _held_out_error(self, mlp: MLP) -> float:
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        first, down = _to(self.running, mlp.stacked()), _to(self.running, mlp.down)
+        first, down = _cast(mlp.stacked(), self.running), _cast(mlp.down, self.running)
         for x, y in self._chunks(self.held_out):
             output = _apply(down, mlp.channels(_apply(first, x)))
             squares += torch.stack([_squares(output.sub_(y), self.dtype), _squares(y, self.dtype)])
@@ -324,7 +321,7 @@ class _Step:
         self.mlp, self.settings, self.weights = mlp, settings, weights
         down = mlp.down.weight
         self.dtype = down.dtype
-        self.down = _to(running, mlp.down)
+        self.down = _cast(mlp.down, running)
         self.ratio = weights.hidden / weights.output
         self.inverse = hidden_inverse(down @ down.T, self.ratio)
         self.goals = [Products(*x.weight.shape, dtype=down.dtype, device=down.device) for x in mlp.first]
@@ -339,8 +336,9 @@ class _Step:
             model: what gate and up give for x, (tokens, 2 * channels), or (tokens, channels).
             auxiliary: s beside z, the same shape; on any device, in any dtype. Modified.
         """
-        work = auxiliary.to(model.device, self.dtype)
-        channels = self.mlp.channels(auxiliary.to(model))
+        here = auxiliary.to(model.device)
+        work = here.to(self.dtype)
+        channels = self.mlp.channels(here.to(model.dtype))
         gap = y.to(self.dtype) - _apply(self.down, channels)
         p, left = step_p(channels.to(self.dtype), gap, self.mlp.down.weight, self.inverse, self.ratio)
         self.squares[3] += left.square_().sum()
@@ -546,20 +544,23 @@ def _value_and_slope(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]
     return active.detach(), slope
 
 
-def running_dtype(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What tokens run through the MLP in: bfloat16 where the model will run in that and the device is fast at
-    it. Otherwise, as for sums over tokens and the steps of p, z and s in any case, it is `dtype`."""
-    return torch.bfloat16 if stored == torch.bfloat16 and multiplies_bfloat16(device) else dtype
+def running_dtype(
+    tokens: Tensor, stored: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """What tokens run through the MLP in: bfloat16 where the model runs and is stored in it and the device is
+    fast at it. Otherwise, as for sums over tokens and the steps of p, z and s in any case, it is `dtype`."""
+    half = tokens.dtype == stored == torch.bfloat16
+    return torch.bfloat16 if half and multiplies_bfloat16(device) else dtype
 
 
-def _to(dtype: torch.dtype, layer: Linear) -> Linear:
+def _cast(layer: Linear, dtype: torch.dtype) -> Linear:
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return replace(layer, weight=layer.weight.to(dtype), bias=bias)
 
 
 def _squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Their sum, computed in this dtype."""
-    return torch.linalg.vector_norm(tensor, dtype=dtype).square()
+    """Their sum, in this dtype. (On a processor `vector_norm` adds them up one by one, and loses some.)"""
+    return tensor.to(dtype).square().sum()
 
 
 def _apply(layer: Linear, inputs: Tensor) -> Tensor:

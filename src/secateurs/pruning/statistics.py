@@ -250,12 +250,22 @@ class Products:
 
     @torch.no_grad()
     def update(self, targets: Tensor, inputs: Tensor) -> None:
-        """Take more tokens into account; (tokens, out) and (tokens, in)."""
+        """Take more tokens into account; (tokens, out) and (tokens, in).
+
+        On CUDA, bfloat16 inputs are multiplied as they are, with float32 accumulation, and the targets are
+        rounded to match; elsewhere both are converted.
+        """
         self.tokens += len(inputs)
         old, new = 1 - len(inputs) / self.tokens, 1 / self.tokens
-        targets, inputs = targets.to(self.moment.dtype), inputs.to(self.moment.dtype)
-        self.moment.addmm_(targets.T, inputs, beta=old, alpha=new)
-        self.mean.mul_(old).add_(targets.sum(dim=0), alpha=new)
+        halves = inputs.is_cuda and inputs.dtype == torch.bfloat16 and self.moment.dtype == torch.float32
+        dtype = inputs.dtype if halves else self.moment.dtype
+        targets, inputs = targets.to(dtype), inputs.to(dtype)
+        self.mean.mul_(old).add_(targets.sum(dim=0, dtype=self.mean.dtype), alpha=new)
+        if halves:
+            products = torch.mm(targets.T, inputs, out_dtype=torch.float32)
+            self.moment.mul_(old).add_(products, alpha=new)
+        else:
+            self.moment.addmm_(targets.T, inputs, beta=old, alpha=new)
 
 
 def live(norms: Tensor) -> Tensor:

@@ -13,6 +13,12 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SECATEURS_X86 1
+#define AVX2 __attribute__((target("avx2,fma")))
+#if defined(__clang__)  // which takes the widest vectors by itself
+#define AVX512 __attribute__((target("avx512f,avx512vl,fma")))
+#else
+#define AVX512 __attribute__((target("avx512f,avx512vl,fma,prefer-vector-width=512")))
+#endif
 #endif
 
 #if defined(__GNUC__)
@@ -25,12 +31,14 @@
 
 namespace {
 
-constexpr int64_t kTile = 32;  // outputs swept together: 128 columns of them fill half of a 32 KiB cache
+constexpr int64_t kTile = 32;  // outputs swept together: 128 columns of them take 16 KiB, and what stays as much
+
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 struct Block {
     float* weight;         // (columns, outputs)
     const float* inverse;  // (columns, columns), upper triangular
-    const float* keep;     // (columns, outputs), 1 where a weight stays; not read where m is set
+    const uint8_t* keep;   // (columns, outputs), 1 where a weight stays; not read where m is set
     int64_t outputs, columns;
     int64_t n, m;  // of n:m; m is 0 for an unstructured pattern
 };
@@ -60,7 +68,7 @@ ALWAYS_INLINE void sweep_tile(const Block& block, int64_t first, float* scratch)
         for (int64_t r = 0; r < kTile; ++r) {
             const int64_t at = j * block.outputs + first + r;
             tile[j * kTile + r] = r < count ? block.weight[at] : 0.0f;
-            stays[j * kTile + r] = r < count && !block.m ? block.keep[at] : 0.0f;
+            stays[j * kTile + r] = r < count && !block.m ? float(block.keep[at]) : 0.0f;
         }
     }
     for (int64_t j = 0; j < columns; ++j) {
@@ -85,37 +93,41 @@ ALWAYS_INLINE void sweep_tile(const Block& block, int64_t first, float* scratch)
 void sweep_portable(const Block& block, int64_t first, float* scratch) { sweep_tile(block, first, scratch); }
 
 #ifdef SECATEURS_X86
-__attribute__((target("avx2,fma"))) void sweep_avx2(const Block& block, int64_t first, float* scratch) {
+AVX2 void sweep_avx2(const Block& block, int64_t first, float* scratch) {
     sweep_tile(block, first, scratch);
 }
 
-__attribute__((target("avx512f,avx512vl,fma,prefer-vector-width=512"))) void sweep_avx512(
-    const Block& block, int64_t first, float* scratch) {
+AVX512 void sweep_avx512(const Block& block, int64_t first, float* scratch) {
     sweep_tile(block, first, scratch);
 }
 #endif
 
 using Sweep = void (*)(const Block& block, int64_t first, float* scratch);
 
-Sweep best_sweep() {
+// The best that this machine has, up to `isa`.
+Sweep sweep_for(int32_t isa) {
 #ifdef SECATEURS_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return sweep_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return sweep_avx2;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && isa >= kAvx512) return sweep_avx512;
+    if (avx2 && isa >= kAvx2) return sweep_avx2;
 #endif
+    (void)isa;
     return sweep_portable;
 }
 
 }  // namespace
 
 // Prune a block of columns in place, as `sparsegpt.sweep` does.
-EXPORT void secateurs_sweep(float* weight, const float* inverse, const float* keep, int64_t outputs, int64_t columns,
-                            int64_t n, int64_t m, int32_t threads) {
+EXPORT void secateurs_sweep(float* weight, const float* inverse, const uint8_t* keep, int64_t outputs,
+                            int64_t columns, int64_t n, int64_t m, int32_t threads, int32_t isa) {
     const Block block{weight, inverse, keep, outputs, columns, n, m};
-    const Sweep sweep = best_sweep();
+    const Sweep sweep = sweep_for(isa);
     const int64_t tiles = (outputs + kTile - 1) / kTile;
+    const int32_t workers = int32_t(std::min<int64_t>(threads, tiles));
 #ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(workers)
 #endif
     {
         std::vector<float> scratch(size_t(2 * columns * kTile));
@@ -124,5 +136,5 @@ EXPORT void secateurs_sweep(float* weight, const float* inverse, const float* ke
 #endif
         for (int64_t tile = 0; tile < tiles; ++tile) sweep(block, tile * kTile, scratch.data());
     }
-    (void)threads;
+    (void)workers;
 }

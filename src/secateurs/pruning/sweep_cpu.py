@@ -1,6 +1,7 @@
 """SparseGPT's sweep over one block of columns by sweep.cpp: float32, on the CPU.
 
-The library is there if a compiler was when secateurs was installed. It is called through ctypes.
+The library is there if a compiler was when secateurs was installed (without it `sparsegpt.sweep` does the
+same, slower). It is called through ctypes.
 """
 
 import ctypes
@@ -14,9 +15,11 @@ from torch import Tensor
 from secateurs.pattern import NM, Pattern
 from secateurs.pruning.sparsegpt import choose
 
+ISAS = ("portable", "avx2", "avx512")  # by their numbers in sweep.cpp, best last
+
 
 @functools.cache
-def _library() -> Any:
+def _compiled() -> Any:
     """The C function, or None."""
     found = importlib.util.find_spec("secateurs.pruning._sweep")
     if found is None or found.origin is None:
@@ -25,25 +28,36 @@ def _library() -> Any:
         function = ctypes.CDLL(found.origin).secateurs_sweep
     except OSError:
         return None
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_int32]
+    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_int32] * 2
     function.restype = None
     return function
 
 
 def serves(weight: Tensor) -> bool:
     """Whether `sweep` can be used for it."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _library() is not None
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _compiled() is not None
 
 
-def sweep(weight: Tensor, inverse: Tensor, pattern: Pattern) -> None:
-    """The same as `sparsegpt.sweep`, up to rounding, on a contiguous `weight`."""
+def sweep(weight: Tensor, inverse: Tensor, pattern: Pattern, *, isa: str = ISAS[-1]) -> None:
+    """The same as `sparsegpt.sweep`, up to rounding, on a contiguous `weight`; `isa` is the most to use."""
+    columns, outputs = weight.shape
     assert serves(weight)
     assert weight.is_contiguous()
-    columns, outputs = weight.shape
+    assert (inverse.shape, inverse.dtype, inverse.device) == ((columns, columns), weight.dtype, weight.device)
     inverse = inverse.contiguous()
     if isinstance(pattern, NM):
+        pattern.check_width("the weight", columns)
         n, m, keep = pattern.n, pattern.m, weight  # the mask is chosen inside; no keep is read
     else:
-        n, m, keep = 0, 0, choose(weight, inverse.diagonal(), pattern).to(weight.dtype).contiguous()
-    pointers = (tensor.data_ptr() for tensor in (weight, inverse, keep))
-    _library()(*pointers, outputs, columns, n, m, torch.get_num_threads())
+        n, m, keep = 0, 0, choose(weight, inverse.diagonal(), pattern).contiguous()
+    _compiled()(
+        weight.data_ptr(),
+        inverse.data_ptr(),
+        keep.data_ptr(),
+        outputs,
+        columns,
+        n,
+        m,
+        torch.get_num_threads(),
+        ISAS.index(isa),
+    )
