@@ -1,8 +1,7 @@
 """SparseLLM's seconds and memory on a processor, by depth and by the dtype of the model's weights.
 
 The model is a Llama of width 512 and MLP 1376 with random weights; 32 x 256 calibration tokens; 70 %; four
-iterations. (The published code is run in float32 only.)
-"as published" has SparseGPT inside and each MLP's own output as the target; "dense" aims at the
+iterations. "as published" has SparseGPT inside and each MLP's own output as the target; "dense" aims at the
 dense model; "default" is what `secateurs prune` does, with ADMM inside and refinement. Each run has a process
 of its own; the clock covers loading, pruning and writing, not the imports. Beside the peak stands what it is
 above the imports and the model's own bytes.
@@ -10,8 +9,8 @@ above the imports and the model's own bytes.
     python benchmarks/sparsellm_cost.py
 
 Given a checkout of github.com/BaiTheBest/SparseLLM, its code runs in turn with ours on the same float32 model
-and tokens: "published" with our four iterations (see `published_sparsellm` in job.py). The ratios are those
-of its median seconds to those of "as published".
+and tokens: "published" with our four iterations (see `published_sparsellm` in job.py; it has no bfloat16). The
+ratios are those of its median seconds to those of "as published".
 
     python benchmarks/sparsellm_cost.py --published ../SparseLLM
 """
@@ -33,7 +32,6 @@ from common import (
     random_tokens,
     save,
 )
-
 
 DTYPES = ("float32", "bfloat16")
 
