@@ -8,9 +8,9 @@ above the imports and the model's own bytes.
 
     python benchmarks/sparsellm_cost.py
 
-Given a checkout of github.com/BaiTheBest/SparseLLM, its code runs in turn with ours on the same float32 model
-and tokens: "published" with our four iterations (see `published_sparsellm` in job.py; it has no bfloat16). The
-ratios are those of its median seconds to those of "as published".
+Given a checkout of github.com/BaiTheBest/SparseLLM, its code, which has no bfloat16, runs in turn with ours
+on the same float32 model and tokens: "published" with our four iterations (see `published_sparsellm` in
+job.py). The ratios are those of its median seconds to those of "as published".
 
     python benchmarks/sparsellm_cost.py --published ../SparseLLM
 """
