@@ -21,6 +21,7 @@ setup(
             optional=True,
         )
         for name, source in (
+            ("pruning._products", "pruning/products.cpp"),
             ("pruning._sweep", "pruning/sweep.cpp"),
             ("runtime._kernels", "runtime/kernels.cpp"),
         )

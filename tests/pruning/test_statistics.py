@@ -5,7 +5,7 @@ import pytest
 import torch
 from problems import correlated_inputs, weight_of
 
-from secateurs.pruning.statistics import CHUNK, Statistics
+from secateurs.pruning.statistics import CHUNK, Products, Statistics
 
 
 def test_moment_of_a_stream():
@@ -38,16 +38,34 @@ def test_error_is_the_lost_share_of_the_output():
     assert Statistics.from_inputs(torch.zeros(4, 12)).error(dense, sparse) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [256, 257, 700])
-def test_moment_of_wide_inputs(width: int):
+def test_moment_of_wide_inputs(width: int, dtype: torch.dtype):
     """Only one side of the diagonal is computed: the other must be its mirror image, also after reading."""
-    first, second = correlated_inputs(40, width), correlated_inputs(30, width, seed=1)
-    statistics = Statistics(width, dtype=torch.float64)
-    statistics.update(first)
-    np.testing.assert_allclose(statistics.moment, first.T @ first / 40, atol=1e-12)
-    statistics.update(second)
-    both = torch.cat([first, second])
-    np.testing.assert_allclose(statistics.moment, both.T @ both / 70, atol=1e-12)
+    first, second = (correlated_inputs(40 + seed, width, seed=seed).to(dtype) for seed in (0, 1))
+    statistics = Statistics(width, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    seen = first.double()
+    for piece in (first, second):
+        statistics.update(piece)
+        seen = piece.double() if piece is first else torch.cat([seen, piece.double()])
+        exact, size = seen.T @ seen / len(seen), seen.abs().T @ seen.abs() / len(seen)
+        rounding = len(seen) * torch.finfo(statistics.mean.dtype).eps * size  # of any order of summation
+        assert ((statistics.moment - exact).abs() <= rounding).all()
+        assert torch.equal(statistics.moment, statistics.moment.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_precision_inputs(dtype: torch.dtype):
+    """Where targets are rounded to the inputs' dtype to be multiplied, it is by that and no more."""
+    inputs, targets = correlated_inputs(300, 20).to(dtype), weight_of(300, 7).float()
+    products = Products(7, 20)
+    for x, y in zip(inputs.split(130), targets.split(130), strict=True):
+        products.update(y, x)
+    y, x = targets.double(), inputs.double()
+    rounding = torch.finfo(dtype).eps / 2 * y.abs().T @ x.abs() / 300 + 1e-6
+    assert ((products.moment - y.T @ x / 300).abs() <= rounding).all()
+    torch.testing.assert_close(products.mean.double(), y.mean(dim=0), rtol=1e-2, atol=1e-3)
+    assert products.moment.dtype == torch.float32
 
 
 def test_factor_rebuilds_the_damped_moment():

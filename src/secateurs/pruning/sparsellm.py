@@ -37,7 +37,7 @@ CHUNK = 2048
 """Tokens that are multiplied at once."""
 
 SLICE = 128
-"""Tokens that z and s step on at once on a processor, whose cache then holds all that is in between."""
+"""Tokens that are worked on elementwise at once on a processor, whose cache then holds all in between."""
 
 HELD_OUT = 8
 """One token in so many chooses among the iterates."""
@@ -324,6 +324,7 @@ class _Step:
         self.down = _cast(mlp.down, running)
         self.ratio = weights.hidden / weights.output
         self.inverse = hidden_inverse(down @ down.T, self.ratio)
+        self.pull = (self.inverse @ down).to(running)
         self.goals = [Products(*x.weight.shape, dtype=down.dtype, device=down.device) for x in mlp.first]
         self.squares = torch.zeros(4, dtype=torch.float64, device=down.device)
 
@@ -337,23 +338,22 @@ class _Step:
             auxiliary: s beside z, the same shape; on any device, in any dtype. Modified.
         """
         here = auxiliary.to(model.device)
-        work = here.to(self.dtype)
         channels = self.mlp.channels(here.to(model.dtype))
         gap = y.to(self.dtype) - _apply(self.down, channels)
-        p, left = step_p(channels.to(self.dtype), gap, self.mlp.down.weight, self.inverse, self.ratio)
+        correction, left = correct_p(gap, self.pull, self.inverse, self.ratio)
         self.squares[3] += left.square_().sum()
-        rows = SLICE if p.device.type == "cpu" else CHUNK // 4
-        for part in zip(*(tensor.split(rows) for tensor in (p, model, work)), strict=True):
+        for part in zip(*(_slices(x) for x in (channels, correction, model, here)), strict=True):
             self._step_z_and_s(*part)
-        wanted = work.split([len(layer.weight) for layer in self.mlp.first], dim=1)
+        wanted = here.split([len(layer.weight) for layer in self.mlp.first], dim=1)
         for goal, part in zip(self.goals, wanted, strict=True):
             goal.update(part, x)
-        if work is not auxiliary:
-            auxiliary.copy_(work)
+        if here is not auxiliary:
+            auxiliary.copy_(here)
 
-    def _step_z_and_s(self, p: Tensor, model: Tensor, work: Tensor) -> None:
+    def _step_z_and_s(self, channels: Tensor, correction: Tensor, model: Tensor, auxiliary: Tensor) -> None:
         f, weights = self.mlp.activation, self.weights
-        model = model.to(self.dtype)
+        p = channels.to(self.dtype) + correction
+        model, work = model.to(self.dtype), auxiliary.to(self.dtype)
         if self.mlp.gated:
             (gate, up), (model_gate, model_up) = work.chunk(2, dim=1), model.chunk(2, dim=1)
             up.copy_(step_z(f(gate), model_up, p, weights.up, weights.hidden))
@@ -367,6 +367,8 @@ class _Step:
             residuals = {1: work - model, 2: active.sub_(p)}
         for term, residual in residuals.items():
             self.squares[term] += residual.square_().sum()
+        if work is not auxiliary:
+            auxiliary.copy_(work)
 
     def result(self) -> tuple[float, dict[str, float]]:
         """The objective after the step, and its terms.
@@ -412,23 +414,27 @@ def prune_linear(
     if layer.pattern is None:
         bias = None if layer.bias is None else rounded(layer.bias, stored)
         return Pruned(Linear(rounded(layer.weight, stored), bias, None), 0.0, ())
+    weight, energy = layer.weight, None
     if layer.bias is None:
-        weight = layer.weight if goal is None else moments.fit(layer.weight, goal.moment, damping)
+        if goal is not None:
+            weight, energy = moments.fit(weight, goal.moment, damping)
         solution = solver.solve(weight, moments, layer.pattern)
         sparse = rounded(solution.weight, stored)
-        pruned = replace(layer, weight=sparse)
-        return Pruned(pruned, moments.error(weight, sparse.to(weight.dtype)), solution.objective)
+        error = moments.error(weight, sparse.to(weight.dtype), energy=energy)
+        return Pruned(replace(layer, weight=sparse), error, solution.objective)
     centred = moments.centred()
     if goal is None:
-        weight, mean = layer.weight, torch.addmv(layer.bias, layer.weight, moments.mean)
+        mean = torch.addmv(layer.bias, weight, moments.mean)
     else:
-        deviations = torch.addr(goal.moment, goal.mean, moments.mean, alpha=-1)
-        weight, mean = centred.fit(layer.weight, deviations, damping), goal.mean
+        mean = goal.mean
+        deviations = torch.addr(goal.moment, mean, moments.mean, alpha=-1)
+        weight, energy = centred.fit(weight, deviations, damping)
     solution = solver.solve(weight, centred, layer.pattern)
     sparse = rounded(solution.weight, stored)
     bias = rounded(torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1), stored)
     pruned = Linear(sparse, bias, layer.pattern)
-    return Pruned(pruned, centred.error(weight, sparse.to(weight.dtype)), solution.objective)
+    error = centred.error(weight, sparse.to(weight.dtype), energy=energy)
+    return Pruned(pruned, error, solution.objective)
 
 
 def rows_of(inputs: Sequence[Tensor], *, hold_out: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -471,24 +477,25 @@ def hidden_inverse(gram: Tensor, ratio: float) -> Tensor:
     return torch.full_like(gram, torch.nan) if failed else torch.cholesky_inverse(factor)
 
 
-def step_p(
-    channels: Tensor, gap: Tensor, down: Tensor, inverse: Tensor, ratio: float
-) -> tuple[Tensor, Tensor]:
-    """The p that lowers gamma |p - q|^2 + |Y - Wd p|^2 most, and the Y - Wd p that it leaves.
+def correct_p(gap: Tensor, pull: Tensor, inverse: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """What to add to q = f(s) z for the p that lowers gamma |p - q|^2 + |Y - Wd p|^2 most, and the Y - Wd p
+    that it leaves.
 
-    By the matrix inversion lemma it is q + Wd^T (Wd Wd^T + gamma I)^-1 (Y - Wd q): a system of the hidden
+    By the matrix inversion lemma that p is q + Wd^T (Wd Wd^T + gamma I)^-1 (Y - Wd q): a system of the hidden
     size, where the paper's (Wd^T Wd + gamma I)^-1 (Wd^T Y + gamma q) has one of the channels'. What it leaves
     is gamma (Wd Wd^T + gamma I)^-1 (Y - Wd q).
 
     Args:
-        channels: q = f(s) z, (tokens, channels).
         gap: Y - Wd q, (tokens, hidden).
-        down: Wd, (hidden, channels).
+        pull: (Wd Wd^T + gamma I)^-1 Wd, (hidden, channels), in a dtype to multiply in: as its parts are far
+            larger than itself, it is computed beforehand, in full precision.
         inverse: `hidden_inverse` of Wd Wd^T, (hidden, hidden).
         ratio: gamma, as it was given there.
+
+    Returns:
+        (tokens, channels) and (tokens, hidden).
     """
-    solution = gap @ inverse
-    return torch.addmm(channels, solution, down), solution.mul_(ratio)
+    return gap.to(pull.dtype) @ pull, (gap @ inverse).mul_(ratio)
 
 
 def step_z(active: Tensor, model: Tensor, p: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -560,7 +567,12 @@ def _cast(layer: Linear, dtype: torch.dtype) -> Linear:
 
 def _squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Their sum, in this dtype. (On a processor `vector_norm` adds them up one by one, and loses some.)"""
-    return tensor.to(dtype).square().sum()
+    return torch.stack([part.to(dtype).square().sum() for part in _slices(tensor)]).sum()
+
+
+def _slices(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Rows of it that are to be worked on at once, elementwise."""
+    return tensor.split(SLICE if tensor.device.type == "cpu" else CHUNK // 4)
 
 
 def _apply(layer: Linear, inputs: Tensor) -> Tensor:

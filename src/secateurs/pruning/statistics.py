@@ -4,8 +4,12 @@ It is accumulated as activations stream by, and factored at most once per settin
 input (q, k and v; gate and up) share one object, and with it the factors.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from secateurs.pruning import products_cpu
 
 CHUNK = 4096
 """Tokens converted at a time where half-precision inputs must be converted."""
@@ -15,6 +19,15 @@ PANEL = 256
 
 MOST_DAMPING = 1.0
 """Share of the mean of H's diagonal at which a factorisation that keeps failing is given up."""
+
+
+class Fit(NamedTuple):
+    """What `Statistics.fit` finds."""
+
+    weight: Tensor
+    """W, (out, in)."""
+    energy: float
+    """Of its output, tr(W H W^T)."""
 
 
 class Statistics:
@@ -58,10 +71,7 @@ class Statistics:
 
     @torch.no_grad()
     def update(self, inputs: Tensor) -> None:
-        """Take more tokens into account.
-
-        Half-precision inputs are multiplied as they are on CUDA, with float32 accumulation; elsewhere they
-        are converted, a chunk at a time.
+        """Take more tokens into account; see `Products.update` for the precision.
 
         Args:
             inputs: (..., in), any floating-point dtype, on any device.
@@ -69,35 +79,25 @@ class Statistics:
         self._factors.clear()
         self._inverses.clear()
         self._centred = None
+        self._mirrored = False
         tokens = inputs.reshape(-1, len(self._moment)).to(self._moment.device)
-        if (
-            tokens.is_cuda
-            and tokens.dtype in (torch.bfloat16, torch.float16)
-            and self._moment.dtype == torch.float32
-        ):
-            products = torch.mm(tokens.T, tokens, out_dtype=torch.float32)
-            self.tokens += len(tokens)
-            self.mean.lerp_(tokens.mean(dim=0, dtype=torch.float32), len(tokens) / self.tokens)
-            self.moment.mul_(1 - len(tokens) / self.tokens).add_(products, alpha=1 / self.tokens)
-            return
+        dtype = _multiplied_in(self._moment, tokens, tokens)
         for chunk in tokens.split(CHUNK):
-            chunk = chunk.to(self._moment.dtype)
+            chunk = chunk.to(dtype)
             self.tokens += len(chunk)
             old, new = 1 - len(chunk) / self.tokens, 1 / self.tokens
-            self.mean.mul_(old).add_(chunk.sum(dim=0), alpha=new)
-            # H is symmetric: what lies left of the diagonal is copied when it is asked for.
-            for start in range(0, len(self._moment), PANEL):
-                panel = slice(start, start + PANEL)
-                self._moment[panel, start:].addmm_(chunk[:, panel].T, chunk[:, start:], beta=old, alpha=new)
-        self._mirrored = False
+            self.mean.mul_(old).add_(chunk.sum(dim=0, dtype=self.mean.dtype), alpha=new)
+            _add_products(self._moment, chunk, chunk, old, new)
 
     @property
     def moment(self) -> Tensor:
         """H, (in, in). The object's own storage: not to be modified."""
         if not self._mirrored:
-            for start in range(PANEL, len(self._moment), PANEL):
+            for start in range(0, len(self._moment), PANEL):
                 panel = slice(start, start + PANEL)
                 self._moment[panel, :start] = self._moment[:start, panel].T
+                corner = self._moment[panel, panel]
+                corner.copy_(corner.triu() + corner.triu(1).T)
             self._mirrored = True
         return self._moment
 
@@ -123,18 +123,20 @@ class Statistics:
         """Root mean square of each input, sqrt(H_jj), (in,). Zero for a dead input."""
         return self._moment.diagonal().sqrt()
 
-    def error(self, dense: Tensor, sparse: Tensor) -> float:
+    def error(self, dense: Tensor, sparse: Tensor, *, energy: float | None = None) -> float:
         """Relative reconstruction error tr(D H D^T) / tr(W H W^T) with D = W - S.
 
         Args:
             dense: W, (out, in).
             sparse: S, (out, in).
+            energy: tr(W H W^T), if it is known.
 
         Returns:
             The share of the output's energy that is lost; 0 where the dense layer has no output.
         """
         dense, sparse = dense.to(self._moment.dtype), sparse.to(self._moment.dtype)
-        energy = _energy(dense, self.moment)
+        if energy is None:
+            energy = _energy(dense, self.moment)
         # Rounding can take the lost energy below 0.
         return max(_energy(dense - sparse, self.moment) / energy, 0.0) if energy > 0 else 0.0
 
@@ -170,7 +172,7 @@ class Statistics:
                 )
             damping *= 10
 
-    def fit(self, weight: Tensor, products: Tensor, damping: float) -> Tensor:
+    def fit(self, weight: Tensor, products: Tensor, damping: float) -> Fit:
         """The ridge step W + (P - W H) (H + damping * mean(diag H) I)^-1 towards Y, where P = Y X^T / T.
 
         It never raises |Y - W X|^2, whatever the damping, which only shortens it where the inputs hold little
@@ -181,16 +183,17 @@ class Statistics:
             products: P, (out, in).
             damping: above 0.
 
-        Returns:
-            (out, in).
-
         Raises:
             FloatingPointError: see `factor`.
         """
-        factor = self.factor(damping).to(weight.dtype)
-        gap = products - weight @ self.moment.to(weight.dtype)
+        factor, moment = self.factor(damping).to(weight.dtype), self.moment.to(weight.dtype)
+        gap = products - weight @ moment
         half = torch.linalg.solve_triangular(factor.T, gap, upper=False, left=False)
-        return torch.linalg.solve_triangular(factor, half, upper=True, left=False).add_(weight)
+        change = torch.linalg.solve_triangular(factor, half, upper=True, left=False)
+        fitted = weight + change
+        # The new W H is P - change * ridge, for what was really added to H's diagonal.
+        ridge = factor.square().sum(dim=1) - moment.diagonal()
+        return Fit(fitted, float((fitted * (products - change.mul_(ridge))).sum()))
 
     def ridge_inverse(self, ridge: float) -> Tensor:
         """(C + ridge I)^-1, (in, in), where C is H scaled to a unit diagonal: C_ij = H_ij / sqrt(H_ii H_jj).
@@ -252,20 +255,40 @@ class Products:
     def update(self, targets: Tensor, inputs: Tensor) -> None:
         """Take more tokens into account; (tokens, out) and (tokens, in).
 
-        On CUDA, bfloat16 inputs are multiplied as they are, with float32 accumulation, and the targets are
-        rounded to match; elsewhere both are converted.
+        Where the device can sum their products in float32, inputs in half precision are multiplied as they
+        are, and targets rounded to match: on CUDA (float16 only if both are), and bfloat16 on a CPU with
+        AVX-512 BF16. Elsewhere both are converted to the dtype of the sums.
         """
+        dtype = _multiplied_in(self.moment, targets, inputs)
+        targets, inputs = targets.to(dtype), inputs.to(dtype)
         self.tokens += len(inputs)
         old, new = 1 - len(inputs) / self.tokens, 1 / self.tokens
-        halves = inputs.is_cuda and inputs.dtype == torch.bfloat16 and self.moment.dtype == torch.float32
-        dtype = inputs.dtype if halves else self.moment.dtype
-        targets, inputs = targets.to(dtype), inputs.to(dtype)
         self.mean.mul_(old).add_(targets.sum(dim=0, dtype=self.mean.dtype), alpha=new)
-        if halves:
-            products = torch.mm(targets.T, inputs, out_dtype=torch.float32)
-            self.moment.mul_(old).add_(products, alpha=new)
-        else:
-            self.moment.addmm_(targets.T, inputs, beta=old, alpha=new)
+        _add_products(self.moment, targets, inputs, old, new)
+
+
+def _multiplied_in(moment: Tensor, targets: Tensor, inputs: Tensor) -> torch.dtype:
+    """The dtype of the factors of a product that is summed in the dtype of `moment`."""
+    halves = inputs.dtype == torch.bfloat16 or targets.dtype == inputs.dtype == torch.float16
+    on_cuda = halves and inputs.is_cuda and moment.dtype == torch.float32
+    return inputs.dtype if on_cuda or products_cpu.serves(moment, inputs) else moment.dtype
+
+
+def _add_products(moment: Tensor, targets: Tensor, inputs: Tensor, old: float, new: float) -> None:
+    """moment = old moment + new targets^T inputs; where both are the same, only the upper triangle for sure.
+
+    The factors are in the dtype that `_multiplied_in` gives.
+    """
+    symmetric = targets is inputs
+    if inputs.dtype == moment.dtype:
+        step = PANEL if symmetric else len(moment)
+        for start in range(0, len(moment), step):
+            rows, columns = slice(start, start + step), slice(start if symmetric else 0, None)
+            moment[rows, columns].addmm_(targets[:, rows].T, inputs[:, columns], beta=old, alpha=new)
+    elif inputs.is_cuda:
+        moment.mul_(old).add_(torch.mm(targets.T, inputs, out_dtype=moment.dtype), alpha=new)
+    else:
+        products_cpu.accumulate(moment, targets, inputs, beta=old, alpha=new, upper=symmetric)
 
 
 def live(norms: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ same, slower). It is called through ctypes.
 
 import ctypes
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateurs.native import library
 from secateurs.pattern import NM, Pattern
 from secateurs.pruning.sparsegpt import choose
 
@@ -21,13 +21,13 @@ ISAS = ("portable", "avx2", "avx512")  # by their numbers in sweep.cpp, best las
 @functools.cache
 def _compiled() -> Any:
     """The C function, or None."""
-    found = importlib.util.find_spec("secateurs.pruning._sweep")
-    if found is None or found.origin is None:
-        return None
     try:
-        function = ctypes.CDLL(found.origin).secateurs_sweep
+        loaded = library("pruning._sweep")
     except OSError:
         return None
+    if loaded is None:
+        return None
+    function = loaded.secateurs_sweep
     function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_int32] * 2
     function.restype = None
     return function

@@ -8,7 +8,6 @@ torch.compile, and adapters trained on top, see one opaque linear.
 
 import ctypes
 import functools
-import importlib.util
 import os
 import warnings
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateurs.native import library
 from secateurs.runtime.format import Layout, mask_of, unpack, values_of
 
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16")  # by their numbers in kernels.cpp, best last
@@ -31,15 +31,14 @@ class CpuKernels:
     """The shared library of kernels.cpp.
 
     Args:
-        library: its path.
+        loaded: the library.
         isa: the instruction set to use, one of ISAS; the machine's best if None.
 
     Raises:
         ValueError: the machine does not have that instruction set, or there is none of that name.
     """
 
-    def __init__(self, library: str, isa: str | None = None) -> None:
-        loaded = ctypes.CDLL(library)
+    def __init__(self, loaded: ctypes.CDLL, isa: str | None = None) -> None:
         pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         self._linear, self._unpack = loaded.secateurs_linear, loaded.secateurs_unpack
         self._linear.argtypes = [pointer] * 6 + [i64] * 3 + [i32] * 4
@@ -92,12 +91,6 @@ class CpuKernels:
         return dense
 
 
-def library() -> str | None:
-    """The path of the shared library, if it was built when secateurs was installed."""
-    found = importlib.util.find_spec("secateurs.runtime._kernels")
-    return None if found is None else found.origin
-
-
 @functools.cache
 def cpu_kernels() -> CpuKernels | None:
     """The CPU kernels, or None, with a warning, where the package was installed without a compiler.
@@ -107,13 +100,12 @@ def cpu_kernels() -> CpuKernels | None:
     isa = os.environ.get("SECATEURS_ISA")
     if isa == "torch":
         return None
-    path = library()
     reason = "there was no C++ compiler when it was installed"
-    if path is not None:
-        try:
-            return CpuKernels(path, isa)
-        except OSError as error:
-            reason = str(error)
+    try:
+        if (loaded := library("runtime._kernels")) is not None:
+            return CpuKernels(loaded, isa)
+    except OSError as error:
+        reason = str(error)
     warnings.warn(
         f"secateurs runs without its CPU kernels ({reason}): compressed models work, but slower than dense "
         "ones. Install a compiler and reinstall secateurs.",
