@@ -6,9 +6,11 @@ set -eu
 cd "$(dirname "$0")/.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-"${CXX:-g++}" -std=c++17 -O1 -g -w -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all \
-    tools/sanitize.cpp -o "$build/sanitize"
-ASAN_OPTIONS=detect_leaks=0 "$build/sanitize"
+for kernels in sanitize sanitize_pruning; do
+    "${CXX:-g++}" -std=c++17 -O1 -g -w -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all \
+        "tools/$kernels.cpp" -o "$build/$kernels"
+    ASAN_OPTIONS=detect_leaks=0 "$build/$kernels"
+done
 if command -v aarch64-linux-gnu-g++ qemu-aarch64 > "$build/found"; then
     aarch64-linux-gnu-g++ -std=c++17 -O1 -g -w -fopenmp -static -fsanitize=undefined -fno-sanitize-recover=all \
         tools/sanitize.cpp -o "$build/neon"

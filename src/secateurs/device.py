@@ -35,4 +35,4 @@ def home_of(hidden: list[torch.Tensor], device: torch.device, *, copies: float =
         return device
     held = sum(states.nbytes for states in hidden)
     free, _ = torch.cuda.mem_get_info(device)
-    return device if copies * held < 0.5 * (free + held) else torch.device("cpu")
+    return device if copies * held < 0.3 * (free + held) else torch.device("cpu")

@@ -6,6 +6,8 @@ They are plain C behind ctypes: they depend neither on torch's headers nor on th
 import ctypes
 import functools
 import importlib.util
+import warnings
+from typing import Any
 
 
 @functools.cache
@@ -17,3 +19,17 @@ def library(name: str) -> ctypes.CDLL | None:
     """
     found = importlib.util.find_spec(f"secateurs.{name}")
     return None if found is None or found.origin is None else ctypes.CDLL(found.origin)
+
+
+def function(name: str, symbol: str, argtypes: list[Any], restype: Any = None) -> Any:
+    """A function of such a library, or None, with a warning if it was built but cannot be loaded."""
+    try:
+        loaded = library(name)
+    except OSError as error:
+        warnings.warn(f"secateurs does without '{name}', which cannot be loaded: {error}", stacklevel=2)
+        return None
+    if loaded is None:
+        return None
+    found = getattr(loaded, symbol)
+    found.argtypes, found.restype = argtypes, restype
+    return found

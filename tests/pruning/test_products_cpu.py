@@ -64,6 +64,12 @@ def test_same_bits_for_any_number_of_threads() -> None:
     assert torch.equal(*results)
 
 
+def test_what_is_replaced_is_not_read() -> None:
+    inputs, moment = random(40, 20, seed=1), torch.full((20, 20), float("nan"))
+    products_cpu.accumulate(moment, inputs, inputs, beta=0, alpha=1)
+    assert moment.isfinite().all()
+
+
 def test_what_is_not_finite_shows() -> None:
     inputs, moment = random(40, 20, seed=1), torch.zeros(20, 20)
     inputs[7, 3] = float("inf")
@@ -74,8 +80,10 @@ def test_what_is_not_finite_shows() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     moment, x = torch.zeros(4, 6), random(10, 6, seed=1)
-    for wrong in (x, x[:9, :4], x[:, :4].float(), x[:, :4].half()):
+    for wrong in (x, x[:9, :4], x[:, :4].float(), x[:, :4].half(), x[:, :4].to("meta"), x[:, 0]):
         with pytest.raises(AssertionError):
             products_cpu.accumulate(moment, wrong, x, beta=0, alpha=1)
+    with pytest.raises(AssertionError):
+        products_cpu.accumulate(moment, x[:0, :4], x[:0], beta=0, alpha=1)
     assert not products_cpu.serves(moment.double(), x)
     assert not products_cpu.serves(moment, x.half())

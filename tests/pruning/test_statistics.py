@@ -5,6 +5,7 @@ import pytest
 import torch
 from problems import correlated_inputs, weight_of
 
+from secateurs.pruning import products_cpu
 from secateurs.pruning.statistics import CHUNK, Products, Statistics
 
 
@@ -38,8 +39,17 @@ def test_error_is_the_lost_share_of_the_output():
     assert Statistics.from_inputs(torch.zeros(4, 12)).error(dense, sparse) == 0
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def products_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Products of bfloat16 matrices by the kernel, where this machine has it, and without it."""
+    if request.param == "torch":
+        monkeypatch.setattr(products_cpu, "serves", lambda moment, inputs: False)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [256, 257, 700])
+@pytest.mark.usefixtures("products_by")
 def test_moment_of_wide_inputs(width: int, dtype: torch.dtype):
     """Only one side of the diagonal is computed: the other must be its mirror image, also after reading."""
     first, second = (correlated_inputs(40 + seed, width, seed=seed).to(dtype) for seed in (0, 1))
@@ -55,6 +65,7 @@ def test_moment_of_wide_inputs(width: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("products_by")
 def test_products_of_half_precision_inputs(dtype: torch.dtype):
     """Where targets are rounded to the inputs' dtype to be multiplied, it is by that and no more."""
     inputs, targets = correlated_inputs(300, 20).to(dtype), weight_of(300, 7).float()
@@ -66,6 +77,16 @@ def test_products_of_half_precision_inputs(dtype: torch.dtype):
     assert ((products.moment - y.T @ x / 300).abs() <= rounding).all()
     torch.testing.assert_close(products.mean.double(), y.mean(dim=0), rtol=1e-2, atol=1e-3)
     assert products.moment.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_inputs_with_themselves(dtype: torch.dtype):
+    """They are a whole matrix, on both sides of the diagonal."""
+    inputs = correlated_inputs(64, 300).to(dtype)
+    products = Products(300, 300)
+    products.update(inputs, inputs)
+    x = inputs.double()
+    torch.testing.assert_close(products.moment.double(), x.T @ x / 64, rtol=1e-4, atol=1e-4)
 
 
 def test_factor_rebuilds_the_damped_moment():

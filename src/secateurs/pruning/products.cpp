@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #if defined(__GNUC__)
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -19,24 +18,11 @@
 #define EXPORT extern "C" __declspec(dllexport)
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SECATEURS_X86 1
+#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10))  // that know it
+#define SECATEURS_BF16 1
 #include <immintrin.h>
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,fma")))
 #endif
-
-// Whether this machine can.
-EXPORT int32_t secateurs_has_products() {
-#ifdef SECATEURS_X86
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bf16");
-#else
-    return 0;
-#endif
-}
-
-#ifdef SECATEURS_X86
 
 namespace {
 
@@ -48,8 +34,11 @@ struct Matrix {
     const uint16_t* values;  // bfloat16, (tokens, width)
     int64_t stride, width;
 
-    int64_t panels(int64_t size) const { return (width + size - 1) / size; }
 };
+
+constexpr int64_t panels(int64_t width, int64_t size) { return (width + size - 1) / size; }
+
+#ifdef SECATEURS_BF16
 
 // Of one panel, (pairs, size): the values of two tokens beside each other; zeros where there are none.
 template <int64_t size>
@@ -88,50 +77,64 @@ AVX512_BF16 void tile(const uint32_t* rows, const uint32_t* columns, int64_t pai
         const int64_t left = std::clamp<int64_t>(width - 16 * v, 0, 16);
         inside[v] = __mmask16((1u << left) - 1);
     }
-    const __m512 old = _mm512_set1_ps(beta), scale = _mm512_set1_ps(alpha);
+    const __m512 old = _mm512_set1_ps(beta), scale = _mm512_set1_ps(alpha), none = _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kRows; ++i) {
         if (i >= height) break;
 #pragma GCC unroll 3
         for (int64_t v = 0; v < kVectors; ++v) {
             float* place = out + i * stride + 16 * v;
-            const __m512 before = _mm512_mul_ps(old, _mm512_maskz_loadu_ps(inside[v], place));
+            const __m512 before =
+                beta == 0 ? none : _mm512_mul_ps(old, _mm512_maskz_loadu_ps(inside[v], place));
             _mm512_mask_storeu_ps(place, inside[v], _mm512_fmadd_ps(scale, sums[i][v], before));
         }
     }
 }
 
-}  // namespace
-
 #endif
 
+}  // namespace
+
+// Numbers of 32 bits that a product takes as scratch; 0 where this machine has no such products.
+EXPORT int64_t secateurs_products_scratch(int64_t a_width, int64_t b_width) {
+#ifdef SECATEURS_BF16
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bf16")) {
+        return kPairs * (panels(a_width, kRows) * kRows + panels(b_width, kColumns) * kColumns);
+    }
+#endif
+    return 0;
+}
+
 // out = beta out + alpha a^T b, (a_width, b_width) and contiguous, for a and b (tokens, width) with rows `stride`
-// apart. With `upper`, of a square result only what is not left of the diagonal is sure to be computed.
+// apart, and one token at least. With `upper`, of a square result only what is not left of the diagonal is sure to
+// be computed.
 EXPORT void secateurs_products(float* out, const uint16_t* a, int64_t a_stride, int64_t a_width, const uint16_t* b,
                                int64_t b_stride, int64_t b_width, int64_t tokens, float beta, float alpha,
-                               int32_t upper, int32_t threads) {
-#ifdef SECATEURS_X86
+                               int32_t upper, uint32_t* scratch, int32_t threads) {
+#ifdef SECATEURS_BF16
     const Matrix left{a, a_stride, a_width}, right{b, b_stride, b_width};
-    const int64_t left_panels = left.panels(kRows), right_panels = right.panels(kColumns);
-    const int64_t bands = (a_width + kTaskRows - 1) / kTaskRows;
-    std::vector<uint32_t> rows(size_t(left_panels * kPairs * kRows));
-    std::vector<uint32_t> columns(size_t(right_panels * kPairs * kColumns));
+    const int64_t left_panels = panels(a_width, kRows), right_panels = panels(b_width, kColumns);
+    const int64_t bands = panels(a_width, kTaskRows);
+    uint32_t* columns = scratch;
+    uint32_t* rows = scratch + right_panels * kPairs * kColumns;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
 #endif
     for (int64_t first = 0; first < tokens; first += 2 * kPairs) {
         const int64_t last = std::min(first + 2 * kPairs, tokens), pairs = (last - first + 1) / 2;
 #ifdef _OPENMP
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
 #endif
         for (int64_t panel = 0; panel < left_panels; ++panel) {
-            pack<kRows>(left, panel, first, last, rows.data() + panel * kPairs * kRows);
+            pack<kRows>(left, panel, first, last, rows + panel * kPairs * kRows);
         }
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
         for (int64_t panel = 0; panel < right_panels; ++panel) {
-            pack<kColumns>(right, panel, first, last, columns.data() + panel * kPairs * kColumns);
+            pack<kColumns>(right, panel, first, last, columns + panel * kPairs * kColumns);
         }
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic)
@@ -140,9 +143,8 @@ EXPORT void secateurs_products(float* out, const uint16_t* a, int64_t a_stride, 
             const int64_t column = task / bands * kColumns, top = task % bands * kTaskRows;
             const int64_t width = std::min(kColumns, b_width - column);
             const int64_t bottom = std::min(top + kTaskRows, upper ? std::min(a_width, column + width) : a_width);
-            const uint32_t* panel = columns.data() + column * kPairs;
             for (int64_t row = top; row < bottom; row += kRows) {
-                tile(rows.data() + row * kPairs, panel, pairs, out + row * b_width + column, b_width,
+                tile(rows + row * kPairs, columns + column * kPairs, pairs, out + row * b_width + column, b_width,
                      std::min(kRows, a_width - row), width, first ? 1.0f : beta, alpha);
             }
         }

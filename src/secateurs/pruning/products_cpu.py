@@ -7,23 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateurs.native import library
+from secateurs.native import function
 
 
 @functools.cache
-def _compiled() -> Any:
-    """The C function, or None."""
-    try:
-        loaded = library("pruning._products")
-    except OSError:
-        return None
-    if loaded is None or not loaded.secateurs_has_products():
-        return None
+def _compiled() -> tuple[Any, Any] | None:
+    """The C functions that multiply and that say what scratch that takes, or None if this machine cannot."""
     pointer, i64, i32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-    function = loaded.secateurs_products
-    function.argtypes = [pointer, pointer, i64, i64, pointer, i64, i64, i64, f32, f32, i32, i32]
-    function.restype = None
-    return function
+    matrix = [pointer, i64, i64]
+    arguments = [pointer, *matrix, *matrix, i64, f32, f32, i32, pointer, i32]
+    products = function("pruning._products", "secateurs_products", arguments)
+    scratch = function("pruning._products", "secateurs_products_scratch", [i64, i64], i64)
+    return (products, scratch) if scratch and scratch(1, 1) else None
 
 
 def serves(moment: Tensor, inputs: Tensor) -> bool:
@@ -42,19 +37,24 @@ def accumulate(
 
     Args:
         moment: (out, in), float32, contiguous; modified.
-        targets: (tokens, out), bfloat16.
+        targets: (tokens, out), bfloat16; one token at least.
         inputs: (tokens, in), bfloat16.
-        beta: for what was summed before.
+        beta: for what was summed before; at 0 that is not read.
         alpha: for what is summed now.
         upper: for a symmetric result: leave out most of what lies left of the diagonal.
     """
     assert serves(moment, inputs)
-    assert targets.dtype == inputs.dtype
-    assert len(targets) == len(inputs)
-    assert moment.is_contiguous()
+    assert (targets.dtype, targets.device) == (inputs.dtype, inputs.device)
+    assert targets.ndim == inputs.ndim == 2
+    assert len(targets) == len(inputs) > 0
     assert moment.shape == (targets.shape[1], inputs.shape[1])
+    assert moment.is_contiguous()
+    compiled = _compiled()
+    assert compiled is not None
+    products, scratch = compiled
     targets, inputs = (x if x.stride(1) == 1 else x.contiguous() for x in (targets, inputs))
-    _compiled()(
+    space = torch.empty(scratch(*moment.shape), dtype=torch.int32)
+    products(
         moment.data_ptr(),
         targets.data_ptr(),
         targets.stride(0),
@@ -66,5 +66,6 @@ def accumulate(
         beta,
         alpha,
         upper,
+        space.data_ptr(),
         torch.get_num_threads(),
     )

@@ -175,7 +175,7 @@ class SparseLLM:
 
         Memory: beside the tokens, s and z in the dtype of the inputs; of the sums over tokens one matrix
         (channels, channels) with the solver's factors of it, one (channels, hidden) for each layer, and one
-        (hidden, hidden).
+        (hidden, hidden); of down, two more of its size.
 
         Args:
             mlp: its dense layers; not modified.
@@ -371,7 +371,7 @@ class _Step:
             auxiliary.copy_(work)
 
     def result(self) -> tuple[float, dict[str, float]]:
-        """The objective after the step, and its terms.
+        """The objective after the step, and its terms: of p, z and s before they are rounded to be stored.
 
         Raises:
             FloatingPointError: it is not finite.
@@ -414,27 +414,21 @@ def prune_linear(
     if layer.pattern is None:
         bias = None if layer.bias is None else rounded(layer.bias, stored)
         return Pruned(Linear(rounded(layer.weight, stored), bias, None), 0.0, ())
-    weight, energy = layer.weight, None
     if layer.bias is None:
-        if goal is not None:
-            weight, energy = moments.fit(weight, goal.moment, damping)
-        solution = solver.solve(weight, moments, layer.pattern)
-        sparse = rounded(solution.weight, stored)
-        error = moments.error(weight, sparse.to(weight.dtype), energy=energy)
-        return Pruned(replace(layer, weight=sparse), error, solution.objective)
-    centred = moments.centred()
-    if goal is None:
-        mean = torch.addmv(layer.bias, weight, moments.mean)
+        inputs, mean = moments, None
+        wanted = None if goal is None else goal.moment
     else:
-        mean = goal.mean
-        deviations = torch.addr(goal.moment, mean, moments.mean, alpha=-1)
-        weight, energy = centred.fit(weight, deviations, damping)
-    solution = solver.solve(weight, centred, layer.pattern)
+        inputs = moments.centred()
+        mean = torch.addmv(layer.bias, layer.weight, moments.mean) if goal is None else goal.mean
+        wanted = None if goal is None else torch.addr(goal.moment, mean, moments.mean, alpha=-1)
+    weight = layer.weight if wanted is None else inputs.fit(layer.weight, wanted, damping)
+    solution = solver.solve(weight, inputs, layer.pattern)
     sparse = rounded(solution.weight, stored)
-    bias = rounded(torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1), stored)
-    pruned = Linear(sparse, bias, layer.pattern)
-    error = centred.error(weight, sparse.to(weight.dtype), energy=energy)
-    return Pruned(pruned, error, solution.objective)
+    bias = None
+    if mean is not None:
+        bias = rounded(torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1), stored)
+    error = inputs.error(weight, sparse.to(weight.dtype))
+    return Pruned(Linear(sparse, bias, layer.pattern), error, solution.objective)
 
 
 def rows_of(inputs: Sequence[Tensor], *, hold_out: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -554,8 +548,11 @@ def _value_and_slope(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]
 def running_dtype(
     tokens: Tensor, stored: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    """What tokens run through the MLP in: bfloat16 where the model runs and is stored in it and the device is
-    fast at it. Otherwise, as for sums over tokens and the steps of p, z and s in any case, it is `dtype`."""
+    """What tokens run through the MLP in, are multiplied in to be summed, and p is corrected in.
+
+    bfloat16 where the model runs and is stored in it and the device is fast at it; otherwise `dtype`, as for
+    the sums themselves and for the steps of z and s in any case.
+    """
     half = tokens.dtype == stored == torch.bfloat16
     return torch.bfloat16 if half and multiplies_bfloat16(device) else dtype
 
@@ -566,7 +563,8 @@ def _cast(layer: Linear, dtype: torch.dtype) -> Linear:
 
 
 def _squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Their sum, in this dtype. (On a processor `vector_norm` adds them up one by one, and loses some.)"""
+    """Their sum, in this dtype, by slices that are converted in the cache. (On a processor `vector_norm` adds
+    them up one by one, and loses some.)"""
     return torch.stack([part.to(dtype).square().sum() for part in _slices(tensor)]).sum()
 
 

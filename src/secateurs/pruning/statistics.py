@@ -2,32 +2,26 @@
 
 It is accumulated as activations stream by, and factored at most once per setting: layers that see the same
 input (q, k and v; gate and up) share one object, and with it the factors.
-"""
 
-from typing import NamedTuple
+Where the device can sum their products in float32, inputs in half precision are multiplied as they are, and
+what they are multiplied with is rounded to match: bfloat16 on GPUs from Ampere on and on CPUs with AVX-512
+BF16, float16 on any GPU if both are. Elsewhere both are converted to the dtype of the sums.
+"""
 
 import torch
 from torch import Tensor
 
+from secateurs.device import multiplies_bfloat16
 from secateurs.pruning import products_cpu
 
 CHUNK = 4096
-"""Tokens converted at a time where half-precision inputs must be converted."""
+"""Tokens taken in at a time."""
 
 PANEL = 256
 """Rows of H computed at a time, from the diagonal to the right."""
 
 MOST_DAMPING = 1.0
 """Share of the mean of H's diagonal at which a factorisation that keeps failing is given up."""
-
-
-class Fit(NamedTuple):
-    """What `Statistics.fit` finds."""
-
-    weight: Tensor
-    """W, (out, in)."""
-    energy: float
-    """Of its output, tr(W H W^T)."""
 
 
 class Statistics:
@@ -71,7 +65,7 @@ class Statistics:
 
     @torch.no_grad()
     def update(self, inputs: Tensor) -> None:
-        """Take more tokens into account; see `Products.update` for the precision.
+        """Take more tokens into account.
 
         Args:
             inputs: (..., in), any floating-point dtype, on any device.
@@ -87,7 +81,7 @@ class Statistics:
             self.tokens += len(chunk)
             old, new = 1 - len(chunk) / self.tokens, 1 / self.tokens
             self.mean.mul_(old).add_(chunk.sum(dim=0, dtype=self.mean.dtype), alpha=new)
-            _add_products(self._moment, chunk, chunk, old, new)
+            _add_products(self._moment, chunk, chunk, old, new, upper=True)
 
     @property
     def moment(self) -> Tensor:
@@ -123,20 +117,18 @@ class Statistics:
         """Root mean square of each input, sqrt(H_jj), (in,). Zero for a dead input."""
         return self._moment.diagonal().sqrt()
 
-    def error(self, dense: Tensor, sparse: Tensor, *, energy: float | None = None) -> float:
+    def error(self, dense: Tensor, sparse: Tensor) -> float:
         """Relative reconstruction error tr(D H D^T) / tr(W H W^T) with D = W - S.
 
         Args:
             dense: W, (out, in).
             sparse: S, (out, in).
-            energy: tr(W H W^T), if it is known.
 
         Returns:
             The share of the output's energy that is lost; 0 where the dense layer has no output.
         """
         dense, sparse = dense.to(self._moment.dtype), sparse.to(self._moment.dtype)
-        if energy is None:
-            energy = _energy(dense, self.moment)
+        energy = _energy(dense, self.moment)
         # Rounding can take the lost energy below 0.
         return max(_energy(dense - sparse, self.moment) / energy, 0.0) if energy > 0 else 0.0
 
@@ -172,7 +164,7 @@ class Statistics:
                 )
             damping *= 10
 
-    def fit(self, weight: Tensor, products: Tensor, damping: float) -> Fit:
+    def fit(self, weight: Tensor, products: Tensor, damping: float) -> Tensor:
         """The ridge step W + (P - W H) (H + damping * mean(diag H) I)^-1 towards Y, where P = Y X^T / T.
 
         It never raises |Y - W X|^2, whatever the damping, which only shortens it where the inputs hold little
@@ -183,17 +175,16 @@ class Statistics:
             products: P, (out, in).
             damping: above 0.
 
+        Returns:
+            (out, in).
+
         Raises:
             FloatingPointError: see `factor`.
         """
-        factor, moment = self.factor(damping).to(weight.dtype), self.moment.to(weight.dtype)
-        gap = products - weight @ moment
+        factor = self.factor(damping).to(weight.dtype)
+        gap = products - weight @ self.moment.to(weight.dtype)
         half = torch.linalg.solve_triangular(factor.T, gap, upper=False, left=False)
-        change = torch.linalg.solve_triangular(factor, half, upper=True, left=False)
-        fitted = weight + change
-        # The new W H is P - change * ridge, for what was really added to H's diagonal.
-        ridge = factor.square().sum(dim=1) - moment.diagonal()
-        return Fit(fitted, float((fitted * (products - change.mul_(ridge))).sum()))
+        return torch.linalg.solve_triangular(factor, half, upper=True, left=False).add_(weight)
 
     def ridge_inverse(self, ridge: float) -> Tensor:
         """(C + ridge I)^-1, (in, in), where C is H scaled to a unit diagonal: C_ij = H_ij / sqrt(H_ii H_jj).
@@ -253,42 +244,39 @@ class Products:
 
     @torch.no_grad()
     def update(self, targets: Tensor, inputs: Tensor) -> None:
-        """Take more tokens into account; (tokens, out) and (tokens, in).
-
-        Where the device can sum their products in float32, inputs in half precision are multiplied as they
-        are, and targets rounded to match: on CUDA (float16 only if both are), and bfloat16 on a CPU with
-        AVX-512 BF16. Elsewhere both are converted to the dtype of the sums.
-        """
+        """Take more tokens into account; (tokens, out) and (tokens, in)."""
         dtype = _multiplied_in(self.moment, targets, inputs)
         targets, inputs = targets.to(dtype), inputs.to(dtype)
         self.tokens += len(inputs)
         old, new = 1 - len(inputs) / self.tokens, 1 / self.tokens
         self.mean.mul_(old).add_(targets.sum(dim=0, dtype=self.mean.dtype), alpha=new)
-        _add_products(self.moment, targets, inputs, old, new)
+        _add_products(self.moment, targets, inputs, old, new, upper=False)
 
 
 def _multiplied_in(moment: Tensor, targets: Tensor, inputs: Tensor) -> torch.dtype:
     """The dtype of the factors of a product that is summed in the dtype of `moment`."""
-    halves = inputs.dtype == torch.bfloat16 or targets.dtype == inputs.dtype == torch.float16
-    on_cuda = halves and inputs.is_cuda and moment.dtype == torch.float32
-    return inputs.dtype if on_cuda or products_cpu.serves(moment, inputs) else moment.dtype
+    if inputs.is_cuda and moment.dtype == torch.float32:
+        half = targets.dtype == inputs.dtype == torch.float16
+        as_they_are = half or (inputs.dtype == torch.bfloat16 and multiplies_bfloat16(inputs.device))
+    else:
+        as_they_are = products_cpu.serves(moment, inputs)
+    return inputs.dtype if as_they_are else moment.dtype
 
 
-def _add_products(moment: Tensor, targets: Tensor, inputs: Tensor, old: float, new: float) -> None:
-    """moment = old moment + new targets^T inputs; where both are the same, only the upper triangle for sure.
-
-    The factors are in the dtype that `_multiplied_in` gives.
-    """
-    symmetric = targets is inputs
+def _add_products(
+    moment: Tensor, targets: Tensor, inputs: Tensor, old: float, new: float, *, upper: bool
+) -> None:
+    """moment = old moment + new targets^T inputs, for factors in the dtype of `_multiplied_in`; with `upper`,
+    for a symmetric result, perhaps only what is not left of the diagonal."""
     if inputs.dtype == moment.dtype:
-        step = PANEL if symmetric else len(moment)
+        step = PANEL if upper else len(moment)
         for start in range(0, len(moment), step):
-            rows, columns = slice(start, start + step), slice(start if symmetric else 0, None)
+            rows, columns = slice(start, start + step), slice(start if upper else 0, None)
             moment[rows, columns].addmm_(targets[:, rows].T, inputs[:, columns], beta=old, alpha=new)
     elif inputs.is_cuda:
         moment.mul_(old).add_(torch.mm(targets.T, inputs, out_dtype=moment.dtype), alpha=new)
     else:
-        products_cpu.accumulate(moment, targets, inputs, beta=old, alpha=new, upper=symmetric)
+        products_cpu.accumulate(moment, targets, inputs, beta=old, alpha=new, upper=upper)
 
 
 def live(norms: Tensor) -> Tensor:

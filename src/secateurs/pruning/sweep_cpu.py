@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateurs.native import library
+from secateurs.native import function
 from secateurs.pattern import NM, Pattern
 from secateurs.pruning.sparsegpt import choose
 
@@ -21,16 +21,8 @@ ISAS = ("portable", "avx2", "avx512")  # by their numbers in sweep.cpp, best las
 @functools.cache
 def _compiled() -> Any:
     """The C function, or None."""
-    try:
-        loaded = library("pruning._sweep")
-    except OSError:
-        return None
-    if loaded is None:
-        return None
-    function = loaded.secateurs_sweep
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_int32] * 2
-    function.restype = None
-    return function
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    return function("pruning._sweep", "secateurs_sweep", [pointer] * 3 + [i64] * 4 + [i32] * 2)
 
 
 def serves(weight: Tensor) -> bool:
