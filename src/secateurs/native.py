@@ -5,8 +5,8 @@ They are plain C behind ctypes: they depend neither on torch's headers nor on th
 
 import ctypes
 import functools
-import importlib.util
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -17,7 +17,7 @@ def library(name: str) -> ctypes.CDLL | None:
     Raises:
         OSError: it was built, but cannot be loaded.
     """
-    found = importlib.util.find_spec(f"secateurs.{name}")
+    found = find_spec(f"secateurs.{name}")
     return None if found is None or found.origin is None else ctypes.CDLL(found.origin)
 
 
