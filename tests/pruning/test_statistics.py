@@ -80,6 +80,18 @@ def test_products_of_half_precision_inputs(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens_change_nothing(dtype: torch.dtype):
+    inputs, none = correlated_inputs(30, 20).to(dtype), torch.empty(0, 20, dtype=dtype)
+    statistics, products = Statistics(20), Products(20, 20)
+    for piece in (none, inputs, none):
+        statistics.update(piece)
+        products.update(piece, piece)
+    assert statistics.tokens == products.tokens == 30
+    torch.testing.assert_close(statistics.moment, Statistics.from_inputs(inputs).moment, rtol=0, atol=0)
+    torch.testing.assert_close(products.moment, statistics.moment, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_of_inputs_with_themselves(dtype: torch.dtype):
     """They are a whole matrix, on both sides of the diagonal."""
     inputs = correlated_inputs(64, 300).to(dtype)

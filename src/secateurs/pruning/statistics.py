@@ -70,6 +70,8 @@ class Statistics:
         Args:
             inputs: (..., in), any floating-point dtype, on any device.
         """
+        if not len(inputs):
+            return
         self._factors.clear()
         self._inverses.clear()
         self._centred = None
@@ -245,6 +247,8 @@ class Products:
     @torch.no_grad()
     def update(self, targets: Tensor, inputs: Tensor) -> None:
         """Take more tokens into account; (tokens, out) and (tokens, in)."""
+        if not len(inputs):
+            return
         dtype = _multiplied_in(self.moment, targets, inputs)
         targets, inputs = targets.to(dtype), inputs.to(dtype)
         self.tokens += len(inputs)
