@@ -139,12 +139,13 @@ def perplexities(folder: Path, texts: dict[str, Any], length: int) -> dict[str, 
     from transformers.utils.logging import disable_progress_bar
 
     import secateurs
+    from secateurs.device import resolve_device
 
     disable_progress_bar()
     for name, tensor in saved_tensors(folder).items():
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{folder}: {name} holds NaN or Inf")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(resolve_device(None))
     return {name: secateurs.perplexity(model, tokens, length=length) for name, tokens in texts.items()}
 
 
@@ -155,10 +156,16 @@ def divergences(
     import torch
     from transformers import AutoModelForCausalLM
 
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval() for folder in (dense, pruned)]
+    from secateurs.device import resolve_device
+
+    device = resolve_device(None)
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+        for folder in (dense, pruned)
+    ]
     found = {}
     for name, tokens in texts.items():
-        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows]
+        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows].to(device)
         total = 0.0
         with torch.no_grad():
             for block in blocks:

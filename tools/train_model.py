@@ -6,10 +6,10 @@
     python tools/train_model.py --books DIR --output models/opt-wikitext --start models/opt --more valid.txt \
         --tokens 1_228_800
 
-One file from raw text to a folder that transformers loads. Matrices are trained by Muon, which on two
-CPU cores reaches in one hour what AdamW reaches in two; embeddings, norms and biases by AdamW. The rate
-is constant, then falls linearly to zero over the last two fifths. Weights live in float32 and are saved in
-bfloat16; the perplexity in the model card is that of the saved weights.
+One file from raw text to a folder that transformers loads, on a GPU where there is one. Matrices are trained
+by Muon, which on two CPU cores reaches in one hour what AdamW reaches in two; embeddings, norms and biases by
+AdamW. The rate is constant, then falls linearly to zero over the last two fifths. Weights live in float32 and
+are saved in bfloat16; the perplexity in the model card is that of the saved weights.
 """
 
 import json
@@ -28,6 +28,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from secateurs.device import resolve_device
 
 # Never trained on: the first is text to report on, the second to choose settings on.
 HELD_OUT = ("Dracula_345.txt", "The-Adventures-of-Sherlock-Holmes_1661.txt")
@@ -83,7 +85,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, book: Path) -> torch.Tensor:
 @torch.compile
 def loss_of(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy, nats per token, of (batch, LENGTH + 1) ids."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(blocks.device.type, torch.bfloat16):
         logits = model(blocks[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), blocks[:, 1:].flatten())
 
@@ -92,7 +94,7 @@ def loss_of(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
 def perplexity(model: PreTrainedModel, tokens: torch.Tensor, windows: int = 64) -> float:
     """Over the first `windows` non-overlapping windows of LENGTH tokens."""
     model.eval()
-    blocks = tokens[: windows * LENGTH].view(-1, LENGTH)
+    blocks = tokens[: windows * LENGTH].view(-1, LENGTH).to(model.device)
     losses = [model(block[None], labels=block[None]).loss.item() for block in blocks]
     model.train()
     return math.exp(sum(losses) / len(losses))
@@ -136,6 +138,7 @@ def main(
         if start
         else build(architecture, width)
     )
+    torch.nn.Module.to(model, resolve_device(None))
     print(f"{model.num_parameters():,} parameters, {text.numel():,} tokens of text")
 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -156,7 +159,8 @@ def main(
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimisers]
     began = time.monotonic()
     for step in range(steps):
-        loss = loss_of(model, torch.stack([window(source) for source in [text, other] * (BATCH // 2)]))
+        blocks = torch.stack([window(source) for source in [text, other] * (BATCH // 2)])
+        loss = loss_of(model, blocks.to(model.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser, schedule in zip(optimisers, schedules, strict=True):
