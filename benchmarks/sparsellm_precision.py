@@ -77,7 +77,7 @@ def computed(
         "second moments of it": moments.moment,
         "what down is fitted by": products.moment,
         "down, fitted": moments.fit(down, products.moment, SparseLLM().damping),
-        "what p leaves of Y": gap,
+        "what f(s) z leaves of Y": gap,
         "the correction of p": correction,
         "p": q.to(dtype) + correction,
         "what gate and up are fitted by": goal.moment,
