@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -156,10 +157,8 @@ def count(model: Path, ids: torch.Tensor, output: Path, settings: Record) -> Cou
         counted.phase = "outside"
 
     counted = Count()
-    WorkFolder.clock = watched  # type: ignore[method-assign]
-    with counted:
+    with patch.object(WorkFolder, "clock", watched), counted:
         secateurs.prune(model, output=output, calibration=ids, pattern="70%", **settings)
-    WorkFolder.clock = clock  # type: ignore[method-assign]
     return counted.operations
 
 
@@ -193,7 +192,7 @@ def main() -> None:
             one, two = counts
             # The last block's result is not needed.
             operations = {
-                kind: amount + (settings.blocks - 1) * (two[kind] - amount) for kind, amount in one.items()
+                kind: one[kind] + (settings.blocks - 1) * (amount - one[kind]) for kind, amount in two.items()
             }
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

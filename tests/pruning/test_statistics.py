@@ -86,6 +86,7 @@ def test_no_tokens_change_nothing(dtype: torch.dtype):
     for piece in (none, inputs, none):
         statistics.update(piece)
         products.update(piece, piece)
+    statistics.update(torch.empty(1, 0, 20, dtype=dtype))
     assert statistics.tokens == products.tokens == 30
     torch.testing.assert_close(statistics.moment, Statistics.from_inputs(inputs).moment, rtol=0, atol=0)
     torch.testing.assert_close(products.moment, statistics.moment, rtol=1e-4, atol=1e-4)

@@ -70,7 +70,7 @@ class Statistics:
         Args:
             inputs: (..., in), any floating-point dtype, on any device.
         """
-        if not len(inputs):
+        if not inputs.numel():
             return
         self._factors.clear()
         self._inverses.clear()
