@@ -175,6 +175,42 @@ def divergences(
     return found
 
 
+def tempered(folder: Path, texts: dict[str, Any], length: int) -> dict[str, Record]:
+    """Each text's perplexity at the temperature (which divides the logits) that suits it best, and that one.
+
+    Perplexity falls when a model that is too sure of itself becomes less sure, whatever it has forgotten
+    meanwhile. Compared at their best temperatures (Guo et al., arXiv 1706.04599), models differ by the rest.
+    The loss is smooth in 1/temperature: the polynomial through it at eight points gives the minimum.
+    """
+    import numpy as np
+    import torch
+    from numpy.polynomial import Chebyshev
+    from transformers import AutoModelForCausalLM
+
+    from secateurs.device import resolve_device
+
+    lowest, highest = 0.4, 1.4
+    inverses = (lowest + highest) / 2 + (highest - lowest) / 2 * np.cos(np.pi * (np.arange(8) + 0.5) / 8)
+    device = resolve_device(None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+    found = {}
+    for name, tokens in texts.items():
+        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length).to(device)
+        losses = np.zeros(len(inverses))
+        with torch.no_grad():
+            for block in blocks:
+                logits = model(block).logits[0, :-1].float()
+                cross_entropy = (
+                    torch.nn.functional.cross_entropy(logits * inverse, block[0, 1:]) for inverse in inverses
+                )
+                losses += np.array([float(loss) for loss in cross_entropy]) / len(blocks)
+        curve = Chebyshev.fit(inverses, losses, len(inverses) - 1, domain=[lowest, highest])
+        fine = np.linspace(lowest, highest, 10_001)
+        best = int(curve(fine).argmin())
+        found[name] = {"temperature": float(1 / fine[best]), "perplexity": float(np.exp(curve(fine[best])))}
+    return found
+
+
 def load(path: Path) -> list[Record]:
     """The rows of an earlier, perhaps interrupted, run."""
     return json.loads(path.read_text())["rows"] if path.exists() else []

@@ -2,11 +2,12 @@
 
 Every combination is pruned and saved, loaded back by transformers, searched for NaN and Inf, and measured
 on the first windows of each text: perplexity, and the divergence of the dense model's predictions from the
-pruned one's. (Where the dense model knows a text badly, what changes its predictions may lower perplexity:
-only the divergence then tells how much of the model is left.) The tables show the mean over the seeds, and
-each method's margin over the base in log-perplexity (below zero is better), paired by seed: mean (least to
-most). A combination in the results is not repeated: interrupt at will, and run the same command again. Each
-row names the revision that was measured.
+pruned one's. (Where the dense model knows a text badly it is too sure of itself, and what changes its
+predictions may lower perplexity: the divergence then tells how much of the model is left, and "tempered"
+perplexity, at the temperature that suits the text best, how it predicts beside its sureness.) The tables
+show the mean over the seeds, and each method's margin over the base in log-perplexity (below zero is
+better), paired by seed: mean (least to most). A combination in the results is not repeated: interrupt at
+will, and run the same command again. Each row names the revision that was measured.
 
     python benchmarks/quality.py --models ../out/llama ../out/opt --calibration ../data/wikitext-2/valid.txt \
         --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
@@ -37,6 +38,7 @@ from common import (
     perplexities,
     print_table,
     save,
+    tempered,
 )
 from secateurs.pruning.walk import Sequential
 from secateurs.text import calibration_blocks, evaluation_tokens
@@ -76,7 +78,10 @@ def measure(
 ) -> Record:
     """Prune, save, load and evaluate one cell of the grid."""
     if cell == DENSE:
-        return {"perplexity": perplexities(model, texts, length)}
+        return {
+            "perplexity": perplexities(model, texts, length),
+            "tempered": tempered(model, texts, length),
+        }
     method, pattern, seed = cell
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "pruned"
@@ -89,6 +94,7 @@ def measure(
         )
         return {
             "perplexity": perplexities(output, texts, length),
+            "tempered": tempered(output, texts, length),
             "divergence": divergences(model, output, texts, length),
             "sparsity": report.sparsity,
             "seconds": report.seconds,
@@ -107,26 +113,33 @@ def margin(own: dict[int | None, float], base: dict[int | None, float]) -> str:
     return f"{mean(margins):+.3f} ({min(margins):+.3f} to {max(margins):+.3f})" if margins else ""
 
 
+def figure(row: Record, kind: str, text: str) -> float | None:
+    """None where an older row has none."""
+    if kind == "tempered perplexity":
+        return row["tempered"][text]["perplexity"] if "tempered" in row else None
+    return row[kind][text] if kind in row else None
+
+
 def print_tables(rows: list[Record], methods: tuple[str, ...], patterns: tuple[str, ...], base: str) -> None:
-    """One of perplexities and one of divergences for each model and text."""
+    """Of perplexities, tempered ones and divergences, one each for each model and text."""
     rivals = [method for method in methods if method != base]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         for text in own[0]["perplexity"]:
-            for kind in ("perplexity", "divergence"):
+            for kind in ("perplexity", "tempered perplexity", "divergence"):
                 scores = {
-                    (row["method"], row["pattern"], row["seed"]): row[kind][text]
+                    (row["method"], row["pattern"], row["seed"]): score
                     for row in own
-                    if kind in row
+                    if (score := figure(row, kind, text)) is not None
                 }
                 table = []
                 for pattern in patterns:
                     found = {method: by_seed(scores, method, pattern) for method in methods}
                     means = [mean(found[method].values()) if found[method] else "" for method in methods]
                     margins = [margin(found[method], by_seed(scores, base, pattern)) for method in rivals]
-                    table.append([pattern, *means, *(margins if kind == "perplexity" else [])])
+                    table.append([pattern, *means, *(margins if kind != "divergence" else [])])
                 dense = f" ({scores[DENSE]:.2f} dense)" if DENSE in scores else ""
-                against = [f"{method} - {base}" for method in rivals] if kind == "perplexity" else []
+                against = [f"{method} - {base}" for method in rivals] if kind != "divergence" else []
                 print(f"\n{kind} of {model} on {text}{dense}\n")
                 print_table(["pattern", *methods, *against], table)
 
