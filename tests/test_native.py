@@ -1,5 +1,7 @@
 """Shared libraries that may be missing or broken."""
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,18 +11,22 @@ from secateurs import native
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> None:
+def _forget() -> Iterator[None]:
+    native.library.cache_clear()
+    yield
     native.library.cache_clear()
 
 
-def test_one_that_was_not_built() -> None:
-    assert native.library("pruning._nothing") is None
-    assert native.function("pruning._nothing", "secateurs_nothing", []) is None
-
-
-def test_one_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_library_there_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "_broken.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(native, "find_spec", lambda name: SimpleNamespace(origin=str(broken)))
-    with pytest.warns(UserWarning, match="does without 'pruning._broken', which cannot be loaded"):
-        assert native.function("pruning._broken", "secateurs_broken", []) is None
+    for found, reason in (
+        (None, "no C\\+\\+ compiler"),
+        (SimpleNamespace(origin=str(broken)), "file too short"),
+    ):
+        native.library.cache_clear()
+        monkeypatch.setattr(native, "find_spec", lambda name, found=found: found)
+        with pytest.warns(UserWarning, match=f"does without 'pruning._sweep' .*{reason}"):
+            assert native.library("pruning._sweep") is None
+        with warnings.catch_warnings(action="error"):
+            assert native.function("pruning._sweep", "secateurs_sweep", []) is None

@@ -12,22 +12,25 @@ from typing import Any
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """A library by the name of its extension in setup.py ("pruning._sweep"), or None if it was not built.
-
-    Raises:
-        OSError: it was built, but cannot be loaded.
-    """
+    """A library by the name of its extension in setup.py ("pruning._sweep"); or None, with one warning."""
     found = find_spec(f"secateurs.{name}")
-    return None if found is None or found.origin is None else ctypes.CDLL(found.origin)
+    reason = "there was no C++ compiler when it was installed"
+    if found is not None and found.origin is not None:
+        try:
+            return ctypes.CDLL(found.origin)
+        except OSError as error:
+            reason = str(error)
+    warnings.warn(
+        f"secateurs does without '{name}' ({reason}): torch does the same, slower. Install a C++ compiler "
+        "and reinstall secateurs.",
+        stacklevel=2,
+    )
+    return None
 
 
 def function(name: str, symbol: str, argtypes: list[Any], restype: Any = None) -> Any:
-    """A function of such a library, or None, with a warning if it was built but cannot be loaded."""
-    try:
-        loaded = library(name)
-    except OSError as error:
-        warnings.warn(f"secateurs does without '{name}', which cannot be loaded: {error}", stacklevel=2)
-        return None
+    """A function of such a library, or None."""
+    loaded = library(name)
     if loaded is None:
         return None
     found = getattr(loaded, symbol)

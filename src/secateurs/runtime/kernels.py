@@ -9,7 +9,6 @@ torch.compile, and adapters trained on top, see one opaque linear.
 import ctypes
 import functools
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -93,25 +92,13 @@ class CpuKernels:
 
 @functools.cache
 def cpu_kernels() -> CpuKernels | None:
-    """The CPU kernels, or None, with a warning, where the package was installed without a compiler.
+    """The CPU kernels, or None where the package was installed without a compiler.
 
     `SECATEURS_ISA` in the environment forces one of ISAS, or `torch` to do without the library.
     """
     isa = os.environ.get("SECATEURS_ISA")
-    if isa == "torch":
-        return None
-    reason = "there was no C++ compiler when it was installed"
-    try:
-        if (loaded := library("runtime._kernels")) is not None:
-            return CpuKernels(loaded, isa)
-    except OSError as error:
-        reason = str(error)
-    warnings.warn(
-        f"secateurs runs without its CPU kernels ({reason}): compressed models work, but slower than dense "
-        "ones. Install a compiler and reinstall secateurs.",
-        stacklevel=2,
-    )
-    return None
+    loaded = None if isa == "torch" else library("runtime._kernels")
+    return None if loaded is None else CpuKernels(loaded, isa)
 
 
 def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
