@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import secateurs
 from common import RESULTS, Record, environment, load, perplexities, print_table, save
-from secateurs.pruning.walk import Sequential
+from secateurs.pruning.local import Sequential
 from secateurs.text import calibration_blocks, evaluation_tokens
 
 

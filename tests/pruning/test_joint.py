@@ -25,8 +25,8 @@ from secateurs import (
 )
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.pattern import Pattern
+from secateurs.pruning.joint import Target
 from secateurs.pruning.sparsellm import MLP, Linear, Tokens
-from secateurs.pruning.walk import Target
 
 HALF = Unstructured(0.5)
 

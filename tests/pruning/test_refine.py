@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import secateurs.pruning.joint
 import secateurs.pruning.refine
-import secateurs.pruning.walk
 from families import FAMILIES, build, tokens
 from folders import save, tensors_of
 from secateurs import Report, Wanda, prune
@@ -86,7 +86,7 @@ def test_what_it_finds_is_what_is_saved(tmp_path: Path, monkeypatch: pytest.Monk
         found.append((refined := refine(*args, **kwargs)).parameters or {})
         return refined
 
-    monkeypatch.setattr(secateurs.pruning.walk, "refined_by_descent", note)
+    monkeypatch.setattr(secateurs.pruning.joint, "refined_by_descent", note)
     monkeypatch.setattr(secateurs.pruning.refine, "TOKENS_A_STEP", 240)  # enough steps to gain something
     dense = save(tmp_path / "dense", "llama-bias", dtype=torch.bfloat16)
     report = prune(

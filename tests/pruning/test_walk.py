@@ -40,7 +40,7 @@ from secateurs import (
 )
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.pattern import Pattern
-from secateurs.pruning.walk import Sequential
+from secateurs.pruning.local import Sequential
 
 LLAMA_LINEARS = [
     "self_attn.q_proj",

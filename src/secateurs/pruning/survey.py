@@ -32,7 +32,7 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
+class SurveyedBlock:
     """A materialised block of the dense model."""
 
     index: int
@@ -59,7 +59,7 @@ class Survey:
     advance: Callable[[str], None]
 
     @torch.no_grad()
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[SurveyedBlock]:
         """Each block, materialised until the next is asked for. It must be left as it was."""
         model, groups = self.model, self.model.family.groups
         hidden: list[Tensor] = []
@@ -80,7 +80,7 @@ class Survey:
                     for group in groups
                     for name in group
                 ]
-                yield Block(index, layers, hidden)
+                yield SurveyedBlock(index, layers, hidden)
                 for layer in layers:
                     self.advance(layer.name)
                 if index + 1 < len(model.blocks):

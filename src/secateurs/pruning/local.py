@@ -1,0 +1,81 @@
+"""A block pruned layer by layer, each towards its own dense output, as local methods are published."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from secateurs.anatomy import linear_weight
+from secateurs.blockwise import BlockwiseModel
+from secateurs.pruning.block import Advance, Block, Clock, Streams, layer_report
+from secateurs.pruning.measure import Group, measure
+from secateurs.pruning.report import BlockReport, LayerReport
+from secateurs.pruning.solver import Solver, rounded
+from secateurs.pruning.sparsellm import Linear, Pruned
+from secateurs.pruning.statistics import Statistics
+
+Sequential = Literal["block", "sublayer", "linear"]
+
+
+@dataclass(frozen=True)
+class Local:
+    """Prune with a local solver alone.
+
+    Args:
+        solver: the solver.
+        sequential: which pruned layers the inputs of a layer have seen when they are measured (see `prune`).
+    """
+
+    solver: Solver
+    sequential: Sequential
+
+    @property
+    def follows_dense(self) -> bool:
+        return False
+
+    def copies(self, model: BlockwiseModel) -> float:
+        """See `BlockPruner.copies`."""
+        return 1
+
+    def prune(self, block: Block, streams: Streams, clock: Clock, advance: Advance) -> BlockReport:
+        """See `BlockPruner.prune`."""
+        reports: list[LayerReport] = []
+        for stage in self._stages(block.model):
+            if not any(block.patterns[name] for name in block.names(*stage)):
+                for name in block.names(*stage):
+                    advance(name, None)
+                continue
+            with clock("run"):
+                statistics = measure(block.model, block.index, stage, streams.pruned)
+            for group in stage:
+                moments = statistics.pop(group)  # freed as soon as its layers are done
+                for name in block.names(group):
+                    pruned = block.patterns[name] is not None
+                    if pruned:
+                        with clock("solve"):
+                            reports.append(self._prune_layer(block, name, moments))
+                    advance(name, reports[-1].error if pruned else None)
+        return BlockReport(reports, [], [])
+
+    def _stages(self, model: BlockwiseModel) -> tuple[tuple[Group, ...], ...]:
+        """Groups of layers whose inputs are measured in one pass."""
+        groups, attention = model.family.groups, len(model.family.attention)
+        return {
+            "block": (groups,),
+            "sublayer": (groups[:attention], groups[attention:]),
+            "linear": tuple((group,) for group in groups),
+        }[self.sequential]
+
+    def _prune_layer(self, block: Block, name: str, moments: Statistics) -> LayerReport:
+        start, pattern = time.monotonic(), block.patterns[name]
+        assert pattern is not None
+        weight = linear_weight(block.layer(name)).float()
+        try:
+            solution = self.solver.solve(weight, moments, pattern)
+            sparse = rounded(solution.weight, block.dtype(name + ".weight"))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"'{name}': {error}") from None
+        pruned = Pruned(
+            Linear(sparse, None, pattern), moments.error(weight, sparse.float()), solution.objective
+        )
+        block.store(name, sparse, None)  # in float32 `weight` is the layer's own memory: not before
+        return layer_report(name, pruned, time.monotonic() - start)
