@@ -12,7 +12,8 @@ will, and run the same command again. Each row names the revision that was measu
     python benchmarks/quality.py --models ../out/llama ../out/opt --calibration ../data/wikitext-2/valid.txt \
         --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
 
-What each part of SparseLLM adds, one after the other, in the same walk:
+An allocation goes after a slash: --methods admm admm/owl admm/sensitivity. What each part of SparseLLM adds,
+one after the other, in the same walk:
 
     python benchmarks/quality.py ... --methods sparsegpt +sequential +fit +iterations +dense +refinement \
         +allocation admm sparsellm everything --results benchmarks/results/ablation.json
@@ -83,6 +84,8 @@ def measure(
             "tempered": tempered(model, texts, length),
         }
     method, pattern, seed = cell
+    name, _, allocation = method.partition("/")
+    settings = RUNGS.get(name, {"method": name, "sequential": sequential})
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "pruned"
         report = secateurs.prune(
@@ -90,7 +93,7 @@ def measure(
             output=output,
             calibration=ids.get(seed),
             pattern=pattern,
-            **RUNGS.get(method, {"method": method, "sequential": sequential}),
+            **(settings | {"allocation": allocation} if allocation else settings),
         )
         return {
             "perplexity": perplexities(output, texts, length),
