@@ -180,7 +180,7 @@ def tempered(folder: Path, texts: dict[str, Any], length: int) -> dict[str, Reco
 
     Perplexity falls when a model that is too sure of itself becomes less sure, whatever it has forgotten
     meanwhile. Compared at their best temperatures (Guo et al., arXiv 1706.04599), models differ by the rest.
-    The loss is smooth in 1/temperature: the polynomial through it at eight points gives the minimum.
+    The loss is smooth in 1/temperature: the polynomial through it at twelve points gives the minimum.
     """
     import numpy as np
     import torch
@@ -189,8 +189,8 @@ def tempered(folder: Path, texts: dict[str, Any], length: int) -> dict[str, Reco
 
     from secateurs.device import resolve_device
 
-    lowest, highest = 0.4, 1.4
-    inverses = (lowest + highest) / 2 + (highest - lowest) / 2 * np.cos(np.pi * (np.arange(8) + 0.5) / 8)
+    lowest, highest = 0.1, 1.6
+    inverses = (lowest + highest) / 2 + (highest - lowest) / 2 * np.cos(np.pi * (np.arange(12) + 0.5) / 12)
     device = resolve_device(None)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
     found = {}
@@ -207,6 +207,8 @@ def tempered(folder: Path, texts: dict[str, Any], length: int) -> dict[str, Reco
         curve = Chebyshev.fit(inverses, losses, len(inverses) - 1, domain=[lowest, highest])
         fine = np.linspace(lowest, highest, 10_001)
         best = int(curve(fine).argmin())
+        if best in (0, len(fine) - 1):
+            raise RuntimeError(f"{folder}: the best temperature for {name} is not between 0.6 and 10")
         found[name] = {"temperature": float(1 / fine[best]), "perplexity": float(np.exp(curve(fine[best])))}
     return found
 

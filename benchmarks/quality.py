@@ -135,6 +135,8 @@ def print_tables(rows: list[Record], methods: tuple[str, ...], patterns: tuple[s
                     for row in own
                     if (score := figure(row, kind, text)) is not None
                 }
+                if not scores:
+                    continue  # older rows have no tempered perplexity
                 table = []
                 for pattern in patterns:
                     found = {method: by_seed(scores, method, pattern) for method in methods}

@@ -20,13 +20,10 @@ def _forget() -> Iterator[None]:
 def test_without_a_library_there_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "_broken.so"
     broken.write_bytes(b"no library")
-    for found, reason in (
-        (None, "no C\\+\\+ compiler"),
-        (SimpleNamespace(origin=str(broken)), "file too short"),
-    ):
+    for found, reason in ((None, "no C\\+\\+ compiler"), (SimpleNamespace(origin=str(broken)), "too short")):
         native.library.cache_clear()
         monkeypatch.setattr(native, "find_spec", lambda name, found=found: found)
-        with pytest.warns(UserWarning, match=f"does without 'pruning._sweep' .*{reason}"):
-            assert native.library("pruning._sweep") is None
+        with pytest.warns(UserWarning, match=f"all is slower .*{reason}"):
+            assert native.library("pruning._sweep", "all is slower") is None
         with warnings.catch_warnings(action="error"):
-            assert native.function("pruning._sweep", "secateurs_sweep", []) is None
+            assert native.function("pruning._sweep", "secateurs_sweep", [], without="all is slower") is None

@@ -11,26 +11,28 @@ from typing import Any
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """A library by the name of its extension in setup.py ("pruning._sweep"); or None, with one warning."""
+def library(name: str, without: str) -> ctypes.CDLL | None:
+    """A library, or None, with one warning, if it was not built or cannot be loaded.
+
+    Args:
+        name: of its extension in setup.py, such as "pruning._sweep".
+        without: what the warning says of doing without.
+    """
     found = find_spec(f"secateurs.{name}")
-    reason = "there was no C++ compiler when it was installed"
-    if found is not None and found.origin is not None:
+    if found is None or found.origin is None:
+        reason = "there was no C++ compiler when secateurs was installed: install one, and secateurs again"
+    else:
         try:
             return ctypes.CDLL(found.origin)
         except OSError as error:
             reason = str(error)
-    warnings.warn(
-        f"secateurs does without '{name}' ({reason}): torch does the same, slower. Install a C++ compiler "
-        "and reinstall secateurs.",
-        stacklevel=2,
-    )
+    warnings.warn(f"{without} ({reason})", stacklevel=2)
     return None
 
 
-def function(name: str, symbol: str, argtypes: list[Any], restype: Any = None) -> Any:
+def function(name: str, symbol: str, argtypes: list[Any], restype: Any = None, *, without: str) -> Any:
     """A function of such a library, or None."""
-    loaded = library(name)
+    loaded = library(name, without)
     if loaded is None:
         return None
     found = getattr(loaded, symbol)

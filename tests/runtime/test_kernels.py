@@ -140,7 +140,7 @@ def test_the_operators_keep_torchs_rules() -> None:
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
-    loaded = library("runtime._kernels")
+    loaded = library("runtime._kernels", "")
     if loaded is None:
         pytest.skip("installed without a compiler")
     with pytest.raises(ValueError, match="no instruction set 'sve' here"):
@@ -148,7 +148,7 @@ def test_an_instruction_set_that_is_not_there_is_refused() -> None:
 
 
 def test_without_a_library_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "library", lambda name: None)
+    monkeypatch.setattr(kernels, "library", lambda *_: None)
     monkeypatch.delenv("SECATEURS_ISA", raising=False)
     cpu_kernels.cache_clear()
     weight = sparse(5, 70, 0.5, torch.float32)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from secateurs.anatomy import linear_weight
 from secateurs.blockwise import BlockwiseModel
-from secateurs.pattern import Pattern
 from secateurs.pruning.measure import Group
 from secateurs.pruning.report import BlockReport, LayerReport
 from secateurs.pruning.sparsellm import Linear, Pruned
+from secateurs.pruning.survey import Patterns
 
 Advance = Callable[[str, float | None], None]
 """Told the name of each layer that is done, and its error if it was pruned now."""
@@ -38,8 +38,8 @@ class Block:
 
     model: BlockwiseModel
     index: int
-    patterns: dict[str, Pattern | None]
-    """Of all layers of the model, by name."""
+    patterns: Patterns
+    """Of all layers of the model."""
     weights: dict[str, Tensor]
     """The block's tensors as they will be stored."""
 
@@ -60,9 +60,9 @@ class Block:
         bias = layer.bias.float() if isinstance(layer.bias, Tensor) else None
         return Linear(linear_weight(layer).float(), bias, self.patterns[name])
 
-    def dtype(self, name: str) -> torch.dtype:
-        """That a parameter is stored in."""
-        return self.weights[self.model.stored_name(name)].dtype
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """What a parameter, by its name in the model, is stored in."""
+        return self.weights[self.model.stored_name(parameter)].dtype
 
     def store(self, name: str, sparse: Tensor, bias: Tensor | None) -> None:
         """Put a pruned layer, in the dtype of the files, where the model runs it and where it is saved."""
@@ -90,7 +90,10 @@ class BlockPruner(Protocol):
         ...
 
     def prune(self, block: Block, streams: Streams, clock: Clock, advance: Advance) -> BlockReport:
-        """Prune a block, given its input; the dense stream, if there is one, is pushed through it before."""
+        """Prune a block in place, and push the dense stream, if there is one, through what it was before.
+
+        The pruned stream stays before the block.
+        """
         ...
 
 

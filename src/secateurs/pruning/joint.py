@@ -1,7 +1,7 @@
-"""A block pruned towards what it, or the dense model, ought to give: o and the MLP make up for what is lost.
+"""A block pruned as one: attention first, and the MLP, as one problem (`SparseLLM`), sees what became of it.
 
-Attention is pruned first and o fitted to it; then the MLP as one problem (`SparseLLM`); and at last all the
-weights that are left are refined together (`refine`).
+Where the target lies beyond the layer, o and down are fitted to it and so make up for what was lost before
+them, and at last all the weights that are left may be refined towards it together (`refine`).
 """
 
 import time
@@ -36,10 +36,10 @@ class _Aims(NamedTuple):
 
 @dataclass(frozen=True)
 class Joint:
-    """Prune with SparseLLM; around a local solver without iterations, with its fits alone.
+    """Prune with SparseLLM.
 
     Args:
-        method: the method.
+        method: without iterations, it is a local solver with SparseLLM's fits.
         target: what is aimed at (see `prune`).
         repair: the share of what blocks before have lost that the target "dense" asks to make up for.
         refine: passes of the descent; 0 leaves it out.
@@ -72,16 +72,9 @@ class Joint:
             with clock("run"):
                 aims = self._aims(block, streams)
         for group in groups[:2]:
-            names = block.names(group)
-            if any(block.patterns[name] for name in names):
-                with clock("run"):
-                    moments, goal = _measure_attention(block, group, streams.pruned, aims)
-            for name in names:
-                pruned = block.patterns[name] is not None
-                if pruned:
-                    with clock("solve"):
-                        report.layers.append(self._prune_layer(block, name, moments, goal))
-                advance(name, report.layers[-1].error if pruned else None)
+            self._prune_attention(block, group, streams.pruned, aims, clock, advance, report)
+        if aims is not None:
+            aims.attention.clear()
         names = block.names(*groups[2:])
         if any(block.patterns[name] for name in names):
             self._prune_mlp(block, streams.pruned, aims, clock, report)
@@ -113,11 +106,34 @@ class Joint:
         # Where a block only adds, what the MLP is to give is the result itself.
         return _Aims(attention, result if _adds(block) else between((near.mlp, far.mlp)), result)
 
+    def _prune_attention(
+        self,
+        block: Block,
+        group: Group,
+        hidden: list[Tensor],
+        aims: _Aims | None,
+        clock: Clock,
+        advance: Advance,
+        report: BlockReport,
+    ) -> None:
+        """Prune q, k and v, or o, and report them."""
+        names = block.names(group)
+        if any(block.patterns[name] for name in names):
+            with clock("run"):
+                moments, goal = _measure_attention(block, group, hidden, aims)
+        for name in names:
+            error = None
+            if block.patterns[name] is not None:
+                with clock("solve"):
+                    report.layers.append(self._prune_layer(block, name, moments, goal))
+                error = report.layers[-1].error
+            advance(name, error)
+
     def _prune_layer(
         self, block: Block, name: str, moments: Statistics, goal: Products | None
     ) -> LayerReport:
         """Prune a layer of the attention, fitted to its goal."""
-        start, linear, stored = time.monotonic(), block.linear(name), block.dtype(name + ".weight")
+        start, linear, stored = time.monotonic(), block.linear(name), block.stored_dtype(name + ".weight")
         try:
             pruned = prune_linear(self.method.solver, linear, moments, goal, self.method.damping, stored)
         except FloatingPointError as error:
@@ -142,7 +158,7 @@ class Joint:
         )
         try:
             with clock("solve"):
-                solution = self.method.prune(mlp, tokens, stored=block.dtype(names[-1] + ".weight"))
+                solution = self.method.prune(mlp, tokens, stored=block.stored_dtype(names[-1] + ".weight"))
         except FloatingPointError as error:
             raise FloatingPointError(f"the MLP of '{block.path}': {error}") from None
         reports = []
@@ -162,7 +178,7 @@ class Joint:
         path = block.path
         pruned = {layer.name: block.layer(layer.name) for layer in layers}
         stored = {
-            f"{name}.{leaf}".removeprefix(path + "."): block.dtype(f"{name}.{leaf}")
+            f"{name}.{leaf}".removeprefix(path + "."): block.stored_dtype(f"{name}.{leaf}")
             for name, layer in pruned.items()
             for leaf in ("weight", "bias")
             if isinstance(getattr(layer, leaf, None), Tensor)

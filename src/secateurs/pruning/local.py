@@ -6,6 +6,7 @@ from typing import Literal
 
 from secateurs.anatomy import linear_weight
 from secateurs.blockwise import BlockwiseModel
+from secateurs.pattern import Pattern
 from secateurs.pruning.block import Advance, Block, Clock, Streams, layer_report
 from secateurs.pruning.measure import Group, measure
 from secateurs.pruning.report import BlockReport, LayerReport
@@ -47,13 +48,14 @@ class Local:
             with clock("run"):
                 statistics = measure(block.model, block.index, stage, streams.pruned)
             for group in stage:
-                moments = statistics.pop(group)  # freed as soon as its layers are done
+                moments = statistics.pop(group)
                 for name in block.names(group):
-                    pruned = block.patterns[name] is not None
-                    if pruned:
+                    pattern = block.patterns[name]
+                    if pattern is not None:
                         with clock("solve"):
-                            reports.append(self._prune_layer(block, name, moments))
-                    advance(name, reports[-1].error if pruned else None)
+                            reports.append(self._prune_layer(block, name, moments, pattern))
+                    advance(name, None if pattern is None else reports[-1].error)
+                del moments  # its factors too, before the next group's
         return BlockReport(reports, [], [])
 
     def _stages(self, model: BlockwiseModel) -> tuple[tuple[Group, ...], ...]:
@@ -65,13 +67,12 @@ class Local:
             "linear": tuple((group,) for group in groups),
         }[self.sequential]
 
-    def _prune_layer(self, block: Block, name: str, moments: Statistics) -> LayerReport:
-        start, pattern = time.monotonic(), block.patterns[name]
-        assert pattern is not None
+    def _prune_layer(self, block: Block, name: str, moments: Statistics, pattern: Pattern) -> LayerReport:
+        start = time.monotonic()
         weight = linear_weight(block.layer(name)).float()
         try:
             solution = self.solver.solve(weight, moments, pattern)
-            sparse = rounded(solution.weight, block.dtype(name + ".weight"))
+            sparse = rounded(solution.weight, block.stored_dtype(name + ".weight"))
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
         pruned = Pruned(

@@ -7,17 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateurs.device import multiplies_bfloat16
 from secateurs.native import function
 
 
 @functools.cache
 def _compiled() -> tuple[Any, Any] | None:
     """The C functions that multiply and that say what scratch that takes, or None if this machine cannot."""
+    if not multiplies_bfloat16(torch.device("cpu")):
+        return None
     pointer, i64, i32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
     matrix = [pointer, i64, i64]
     arguments = [pointer, *matrix, *matrix, i64, f32, f32, i32, pointer, i32]
-    products = function("pruning._products", "secateurs_products", arguments)
-    scratch = function("pruning._products", "secateurs_products_scratch", [i64, i64], i64)
+    without = "bfloat16 models are pruned with sums by torch, slower"
+    products = function("pruning._products", "secateurs_products", arguments, without=without)
+    scratch = function("pruning._products", "secateurs_products_scratch", [i64, i64], i64, without=without)
     return (products, scratch) if scratch and scratch(1, 1) else None
 
 

@@ -22,7 +22,8 @@ ISAS = ("portable", "avx2", "avx512")  # by their numbers in sweep.cpp, best las
 def _compiled() -> Any:
     """The C function, or None."""
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    return function("pruning._sweep", "secateurs_sweep", [pointer] * 3 + [i64] * 4 + [i32] * 2)
+    arguments = [pointer] * 3 + [i64] * 4 + [i32] * 2
+    return function("pruning._sweep", "secateurs_sweep", arguments, without="SparseGPT runs in torch, slower")
 
 
 def serves(weight: Tensor) -> bool:

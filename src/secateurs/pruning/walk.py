@@ -267,9 +267,9 @@ def _walk(
             finished = work.block(index)
             dense = finished is None or (more and streams.dense is not None)
             weights = model.checkpoint.load(model.block_tensors(index)) if dense else {}
-        block = Block(model, index, patterns, weights)
         if finished is None:
             with model.block(index, weights):
+                block = Block(model, index, patterns, weights)
                 report = pruner.prune(block, streams, work.clock, advance)
                 with work.clock("write"):
                     work.write_block(index, weights, report, time.monotonic() - start)
@@ -283,8 +283,9 @@ def _walk(
             with model.block(index, finished):
                 push(index, streams.pruned)
         if finished is not None:
-            for name in block.names(*model.family.groups):
-                advance(name, None)
+            for name in patterns:
+                if name.startswith(f"{model.family.blocks}.{index}."):
+                    advance(name, None)
     return spent
 
 

@@ -97,7 +97,9 @@ def cpu_kernels() -> CpuKernels | None:
     `SECATEURS_ISA` in the environment forces one of ISAS, or `torch` to do without the library.
     """
     isa = os.environ.get("SECATEURS_ISA")
-    loaded = None if isa == "torch" else library("runtime._kernels")
+    if isa == "torch":
+        return None
+    loaded = library("runtime._kernels", "compressed models work, but slower than dense ones")
     return None if loaded is None else CpuKernels(loaded, isa)
 
 
