@@ -280,6 +280,13 @@ def test_too_little_text_says_how_much_there_is(place: Place) -> None:
 # Mistakes in the model.
 
 
+def test_a_warning_is_one_line() -> None:
+    warn = "cli.demo = lambda: warnings.warn('it is\\nslow'); cli.main()"
+    command = [sys.executable, "-c", f"import warnings; from secateurs import cli; {warn}", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "warning: it is slow\n")
+
+
 def test_no_model(place: Place) -> None:
     place.refuses("no model folder at", model=place.folder / "missing")
 

@@ -4,6 +4,7 @@ A user's mistake is one line on standard error and exit status 2. An interrupted
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -402,6 +403,7 @@ def serve(model: Model, *, host: str = "localhost", port: int = 8000, device: st
 
 def main() -> None:
     """Entry point of the `secateurs` command."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     commands: dict[str, Callable[..., Any]] = {
         "prune": prune,
         "profile": profile,
