@@ -133,19 +133,25 @@ def saved_tensors(folder: Path) -> dict[str, Any]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def perplexities(folder: Path, texts: dict[str, Any], length: int) -> dict[str, float]:
-    """Of a saved folder on each text's tokens, as transformers loads it; all its numbers must be finite."""
+def causal_model(folder: Path) -> Any:
+    """A saved model as transformers loads it, to be evaluated, on a GPU if there is one."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    import secateurs
     from secateurs.device import resolve_device
 
     disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(resolve_device(None))
+
+
+def perplexities(folder: Path, texts: dict[str, Any], length: int) -> dict[str, float]:
+    """Of a saved folder on each text's tokens, as transformers loads it; all its numbers must be finite."""
+    import secateurs
+
     for name, tensor in saved_tensors(folder).items():
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{folder}: {name} holds NaN or Inf")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(resolve_device(None))
+    model = causal_model(folder)
     return {name: secateurs.perplexity(model, tokens, length=length) for name, tokens in texts.items()}
 
 
@@ -154,18 +160,11 @@ def divergences(
 ) -> dict[str, float]:
     """KL(dense || pruned) of saved models' predictions, nats, over the first windows of each text."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from secateurs.device import resolve_device
-
-    device = resolve_device(None)
-    models = [
-        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
-        for folder in (dense, pruned)
-    ]
+    models = [causal_model(folder) for folder in (dense, pruned)]
     found = {}
     for name, tokens in texts.items():
-        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows].to(device)
+        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows].to(models[0].device)
         total = 0.0
         with torch.no_grad():
             for block in blocks:
@@ -185,17 +184,13 @@ def tempered(folder: Path, texts: dict[str, Any], length: int) -> dict[str, Reco
     import numpy as np
     import torch
     from numpy.polynomial import Chebyshev
-    from transformers import AutoModelForCausalLM
-
-    from secateurs.device import resolve_device
 
     lowest, highest = 0.1, 1.6
     inverses = (lowest + highest) / 2 + (highest - lowest) / 2 * np.cos(np.pi * (np.arange(12) + 0.5) / 12)
-    device = resolve_device(None)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+    model = causal_model(folder)
     found = {}
     for name, tokens in texts.items():
-        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length).to(device)
+        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length).to(model.device)
         losses = np.zeros(len(inverses))
         with torch.no_grad():
             for block in blocks:

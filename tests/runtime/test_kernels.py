@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import DTYPES, sparse
 
-from secateurs.native import library
+from secateurs import native
 from secateurs.runtime import kernels
 from secateurs.runtime.format import pack, row_offsets
 from secateurs.runtime.kernels import CpuKernels, cpu_kernels, expand, sparse_linear
@@ -140,21 +141,26 @@ def test_the_operators_keep_torchs_rules() -> None:
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
-    loaded = library("runtime._kernels", "")
+    loaded = native.library("runtime._kernels", "")
     if loaded is None:
         pytest.skip("installed without a compiler")
     with pytest.raises(ValueError, match="no instruction set 'sve' here"):
         CpuKernels(loaded, "sve")
 
 
-def test_without_a_library_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "library", lambda *_: None)
+def test_without_a_library_torch_multiplies_and_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "find_spec", lambda name: None)
     monkeypatch.delenv("SECATEURS_ISA", raising=False)
-    cpu_kernels.cache_clear()
     weight = sparse(5, 70, 0.5, torch.float32)
     packed, layout = pack(weight)
     offsets, x = row_offsets("w", packed, layout), torch.randn(2, 70)
+    native.library.cache_clear()
+    cpu_kernels.cache_clear()
     try:
-        assert_is_product(sparse_linear(x, packed, offsets, None, layout), x, weight)
+        with pytest.warns(UserWarning, match="slower than dense ones .*no C\\+\\+ compiler"):
+            sparse_linear(x, packed, offsets, None, layout)
+        with warnings.catch_warnings(action="error"):
+            assert_is_product(sparse_linear(x, packed, offsets, None, layout), x, weight)
     finally:
+        native.library.cache_clear()
         cpu_kernels.cache_clear()
