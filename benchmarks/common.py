@@ -174,12 +174,12 @@ def divergences(
     return found
 
 
-def tempered(folder: Path, texts: dict[str, Any], length: int) -> dict[str, Record]:
-    """Each text's perplexity at the temperature (which divides the logits) that suits it best, and that one.
+def tempered(folder: Path, texts: dict[str, Any], length: int, windows: int = 64) -> dict[str, Record]:
+    """The perplexity of each text's first windows at the temperature that suits them best, and that one.
 
-    Perplexity falls when a model that is too sure of itself becomes less sure, whatever it has forgotten
-    meanwhile. Compared at their best temperatures (Guo et al., arXiv 1706.04599), models differ by the rest.
-    The loss is smooth in 1/temperature: the polynomial through it at twelve points gives the minimum.
+    A temperature divides the logits. Perplexity falls when a model that is too sure of itself becomes less
+    sure, whatever it has forgotten meanwhile. Compared at their best temperatures (Guo et al., arXiv
+    1706.04599), models differ by the rest. The loss is smooth in 1/temperature: the polynomial through it at twelve points gives the minimum.
     """
     import numpy as np
     import torch
@@ -190,7 +190,7 @@ def tempered(folder: Path, texts: dict[str, Any], length: int) -> dict[str, Reco
     model = causal_model(folder)
     found = {}
     for name, tokens in texts.items():
-        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length).to(model.device)
+        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows].to(model.device)
         losses = np.zeros(len(inverses))
         with torch.no_grad():
             for block in blocks:
