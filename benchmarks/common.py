@@ -179,7 +179,8 @@ def tempered(folder: Path, texts: dict[str, Any], length: int, windows: int = 64
 
     A temperature divides the logits. Perplexity falls when a model that is too sure of itself becomes less
     sure, whatever it has forgotten meanwhile. Compared at their best temperatures (Guo et al., arXiv
-    1706.04599), models differ by the rest. The loss is smooth in 1/temperature: the polynomial through it at twelve points gives the minimum.
+    1706.04599), models differ by the rest. The loss is smooth in 1/temperature: the polynomial through it at
+    twelve points gives the minimum.
     """
     import numpy as np
     import torch

@@ -230,6 +230,7 @@ def test_help_teaches(place: Place, arguments: list[str], words: list[str]) -> N
         (("--allocation", "owls"), "unknown allocation"),
         (("--allocation", "owl:level=head"), "block or layer, not 'head'"),
         (("--device", "toaster"), "'toaster' is no device"),
+        (("--device", "meta"), "'meta' is no device"),
         (("--device", "cuda:99"), "there is no device 'cuda:99'"),
         (("--length", "65"), "length 65 is more than the 64 positions"),
         (("--length", "0"), "at least 1"),

@@ -10,7 +10,9 @@ def resolve_device(device: str | None) -> torch.device:
     try:
         where = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"'{device}' is no device: use cpu, cuda or cuda:N") from None
+        where = None
+    if where is None or where.type not in ("cpu", "cuda"):
+        raise ValueError(f"'{device}' is no device: use cpu, cuda or cuda:N")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no device '{device}' ({torch.cuda.device_count()} GPUs here): use cpu")
     return where

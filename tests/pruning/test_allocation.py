@@ -50,6 +50,12 @@ def test_a_table_in_a_file_is_the_table(tmp_path: Path) -> None:
     assert planned(str(file)) == planned(file) == planned(table)
 
 
+@pytest.mark.parametrize("allocation", ["owl", "sensitivity"])
+def test_one_of_every_m_cannot_be_shared_out(allocation: str) -> None:
+    with pytest.warns(UserWarning, match="1:2 leaves nothing to share out"):
+        assert planned(allocation, "1:2") == dict.fromkeys(LAYERS, NM(1, 2))
+
+
 def test_a_rule_is_asked_for_every_layer() -> None:
     def rule(name: str) -> str | None:
         return "2:4" if "q_proj" in name else None

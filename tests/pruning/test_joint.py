@@ -141,7 +141,7 @@ def reference(
             activation,
         )
         given = Tokens([inputs[f"{path}.{first[0]}"]], [wanted])
-        solution = method.prune(mlp, given, stored=torch.float32)
+        solution = method.prune(mlp, given)
         for name, part in zip((*first, down), (*solution.first, solution.down), strict=True):
             put(name, part.layer.weight, part.layer.bias)
     return pruned

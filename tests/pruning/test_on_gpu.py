@@ -61,7 +61,7 @@ def test_sparsellm(gated: bool) -> None:
         mlp = MLP(first, layer(24, 48, 7), gated, nn.SiLU())
         inputs, targets = correlated_inputs(400, 24) / 10, weight_of(400, 24)
         tokens = Tokens([inputs.to(device, dtype)], [targets.to(device, dtype)])
-        solution = SparseLLM(SparseGPT()).prune(mlp, tokens, stored=dtype)
+        solution = SparseLLM(SparseGPT()).prune(mlp, tokens)
         assert len(solution.iterates) == 5
         return [pruned.layer.weight.cpu() for pruned in (*solution.first, solution.down)]
 
@@ -92,3 +92,22 @@ def test_a_model_is_as_good_as_from_the_cpu(method: str, tmp_path: Path) -> None
         )
         found.append(perplexity(load_model(tmp_path / device, "cpu"), text, length=256))
     assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+@pytest.mark.parametrize("allocation", ["owl", "sensitivity"])
+def test_a_survey_whose_activations_do_not_stay_there(
+    allocation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateurs.pruning.survey.home_of", lambda hidden, device: torch.device("cpu"))
+    report = secateurs.prune(
+        MODEL,
+        output=tmp_path / "out",
+        calibration=CALIBRATION,
+        method="sparsegpt",
+        pattern="70%",
+        allocation=allocation,
+        samples=4,
+        length=256,
+        device="cuda",
+    )
+    assert report.sparsity == pytest.approx(0.7, abs=1e-4)

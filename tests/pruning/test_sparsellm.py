@@ -253,7 +253,7 @@ def test_a_run_is_that_of_the_reference(
     module, f = ACTIVATIONS[name]
     mlp = problem(module, gated=gated, fused=fused, bias=bias)
     method = SparseLLM(Smallest(), iterations=3, alpha=0.7, gamma=2.0)
-    solution = method.prune(mlp, calibration(), stored=torch.float64)
+    solution = method.prune(mlp, calibration())
     reference = Reference(method, mlp, f)
     first, down = reference.run(calibration())
     for pruned, expected in zip((*solution.first, solution.down), (*first, down), strict=True):
@@ -277,7 +277,7 @@ def test_iterations_help_tokens_that_nothing_was_fitted_to(name: str) -> None:
     inputs = random(1600, HIDDEN, seed=3)
     dense = mlp.channels(torch.cat([inputs @ layer.weight.T for layer in mlp.first], dim=1))
     tokens = Tokens([inputs], [dense @ mlp.down.weight.T])
-    solution = SparseLLM(SparseGPT(block=8), iterations=6).prune(mlp, tokens, stored=torch.float64)
+    solution = SparseLLM(SparseGPT(block=8), iterations=6).prune(mlp, tokens)
     assert solution.kept > 0
 
 
@@ -287,7 +287,7 @@ def test_tokens_may_be_in_half_precision() -> None:
     half = Tokens(*([part.bfloat16() for part in parts] for parts in calibration()))
     full = Tokens(*([part.double() for part in parts] for parts in half))
     method = SparseLLM(SparseGPT(block=8), iterations=3)
-    runs = [method.prune(mlp, tokens, stored=torch.float64).iterates for tokens in (half, full)]
+    runs = [method.prune(mlp, tokens).iterates for tokens in (half, full)]
     for ours, exact in zip(*runs, strict=True):
         assert ours.held_out == pytest.approx(exact.held_out, rel=0.01)
         assert ours.terms == pytest.approx(exact.terms, rel=0.01)
@@ -295,7 +295,7 @@ def test_tokens_may_be_in_half_precision() -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_model_in_half_precision(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where tokens run through the MLP in bfloat16, as through the model, beside the same run in float64.
+    """Where tokens run through the MLP in bfloat16, as through the model, beside the same run in float32.
 
     The mask is given, since rounding may choose another, which is as good, but not the same.
     """
@@ -306,18 +306,18 @@ def test_a_model_in_half_precision(gated: bool, monkeypatch: pytest.MonkeyPatch)
             return Solution(weight.masked_fill((rows[:, None] + columns) % 2 == 0, 0))
 
     mlp = problem(nn.SiLU(), gated=gated, fused=False, bias=True)
-    layers = [replace(x, weight=x.weight.bfloat16().double()) for x in (*mlp.first, mlp.down)]
-    mlp = replace(mlp, first=tuple(layers[:-1]), down=layers[-1])
     inputs = random(1600, HIDDEN, seed=3).bfloat16()
     before = [inputs.double() @ layer.weight.T + bias_of(layer) for layer in mlp.first]
     targets = mlp.channels(torch.cat(before, dim=1)) @ mlp.down.weight.T + bias_of(mlp.down)
+    *first, down = (replace(x, weight=x.weight.bfloat16()) for x in (*mlp.first, mlp.down))
+    mlp = replace(mlp, first=tuple(first), down=down)
     runs = []
     for fast in (True, False):
         monkeypatch.setattr(
             secateurs.pruning.sparsellm, "multiplies_bfloat16", lambda device, fast=fast: fast
         )
         method = SparseLLM(EveryOther(), iterations=3)
-        runs.append(method.prune(mlp, Tokens([inputs], [targets]), stored=torch.bfloat16).iterates)
+        runs.append(method.prune(mlp, Tokens([inputs], [targets])).iterates)
     for ours, exact in zip(*runs, strict=True):
         assert ours.held_out == pytest.approx(exact.held_out, rel=0.01)
         assert ours.objective == (exact.objective and pytest.approx(exact.objective, rel=0.01))
@@ -341,7 +341,7 @@ def test_a_step_that_cannot_be_solved_ends_the_iterations(monkeypatch: pytest.Mo
         secateurs.pruning.sparsellm, "hidden_inverse", lambda gram, ratio: torch.full_like(gram, torch.nan)
     )
     mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
-    solution = SparseLLM(SparseGPT(block=8), iterations=3).prune(mlp, calibration(), stored=torch.float64)
+    solution = SparseLLM(SparseGPT(block=8), iterations=3).prune(mlp, calibration())
     assert (len(solution.iterates), solution.kept) == (1, 0)
     for pruned in (*solution.first, solution.down):
         assert pruned.layer.weight.isfinite().all()
@@ -352,7 +352,7 @@ def test_without_iterations_down_is_fitted_to_the_pruned_gate_and_up(solver: Spa
     mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
     mlp = replace(mlp, down=replace(mlp.down, pattern=Unstructured(0.0)))  # nothing falls: the fit itself
     tokens = calibration()
-    solution = SparseLLM(solver, iterations=0, damping=1e-6).prune(mlp, tokens, stored=torch.float64)
+    solution = SparseLLM(solver, iterations=0, damping=1e-6).prune(mlp, tokens)
     x, y = torch.cat(tokens.inputs), torch.cat(tokens.targets)
     gate, up = (pruned.layer.weight for pruned in solution.first)
     channels = silu(x @ gate.T) * (x @ up.T)
@@ -365,7 +365,7 @@ def test_without_iterations_down_is_fitted_to_the_pruned_gate_and_up(solver: Spa
 def test_a_bias_makes_up_for_the_mean_of_what_is_lost() -> None:
     mlp = problem(nn.SiLU(), gated=True, fused=False, bias=True)
     tokens = calibration()
-    solution = SparseLLM(Smallest(), iterations=0).prune(mlp, tokens, stored=torch.float64)
+    solution = SparseLLM(Smallest(), iterations=0).prune(mlp, tokens)
     x, y = torch.cat(tokens.inputs), torch.cat(tokens.targets)
     (gate, up), down = (pruned.layer for pruned in solution.first), solution.down.layer
     for layer, dense in zip((gate, up), mlp.first, strict=True):
@@ -384,7 +384,7 @@ def test_inputs_that_never_vary_are_left_to_the_bias(solver: SparseGPT | ADMM, c
     inputs = correlated_inputs(600, 64).float()
     inputs[:, :constant] = 3 * random(constant, seed=5).float()
     layer = Linear(weight_of(24, 64).float(), random(24).float(), Unstructured(0.5))
-    pruned = prune_linear(solver, layer, Statistics.from_inputs(inputs), None, 0.01, torch.float32)
+    pruned = prune_linear(solver, layer, Statistics.from_inputs(inputs), None, 0.01)
     before, after = (nn.functional.linear(inputs, x.weight, x.bias) for x in (layer, pruned.layer))
     deviations = before - before.mean(dim=0)
     assert (before - after).square().sum() < 0.1 * deviations.square().sum()
@@ -395,24 +395,32 @@ def test_too_few_tokens_to_hold_any_out() -> None:
     mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
     few = Tokens([random(3, HIDDEN), random(4, HIDDEN)], [random(3, HIDDEN), random(4, HIDDEN)])
     with pytest.raises(FloatingPointError, match="7 calibration tokens are too few"):
-        SparseLLM(Smallest()).prune(mlp, few, stored=torch.float64)
+        SparseLLM(Smallest()).prune(mlp, few)
 
 
 def test_a_layer_without_pattern_stays() -> None:
     mlp = problem(nn.SiLU(), gated=True, fused=False, bias=True)
     mlp = replace(mlp, first=(mlp.first[0], replace(mlp.first[1], pattern=None)))
-    solution = SparseLLM(Smallest(), iterations=2).prune(mlp, calibration(), stored=torch.float64)
+    solution = SparseLLM(Smallest(), iterations=2).prune(mlp, calibration())
     assert torch.equal(solution.first[1].layer.weight, mlp.first[1].weight)
     mlp = replace(mlp, down=replace(mlp.down, pattern=None))
-    solution = SparseLLM(Smallest(), iterations=2).prune(mlp, calibration(), stored=torch.float64)
+    solution = SparseLLM(Smallest(), iterations=2).prune(mlp, calibration())
     assert torch.equal(solution.down.layer.weight, mlp.down.weight)
 
 
 def test_what_is_propagated_is_what_is_stored() -> None:
-    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
-    solution = SparseLLM(Smallest(), iterations=1).prune(mlp, calibration(), stored=torch.bfloat16)
-    for part in (*solution.first, solution.down):
-        assert part.layer.weight.dtype == torch.bfloat16
+    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=True)
+    dtypes = torch.bfloat16, torch.float32, torch.float16
+    *first, down = (
+        replace(layer, weight=layer.weight.to(dtype))
+        for layer, dtype in zip((*mlp.first, mlp.down), dtypes, strict=True)
+    )
+    solution = SparseLLM(Smallest(), iterations=1).prune(
+        replace(mlp, first=tuple(first), down=down), calibration()
+    )
+    for part, dtype in zip((*solution.first, solution.down), dtypes, strict=True):
+        assert part.layer.weight.dtype == dtype
+        assert bias_of(part.layer).dtype == torch.float64
         assert float((part.layer.weight == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
 
 
@@ -431,20 +439,21 @@ def test_a_step_that_is_not_finite_ends_the_iterations() -> None:
             return Smallest().solve(weight, statistics, pattern)
 
     mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
-    broken = SparseLLM(Breaks(7), iterations=5).prune(mlp, calibration(), stored=torch.float64)
-    whole = SparseLLM(Smallest(), iterations=1).prune(mlp, calibration(), stored=torch.float64)
+    broken = SparseLLM(Breaks(7), iterations=5).prune(mlp, calibration())
+    whole = SparseLLM(Smallest(), iterations=1).prune(mlp, calibration())
     assert len(broken.iterates) == 2
     assert broken.kept == whole.kept
     assert torch.equal(broken.down.layer.weight, whole.down.layer.weight)
     calls = 0
     with pytest.raises(FloatingPointError, match="on purpose"):
-        SparseLLM(Breaks(1)).prune(mlp, calibration(), stored=torch.float64)
+        SparseLLM(Breaks(1)).prune(mlp, calibration())
 
 
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
         ({"iterations": -1}, "iterations is a number, not -1"),
+        ({"iterations": 2.5}, "iterations is a number, not 2.5"),
         ({"alpha": 0.0}, "alpha must be above 0"),
         ({"gamma": math.nan}, "gamma must be above 0"),
         ({"damping": -1.0}, "damping must be above 0"),

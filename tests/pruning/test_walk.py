@@ -447,6 +447,42 @@ def test_the_weights_that_are_scored_are_those_that_are_stored(tmp_path: Path) -
     assert all(layer.error == 0 for layer in report.layers)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weights_are_pruned_as_they_are_stored(name: str, tmp_path: Path) -> None:
+    """Whatever dtype the configuration asks the model to run in."""
+    source = save(tmp_path / "source", name)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    prune(source, output=tmp_path / "out", calibration=tokens(), method="wanda")
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    for linear in linear_names(source):
+        weight = after[linear.removeprefix("transformer.") if linear not in after else linear]
+        dense = before[linear.removeprefix("transformer.") if linear not in before else linear]
+        assert torch.equal(weight, dense * (weight != 0))
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+def test_biases_in_another_dtype_keep_it(refine: int, tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "opt", torch.float16)
+    mixed = {
+        name: tensor.float() if name.endswith("bias") else tensor
+        for name, tensor in tensors_of(source).items()
+    }
+    rewrite(source, mixed)
+    prune(source, output=tmp_path / "out", calibration=tokens(), refine=refine)
+    assert {name: tensor.dtype for name, tensor in tensors_of(tmp_path / "out").items()} == {
+        name: tensor.dtype for name, tensor in mixed.items()
+    }
+
+
+def test_inside_a_callers_inference_mode(tmp_path: Path) -> None:
+    """The descent and the iterations need gradients."""
+    source = save(tmp_path / "source", "llama")
+    with torch.inference_mode():
+        report = prune(source, output=tmp_path / "out", calibration=tokens(), refine=1)
+    assert len(report.refinements) == 3
+
+
 # What is refused.
 
 
@@ -491,6 +527,23 @@ def test_a_finished_run_is_not_repeated(llama: Path, tmp_path: Path, monkeypatch
     again = prune(llama, output=tmp_path / "out", calibration=tokens(), method="wanda")
     assert again == report
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_finished_run_leaves_anothers_work_alone(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, aside = tmp_path / "out", tmp_path / "aside"
+
+    def run() -> Report:
+        return prune(llama, output=output, calibration=tokens(), method="magnitude")
+
+    run()
+    output.rename(aside)
+    unfinished(llama, output, monkeypatch)
+    aside.rename(output)
+    before = everything_in(tmp_path)
+    run()
+    assert everything_in(tmp_path) == before
 
 
 def unfinished(llama: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,6 +591,9 @@ def test_a_finished_block_is_not_pruned_again(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unfinished(llama, tmp_path / "out", monkeypatch)
+    (first,) = (tmp_path / "out.partial" / "progress").glob("block-*.json")
+    spent = json.loads(first.read_text())
+    first.write_text(json.dumps({**spent, "seconds": 1000.0, "phases": {**spent["phases"], "solve": 900.0}}))
     solve, calls = Wanda.solve, []
 
     def count(self: Wanda, weight: Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
@@ -548,6 +604,8 @@ def test_a_finished_block_is_not_pruned_again(
     report = prune(llama, output=tmp_path / "out", calibration=tokens(), method="wanda")
     assert len(calls) == 2 * len(LLAMA_LINEARS)
     assert [layer.name for layer in report.layers] == LLAMA_LAYERS
+    assert report.seconds > 1000
+    assert 900 < report.phases["solve"] < 1000
 
 
 def test_folders_that_are_not_ours(llama: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Who gets how much of the sparsity: all alike, each as a table or a rule says, or as a survey shows."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateurs.checkpoint import read_json
-from secateurs.pattern import Pattern, parse_pattern
+from secateurs.pattern import NM, Pattern, parse_pattern
 from secateurs.pruning.methods import parse_named
 from secateurs.pruning.owl import OWL
 from secateurs.pruning.sensitivity import Sensitivity
@@ -36,7 +37,8 @@ def plan(
     Args:
         allocation: see `Allocation`. The first entry of a table that matches a layer counts; a layer that
             none matches stays dense.
-        budget: the pattern that is shared out. A table or a rule does not need it.
+        budget: the pattern that is shared out; 1:m, of which no layer can keep less, all get. A table or a
+            rule does not need it.
         shapes: names of the layers and their (out, in).
 
     Raises:
@@ -63,6 +65,9 @@ def plan(
     if not any(patterns.values()):
         raise ValueError("the allocation leaves every layer dense: there is nothing to prune")
     if allocation == UNIFORM or isinstance(allocation, Mapping) or callable(allocation):
+        return patterns
+    if isinstance(budget, NM) and budget.n == 1:
+        warnings.warn(f"{budget} leaves nothing to share out: every layer gets it", stacklevel=3)
         return patterns
     return allocation
 

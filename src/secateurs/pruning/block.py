@@ -55,10 +55,17 @@ class Block:
         return self.model.model.get_submodule(name)
 
     def linear(self, name: str) -> Linear:
-        """A layer in float32."""
+        """A layer on the device as it is stored, in whatever dtype the model runs."""
         layer = self.layer(name)
-        bias = layer.bias.float() if isinstance(layer.bias, Tensor) else None
-        return Linear(linear_weight(layer).float(), bias, self.patterns[name])
+        weight, bias = (
+            # A copy, for the reason given in `BlockwiseModel`: in a file a tensor lies at any address.
+            self.weights[self.model.stored_name(f"{name}.{leaf}")].to(self.model.device, copy=True)
+            if isinstance(getattr(layer, leaf, None), Tensor)
+            else None
+            for leaf in ("weight", "bias")
+        )
+        assert weight is not None
+        return Linear(weight if linear_weight(layer) is layer.weight else weight.T, bias, self.patterns[name])
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
         """What a parameter, by its name in the model, is stored in."""

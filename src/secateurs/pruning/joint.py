@@ -133,9 +133,9 @@ class Joint:
         self, block: Block, name: str, moments: Statistics, goal: Products | None
     ) -> LayerReport:
         """Prune a layer of the attention, fitted to its goal."""
-        start, linear, stored = time.monotonic(), block.linear(name), block.stored_dtype(name + ".weight")
+        start, linear = time.monotonic(), block.linear(name)
         try:
-            pruned = prune_linear(self.method.solver, linear, moments, goal, self.method.damping, stored)
+            pruned = prune_linear(self.method.solver, linear, moments, goal, self.method.damping)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
         block.store(name, pruned.layer.weight, pruned.layer.bias)
@@ -158,7 +158,7 @@ class Joint:
         )
         try:
             with clock("solve"):
-                solution = self.method.prune(mlp, tokens, stored=block.stored_dtype(names[-1] + ".weight"))
+                solution = self.method.prune(mlp, tokens)
         except FloatingPointError as error:
             raise FloatingPointError(f"the MLP of '{block.path}': {error}") from None
         reports = []
@@ -241,7 +241,8 @@ def _mlp_tokens(block: Block, hidden: list[Tensor], aims: _Aims | None) -> Token
     """What the MLP of a block whose attention is pruned sees, and what it ought to give."""
     (_, (o,), (first, *_), (down,)) = block.model.family.groups
     tokens = Tokens([], [])
-    seen_by_batch = observe(block.model, block.index, hidden, inputs=(first,), outputs=(o, down))
+    outputs = (down,) if aims is None else (o,) if _adds(block) else ()
+    seen_by_batch = observe(block.model, block.index, hidden, inputs=(first,), outputs=outputs)
     for i, (states, seen) in enumerate(zip(hidden, seen_by_batch, strict=True)):
         if aims is None:
             wanted = seen.outputs[down]

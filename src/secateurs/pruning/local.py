@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from secateurs.anatomy import linear_weight
 from secateurs.blockwise import BlockwiseModel
 from secateurs.pattern import Pattern
 from secateurs.pruning.block import Advance, Block, Clock, Streams, layer_report
@@ -68,15 +67,12 @@ class Local:
         }[self.sequential]
 
     def _prune_layer(self, block: Block, name: str, moments: Statistics, pattern: Pattern) -> LayerReport:
-        start = time.monotonic()
-        weight = linear_weight(block.layer(name)).float()
+        start, weight = time.monotonic(), block.linear(name).weight
         try:
             solution = self.solver.solve(weight, moments, pattern)
-            sparse = rounded(solution.weight, block.stored_dtype(name + ".weight"))
+            sparse = rounded(solution.weight, weight.dtype)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
-        pruned = Pruned(
-            Linear(sparse, None, pattern), moments.error(weight, sparse.float()), solution.objective
-        )
-        block.store(name, sparse, None)  # in float32 `weight` is the layer's own memory: not before
+        pruned = Pruned(Linear(sparse, None, pattern), moments.error(weight, sparse), solution.objective)
+        block.store(name, sparse, None)
         return layer_report(name, pruned, time.monotonic() - start)

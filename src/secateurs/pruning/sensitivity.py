@@ -73,7 +73,7 @@ class Sensitivity:
         sizes: dict[str, int] = {}
         errors: list[list[float]] = []
         for block in survey.blocks():
-            inputs = list(_first(block.hidden, self.tokens))
+            inputs = [states.to(survey.model.device) for states in _first(block.hidden, self.tokens)]
             outputs = [survey.model.run(block.index, states).float() for states in inputs]
             for layer in block.layers:
                 sizes[layer.name] = layer.weight.numel()

@@ -50,8 +50,8 @@ class Linear:
     """A linear layer of an MLP.
 
     Args:
-        weight: (out, in).
-        bias: (out,), or None.
+        weight: (out, in), in the dtype that it is saved in: what is scored and propagated is rounded to it.
+        bias: (out,), or None; in its own such dtype.
         pattern: which of its weights may stay; None leaves the layer as it is.
     """
 
@@ -102,7 +102,6 @@ class Pruned(NamedTuple):
     """A linear layer after pruning."""
 
     layer: Linear
-    """With weight and bias in the dtype they are stored in."""
     error: float
     """What pruning lost of the fitted layer's output (`Statistics.error`)."""
     objective: tuple[float, ...]
@@ -163,14 +162,14 @@ class SparseLLM:
     def __post_init__(self) -> None:
         if not hasattr(self.solver, "solve"):
             raise ValueError("the solver inside SparseLLM is a local one: admm, or in Python ADMM()")
-        if self.iterations < 0:
+        if not isinstance(self.iterations, int) or self.iterations < 0:
             raise ValueError(f"iterations is a number, not {self.iterations}")
         for name in ("alpha", "gamma", "damping"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
 
     @torch.no_grad()
-    def prune(self, mlp: MLP, tokens: Tokens, *, stored: torch.dtype) -> MLPSolution:
+    def prune(self, mlp: MLP, tokens: Tokens) -> MLPSolution:
         """Prune an MLP.
 
         Memory: beside the tokens, s and z in the dtype of the inputs; of the sums over tokens one matrix
@@ -180,27 +179,21 @@ class SparseLLM:
         Args:
             mlp: its dense layers; not modified.
             tokens: what it reads, and what its output ought to be; on any device.
-            stored: dtype in which the weights will be saved: what is scored and propagated is rounded to it.
 
         Raises:
             FloatingPointError: the weights or tokens hold NaN or Inf, or the solver gives some. (In a later
                 iteration that only ends them.)
         """
-        return _Run(self, mlp, tokens, stored).solution()
+        return _Run(self, mlp, tokens).solution()
 
 
 class _Run:
     """The iterations on one MLP."""
 
-    def __init__(self, settings: SparseLLM, mlp: MLP, tokens: Tokens, stored: torch.dtype) -> None:
-        self.settings, self.tokens, self.stored = settings, tokens, stored
+    def __init__(self, settings: SparseLLM, mlp: MLP, tokens: Tokens) -> None:
+        self.settings, self.dense, self.tokens = settings, mlp, tokens
         self.dtype, self.device = working_dtype(mlp.down.weight), mlp.down.weight.device
-        self.running = running_dtype(tokens.inputs[0], stored, self.dtype, self.device)
-        self.dense = replace(
-            mlp,
-            first=tuple(_cast(layer, self.dtype) for layer in mlp.first),
-            down=_cast(mlp.down, self.dtype),
-        )
+        self.running = running_dtype(mlp, tokens.inputs[0], self.dtype, self.device)
         self.solving, self.held_out = rows_of(tokens.inputs, hold_out=settings.iterations > 0)
         self.moments = Statistics(mlp.first[0].weight.shape[1], dtype=self.dtype, device=self.device)
         self.auxiliary: list[Tensor] = []  # s beside z, for every batch
@@ -252,11 +245,11 @@ class _Run:
                     objective, terms = step.result()
                 first = self._prune_first(mlp, step.goals if step else [None] * len(mlp.first))
                 step = None  # before the next one takes as much memory
-                mlp = replace(mlp, first=tuple(_cast(pruned.layer, self.dtype) for pruned in first))
+                mlp = replace(mlp, first=tuple(pruned.layer for pruned in first))
                 if k < iterations:
-                    step = _Step(mlp, self.settings, self.weights, self.running)
+                    step = _Step(mlp, self.settings, self.weights, self.dtype, self.running)
                 down = self._prune_down(mlp, step)
-                mlp = replace(mlp, down=_cast(down.layer, self.dtype))
+                mlp = replace(mlp, down=down.layer)
                 solution = MLPSolution(first, down, iterates, k)
                 if not iterations:
                     return solution
@@ -274,7 +267,7 @@ class _Run:
     def _prune_first(self, mlp: MLP, goals: Sequence[Products | None]) -> tuple[Pruned, ...]:
         settings = self.settings
         return tuple(
-            prune_linear(settings.solver, layer, self.moments, goal, settings.damping, self.stored)
+            prune_linear(settings.solver, layer, self.moments, goal, settings.damping)
             for layer, goal in zip(mlp.first, goals, strict=True)
         )
 
@@ -292,7 +285,7 @@ class _Run:
             channels = mlp.channels(before)
             moments.update(channels)
             products.update(y, channels)
-        return prune_linear(settings.solver, down, moments, products, settings.damping, self.stored)
+        return prune_linear(settings.solver, down, moments, products, settings.damping)
 
     def _held_out_error(self, mlp: MLP) -> float:
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -314,18 +307,20 @@ class _Step:
         mlp: gate and up as they are pruned now; down as it was before.
         settings: alpha and gamma.
         weights: of the terms.
+        dtype: of the sums.
         running: see `running_dtype`.
     """
 
-    def __init__(self, mlp: MLP, settings: SparseLLM, weights: Weights, running: torch.dtype) -> None:
-        self.mlp, self.settings, self.weights = mlp, settings, weights
-        down = mlp.down.weight
-        self.dtype = down.dtype
+    def __init__(
+        self, mlp: MLP, settings: SparseLLM, weights: Weights, dtype: torch.dtype, running: torch.dtype
+    ) -> None:
+        self.mlp, self.settings, self.weights, self.dtype = mlp, settings, weights, dtype
+        down = mlp.down.weight.to(dtype)
         self.down = _cast(mlp.down, running)
         self.ratio = weights.hidden / weights.output
         self.inverse = hidden_inverse(down @ down.T, self.ratio)
         self.pull = (self.inverse @ down).to(running)
-        self.goals = [Products(*x.weight.shape, dtype=down.dtype, device=down.device) for x in mlp.first]
+        self.goals = [Products(*x.weight.shape, dtype=dtype, device=down.device) for x in mlp.first]
         self.squares = torch.zeros(4, dtype=torch.float64, device=down.device)
 
     def take(self, x: Tensor, y: Tensor, model: Tensor, auxiliary: Tensor) -> None:
@@ -396,7 +391,6 @@ def prune_linear(
     moments: Statistics,
     goal: Products | None,
     damping: float,
-    stored: torch.dtype,
 ) -> Pruned:
     """Prune a linear layer, fitted to its goal first if it has one.
 
@@ -409,24 +403,24 @@ def prune_linear(
         moments: of its inputs.
         goal: what its outputs ought to be; None keeps them as they are.
         damping: of the fit.
-        stored: dtype of the result.
     """
     if layer.pattern is None:
-        bias = None if layer.bias is None else rounded(layer.bias, stored)
-        return Pruned(Linear(rounded(layer.weight, stored), bias, None), 0.0, ())
-    if layer.bias is None:
+        return Pruned(layer, 0.0, ())
+    dense = _cast(layer, moments.mean.dtype)
+    if dense.bias is None:
         inputs, mean = moments, None
         wanted = None if goal is None else goal.moment
     else:
         inputs = moments.centred()
-        mean = torch.addmv(layer.bias, layer.weight, moments.mean) if goal is None else goal.mean
+        mean = torch.addmv(dense.bias, dense.weight, moments.mean) if goal is None else goal.mean
         wanted = None if goal is None else torch.addr(goal.moment, mean, moments.mean, alpha=-1)
-    weight = layer.weight if wanted is None else inputs.fit(layer.weight, wanted, damping)
+    weight = dense.weight if wanted is None else inputs.fit(dense.weight, wanted, damping)
     solution = solver.solve(weight, inputs, layer.pattern)
-    sparse = rounded(solution.weight, stored)
+    sparse = rounded(solution.weight, layer.weight.dtype)
     bias = None
-    if mean is not None:
-        bias = rounded(torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1), stored)
+    if layer.bias is not None and mean is not None:
+        made_up = torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1)
+        bias = rounded(made_up, layer.bias.dtype)
     error = inputs.error(weight, sparse.to(weight.dtype))
     return Pruned(Linear(sparse, bias, layer.pattern), error, solution.objective)
 
@@ -545,16 +539,14 @@ def _value_and_slope(activation: Activation, s: Tensor) -> tuple[Tensor, Tensor]
     return active.detach(), slope
 
 
-def running_dtype(
-    tokens: Tensor, stored: torch.dtype, dtype: torch.dtype, device: torch.device
-) -> torch.dtype:
+def running_dtype(mlp: MLP, tokens: Tensor, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What tokens run through the MLP in, are multiplied in to be summed, and p is corrected in.
 
     bfloat16 where the model runs and is stored in it and the device is fast at it; otherwise `dtype`, as for
     the sums themselves and for the steps of z and s in any case.
     """
-    half = tokens.dtype == stored == torch.bfloat16
-    return torch.bfloat16 if half and multiplies_bfloat16(device) else dtype
+    dtypes = {tokens.dtype, *(layer.weight.dtype for layer in (*mlp.first, mlp.down))}
+    return torch.bfloat16 if dtypes == {torch.bfloat16} and multiplies_bfloat16(device) else dtype
 
 
 def _cast(layer: Linear, dtype: torch.dtype) -> Linear:

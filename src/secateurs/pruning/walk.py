@@ -39,6 +39,7 @@ REFINE = 8
 """Passes over the calibration text by default, where there is something to refine towards."""
 
 
+@torch.inference_mode(False)  # in a caller's, nothing has gradients
 def prune(
     model: str | Path,
     *,

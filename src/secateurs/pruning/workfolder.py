@@ -67,11 +67,12 @@ class WorkFolder:
         count = len(self.parts)
         self.shards = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         self.phases = dict.fromkeys(("load", "run", "solve", "refine", "write"), 0.0)
+        self.mark = self.progress / "run.json"
         self.finished = self._is_finished()
-        if self.finished:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        else:
+        if not self.finished:
             self._open()
+        elif self._is_marked():  # stopped between its last two steps
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def _is_finished(self) -> bool:
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
@@ -81,12 +82,15 @@ class WorkFolder:
             raise ValueError(f"'{self.output}' exists and is not this run's: give another output folder")
         return True
 
+    def _is_marked(self) -> bool:
+        """Whether this run's mark is in the folder that it works in."""
+        return self.mark.is_file() and read_json(self.mark).get("run") == self.run
+
     def _open(self) -> None:
-        mark = self.progress / "run.json"
-        if mark.is_file():
-            ours = read_json(mark).get("run") == self.run
+        if self.mark.is_file():
+            ours = self._is_marked()
         else:  # stopped before it could leave its mark, a run leaves nothing but empty folders
-            leftovers = {self.model, self.progress, mark.with_name(mark.name + ".tmp")}
+            leftovers = {self.model, self.progress, self.mark.with_name(self.mark.name + ".tmp")}
             ours = not self.partial.exists() or (
                 self.partial.is_dir() and leftovers.issuperset(self.partial.rglob("*"))
             )
@@ -105,10 +109,10 @@ class WorkFolder:
                 f"the output needs {needed / 1e9:.2f} GB, the disk of '{parent}' has {free / 1e9:.2f} GB free"
             )
         self.model.mkdir(parents=True, exist_ok=True)
-        if not mark.is_file():
+        if not self.mark.is_file():
             # The mark makes the folder ours, so it must be there before any other file is.
             self.progress.mkdir(exist_ok=True)
-            write_json(mark, {"run": self.run, "settings": self.settings})
+            write_json(self.mark, {"run": self.run, "settings": self.settings})
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -145,7 +149,8 @@ class WorkFolder:
         seconds: float,
     ) -> None:
         """Record a block as done: its report first, then the shard that makes it count."""
-        write_json(self._report(index), {"seconds": seconds, **asdict(report)})
+        write_json(self._report(index), {"seconds": seconds, "phases": self.phases, **asdict(report)})
+        self.phases = dict.fromkeys(self.phases, 0.0)
         write_tensors(self.model / self.shards[index + 1], weights)
 
     def _report(self, index: int) -> Path:
@@ -168,12 +173,13 @@ class WorkFolder:
                 {"metadata": {"total_size": self.checkpoint.tensor_bytes}, "weight_map": weight_map},
             )
         blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
+        counted = [self.phases, *(block["phases"] for block in blocks)]
         record = {
             "run": self.run,
             "settings": self.settings,
             "versions": self.versions,
             "seconds": round(seconds + sum(block["seconds"] for block in blocks), 3),
-            "phases": {phase: round(value, 3) for phase, value in self.phases.items()},
+            "phases": {phase: round(sum(part[phase] for part in counted), 3) for phase in self.phases},
             **{
                 part.name: [entry for block in blocks for entry in block[part.name]]
                 for part in fields(BlockReport)
