@@ -209,9 +209,16 @@ def tempered(folder: Path, texts: dict[str, Any], length: int, windows: int = 64
     return found
 
 
-def load(path: Path) -> list[Record]:
-    """The rows of an earlier, perhaps interrupted, run."""
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+def load(path: Path, settings: Record | None = None) -> list[Record]:
+    """The rows of an earlier, perhaps interrupted, run, which must have had the same settings."""
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    for name, value in (settings or {}).items():
+        before = earlier["about"].get(name)
+        if before != value:
+            raise SystemExit(f"{path} was measured with {name} {before}, not {value}: give another file")
+    return earlier["rows"]
 
 
 def save(path: Path, about: Record, rows: list[Record]) -> None:

@@ -163,15 +163,15 @@ def main(
     base: str = "sparsegpt",
     results: Path = RESULTS / "quality.json",
 ) -> None:
-    about = {
-        **environment(),
+    settings = {
         "calibration": calibration.name,
         "samples": samples,
         "length": length,
         "windows": windows,
         "sequential": sequential,
     }
-    rows = load(results)
+    about = {**environment(), **settings}
+    rows = load(results, settings)
     done = {(row["model"], row["method"], row["pattern"], row["seed"]) for row in rows}
     for model in models:
         tokenizer = AutoTokenizer.from_pretrained(model)

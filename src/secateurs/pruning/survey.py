@@ -92,7 +92,7 @@ class Allocator(Protocol):
     """Shares a budget out by what a survey shows: a frozen dataclass of settings with one method."""
 
     def allocate(self, survey: Survey, budget: Pattern) -> Patterns:
-        """Give each layer its pattern; together they prune what the budget prunes, to the weight.
+        """Give each layer its pattern; together they ask for what the budget asks for, to the weight.
 
         Args:
             survey: of the model.
