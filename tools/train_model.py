@@ -2,6 +2,7 @@
 
     python tools/train_model.py --books DIR --output models/llama
     python tools/train_model.py --books DIR --output models/opt --architecture opt --tokens 3_276_800
+    python tools/train_model.py --books DIR --output models/opt-longer --architecture opt
     python tools/train_model.py --books DIR --output models/llama-128 --width 128
     python tools/train_model.py --books DIR --output models/opt-wikitext --start models/opt --more valid.txt \
         --tokens 1_228_800
