@@ -215,7 +215,7 @@ def load(path: Path, settings: Record | None = None) -> list[Record]:
         return []
     earlier = json.loads(path.read_text())
     for name, value in (settings or {}).items():
-        before = earlier["about"].get(name)
+        before = earlier["about"].get(name, value)
         if before != value:
             raise SystemExit(f"{path} was measured with {name} {before}, not {value}: give another file")
     return earlier["rows"]

@@ -165,6 +165,7 @@ def main(
 ) -> None:
     settings = {
         "calibration": calibration.name,
+        "texts": [text.name for text in texts],
         "samples": samples,
         "length": length,
         "windows": windows,

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from secateurs import NM, OWL, Pattern, Unstructured
+from families import tokens
+from folders import save
+from secateurs import NM, OWL, Pattern, Unstructured, prune
 from secateurs.pruning.allocation import as_pattern, describe_allocation, parse_allocation, plan
 from secateurs.pruning.survey import Allocator, Patterns
 
@@ -54,6 +56,21 @@ def test_a_table_in_a_file_is_the_table(tmp_path: Path) -> None:
 def test_one_of_every_m_cannot_be_shared_out(allocation: str) -> None:
     with pytest.warns(UserWarning, match="1:2 leaves nothing to share out"):
         assert planned(allocation, "1:2") == dict.fromkeys(LAYERS, NM(1, 2))
+
+
+def test_the_warning_points_at_the_call(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "llama")
+    with pytest.warns(UserWarning, match="1:4 leaves nothing to share out") as caught:
+        report = prune(
+            source,
+            output=tmp_path / "out",
+            calibration=tokens(),
+            method="wanda",
+            pattern="1:4",
+            allocation="owl",
+        )
+    assert caught[0].filename == __file__
+    assert report.settings["allocation"] == "uniform"
 
 
 def test_a_rule_is_asked_for_every_layer() -> None:

@@ -327,6 +327,20 @@ def test_a_model_in_half_precision(gated: bool, monkeypatch: pytest.MonkeyPatch)
     assert runs[0] != runs[1]
 
 
+def test_an_mlp_that_is_partly_in_half_precision_runs_in_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = problem(nn.SiLU(), gated=True, fused=False, bias=False)
+    gate, up, down = (replace(x, weight=x.weight.bfloat16()) for x in (*mlp.first, mlp.down))
+    mlp = replace(mlp, first=(replace(gate, weight=gate.weight.float()), up), down=down)
+    tokens = Tokens(*([x.bfloat16() for x in tensors] for tensors in calibration()))
+    runs = []
+    for fast in (True, False):
+        monkeypatch.setattr(
+            secateurs.pruning.sparsellm, "multiplies_bfloat16", lambda device, fast=fast: fast
+        )
+        runs.append(SparseLLM(Smallest(), iterations=1).prune(mlp, tokens).iterates)
+    assert runs[0] == runs[1]
+
+
 def test_squares_do_not_lose_what_is_small() -> None:
     tensor = 0.1 * random(2048, 4096).float()
     tensor[1000, 1000] = 2000
@@ -418,7 +432,14 @@ def test_what_is_propagated_is_what_is_stored() -> None:
     solution = SparseLLM(Smallest(), iterations=1).prune(
         replace(mlp, first=tuple(first), down=down), calibration()
     )
-    for part, dtype in zip((*solution.first, solution.down), dtypes, strict=True):
+    x, y = (torch.cat(tensors)[7::8] for tensors in calibration())
+    layers = (*solution.first, solution.down)
+    gate, up, down = (
+        lambda v, layer=part.layer: v @ layer.weight.double().T + bias_of(layer) for part in layers
+    )
+    lost = (down(nn.functional.silu(gate(x)) * up(x)) - y).square().sum() / y.square().sum()
+    assert solution.iterates[solution.kept].held_out == pytest.approx(float(lost), rel=1e-4)
+    for part, dtype in zip(layers, dtypes, strict=True):
         assert part.layer.weight.dtype == dtype
         assert bias_of(part.layer).dtype == torch.float64
         assert float((part.layer.weight == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
@@ -452,8 +473,8 @@ def test_a_step_that_is_not_finite_ends_the_iterations() -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"iterations": -1}, "iterations is a number, not -1"),
-        ({"iterations": 2.5}, "iterations is a number, not 2.5"),
+        ({"iterations": -1}, "iterations is a whole number, not -1"),
+        ({"iterations": 2.5}, "iterations is a whole number, not 2.5"),
         ({"alpha": 0.0}, "alpha must be above 0"),
         ({"gamma": math.nan}, "gamma must be above 0"),
         ({"damping": -1.0}, "damping must be above 0"),

@@ -37,8 +37,8 @@ def plan(
     Args:
         allocation: see `Allocation`. The first entry of a table that matches a layer counts; a layer that
             none matches stays dense.
-        budget: the pattern that is shared out; 1:m, of which no layer can keep less, all get. A table or a
-            rule does not need it.
+        budget: the pattern that is shared out (of 1:m no layer can keep less, so that all get it). A table
+            or a rule does not need it.
         shapes: names of the layers and their (out, in).
 
     Raises:
@@ -66,8 +66,8 @@ def plan(
         raise ValueError("the allocation leaves every layer dense: there is nothing to prune")
     if allocation == UNIFORM or isinstance(allocation, Mapping) or callable(allocation):
         return patterns
-    if isinstance(budget, NM) and budget.n == 1:
-        warnings.warn(f"{budget} leaves nothing to share out: every layer gets it", stacklevel=3)
+    if isinstance(budget, NM) and budget.n == 1 and type(allocation) in ALLOCATORS.values():
+        warnings.warn(f"{budget} leaves nothing to share out: every layer gets it", stacklevel=4)
         return patterns
     return allocation
 

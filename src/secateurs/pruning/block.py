@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from secateurs.anatomy import linear_weight
@@ -55,21 +54,22 @@ class Block:
         return self.model.model.get_submodule(name)
 
     def linear(self, name: str) -> Linear:
-        """A layer on the device as it is stored, in whatever dtype the model runs."""
+        """A layer as it is stored, in whatever dtype the model runs. `store` may change it."""
         layer = self.layer(name)
-        weight, bias = (
+        tensors = self.stored(name)
+        for leaf, tensor in tensors.items():
+            own = layer.get_parameter(leaf)
             # A copy, for the reason given in `BlockwiseModel`: in a file a tensor lies at any address.
-            self.weights[self.model.stored_name(f"{name}.{leaf}")].to(self.model.device, copy=True)
-            if isinstance(getattr(layer, leaf, None), Tensor)
-            else None
-            for leaf in ("weight", "bias")
-        )
-        assert weight is not None
-        return Linear(weight if linear_weight(layer) is layer.weight else weight.T, bias, self.patterns[name])
+            tensors[leaf] = own if own.dtype == tensor.dtype else tensor.to(own.device, copy=True)
+        weight = tensors["weight"]
+        if linear_weight(layer) is not layer.weight:
+            weight = weight.T
+        return Linear(weight, tensors.get("bias"), self.patterns[name])
 
-    def stored_dtype(self, parameter: str) -> torch.dtype:
-        """What a parameter, by its name in the model, is stored in."""
-        return self.weights[self.model.stored_name(parameter)].dtype
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """A layer's weight and, if it has one, bias as they stand in the files."""
+        parameters = dict(self.layer(name).named_parameters())
+        return {leaf: self.weights[self.model.stored_name(f"{name}.{leaf}")] for leaf in parameters}
 
     def store(self, name: str, sparse: Tensor, bias: Tensor | None) -> None:
         """Put a pruned layer, in the dtype of the files, where the model runs it and where it is saved."""

@@ -176,20 +176,18 @@ class Joint:
     ) -> Refinement:
         """Refine the pruned layers, if the block is better for it."""
         path = block.path
-        pruned = {layer.name: block.layer(layer.name) for layer in layers}
         stored = {
-            f"{name}.{leaf}".removeprefix(path + "."): block.stored_dtype(f"{name}.{leaf}")
-            for name, layer in pruned.items()
-            for leaf in ("weight", "bias")
-            if isinstance(getattr(layer, leaf, None), Tensor)
+            f"{layer.name}.{leaf}".removeprefix(path + "."): tensor
+            for layer in layers
+            for leaf, tensor in block.stored(layer.name).items()
         }
         try:
             found = refined_by_descent(block.model, block.index, stored, hidden, targets, passes=self.refine)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{path}': {error}") from None
         if found.parameters is not None:
-            for name, layer in pruned.items():
-                inner = name.removeprefix(path + ".")
+            for name in (layer.name for layer in layers):
+                inner, layer = name.removeprefix(path + "."), block.layer(name)
                 weight, bias = (found.parameters.get(f"{inner}.{leaf}") for leaf in ("weight", "bias"))
                 assert weight is not None
                 block.store(name, weight if linear_weight(layer) is layer.weight else weight.T, bias)

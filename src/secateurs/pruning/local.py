@@ -67,12 +67,13 @@ class Local:
         }[self.sequential]
 
     def _prune_layer(self, block: Block, name: str, moments: Statistics, pattern: Pattern) -> LayerReport:
-        start, weight = time.monotonic(), block.linear(name).weight
+        start, stored = time.monotonic(), block.linear(name).weight
+        weight = stored.float()
         try:
             solution = self.solver.solve(weight, moments, pattern)
-            sparse = rounded(solution.weight, weight.dtype)
+            sparse = rounded(solution.weight, stored.dtype)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
         pruned = Pruned(Linear(sparse, None, pattern), moments.error(weight, sparse), solution.objective)
-        block.store(name, sparse, None)
+        block.store(name, sparse, None)  # in float32 `weight` may be the layer's own memory: not before
         return layer_report(name, pruned, time.monotonic() - start)

@@ -43,7 +43,7 @@ class Refined(NamedTuple):
 def refine(
     model: BlockwiseModel,
     index: int,
-    stored: dict[str, torch.dtype],
+    stored: dict[str, Tensor],
     hidden: list[Tensor],
     targets: list[Tensor],
     *,
@@ -59,8 +59,8 @@ def refine(
     Args:
         model: whose block it is.
         index: of the block.
-        stored: the parameters to train, by their names within the block, and the dtypes that they will be
-            saved in: the result is judged as it is rounded to them.
+        stored: the parameters to train, by their names within the block, as they stand in the files: the
+            result is judged as it is rounded to their dtypes.
         hidden: what the block is given, a (batch, length, hidden) tensor for each batch; at least two
             sequences.
         targets: what it ought to give, of the same shapes.
@@ -79,7 +79,10 @@ def refine(
     parameters = {
         name: parameter.detach().float() for name, parameter in model.blocks[index].named_parameters()
     }
-    trained = {name: parameters[name].clone().requires_grad_() for name in stored}
+    trained = {
+        name: tensor.to(model.device, torch.float32, copy=True).requires_grad_()
+        for name, tensor in stored.items()
+    }
     parameters |= trained
     kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim == 2}
     together = max(1, TOKENS_A_STEP // hidden[0].shape[1])
@@ -130,7 +133,7 @@ def refine(
                 schedule.step()
     del optimiser, schedule
     # Rounding may bring small negative weights to -0; adding 0 makes it +0.
-    result = {name: parameter.detach().to(stored[name]) + 0 for name, parameter in trained.items()}
+    result = {name: parameter.detach().to(stored[name].dtype) + 0 for name, parameter in trained.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
     return Refined(result if after < before else None, before, after if math.isfinite(after) else None)
 

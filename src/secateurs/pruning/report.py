@@ -85,7 +85,8 @@ class Report:
     versions: dict[str, str]
     seconds: float
     phases: dict[str, float]
-    """Seconds to load, run (forward passes and second moments), solve, refine and write."""
+    """Seconds to load, run (forward passes and second moments), solve, refine and write. If the run was
+    interrupted, also those that went into getting to where it went on, which `seconds` leaves out."""
     layers: list[LayerReport] = field(repr=False)
     mlps: list[MLPReport] = field(repr=False)
     """One for each block whose MLP SparseLLM iterated on."""

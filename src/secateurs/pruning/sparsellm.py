@@ -47,7 +47,7 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of an MLP.
+    """A linear layer.
 
     Args:
         weight: (out, in), in the dtype that it is saved in: what is scored and propagated is rounded to it.
@@ -150,7 +150,8 @@ class SparseLLM:
         damping: of the fits, that of o among them, as a share of the mean of H's diagonal.
 
     Raises:
-        ValueError: a solver that is not local, iterations below 0, a ratio or damping that is not positive.
+        ValueError: a solver that is not local, iterations that are no whole number or below 0, a ratio or
+            damping that is not positive.
     """
 
     solver: Solver = field(default_factory=ADMM)
@@ -163,7 +164,7 @@ class SparseLLM:
         if not hasattr(self.solver, "solve"):
             raise ValueError("the solver inside SparseLLM is a local one: admm, or in Python ADMM()")
         if not isinstance(self.iterations, int) or self.iterations < 0:
-            raise ValueError(f"iterations is a number, not {self.iterations}")
+            raise ValueError(f"iterations is a whole number, not {self.iterations!r}")
         for name in ("alpha", "gamma", "damping"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from secateurs.pruning.survey import Patterns
 from secateurs.version import __version__
 
 MARGIN_BYTES = 16 * 2**20  # for the reports
+
+FORMAT = 2
+"""Of what the folder holds: a run does not go on in another."""
 
 
 class WorkFolder:
@@ -58,7 +61,12 @@ class WorkFolder:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        identity = {"settings": settings, "versions": self.versions, "checkpoint": checkpoint.identity()}
+        identity = {
+            "format": FORMAT,
+            "settings": settings,
+            "versions": self.versions,
+            "checkpoint": checkpoint.identity(),
+        }
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.model, self.progress = self.partial / "model", self.partial / "progress"
@@ -72,7 +80,7 @@ class WorkFolder:
         if not self.finished:
             self._open()
         elif self._is_marked():  # stopped between its last two steps
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._clear()
 
     def _is_finished(self) -> bool:
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
@@ -187,5 +195,14 @@ class WorkFolder:
         }
         write_json(self.model / RECORD, record)
         os.replace(self.model, self.output)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self._clear()
         return Report.read(self.output)
+
+    def _clear(self) -> None:
+        """Delete the folder, its mark last of all files: until then what is left is known for this run's."""
+        shutil.rmtree(self.model, ignore_errors=True)
+        for path in self.progress.iterdir():
+            if path != self.mark:
+                with suppress(OSError):
+                    path.unlink()
+        shutil.rmtree(self.partial, ignore_errors=True)
