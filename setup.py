@@ -21,8 +21,8 @@ setup(
             optional=True,
         )
         for name, source in (
-            ("pruning._products", "pruning/products.cpp"),
-            ("pruning._sweep", "pruning/sweep.cpp"),
+            ("pruning.solvers._products", "pruning/solvers/products.cpp"),
+            ("pruning.solvers._sweep", "pruning/solvers/sweep.cpp"),
             ("runtime._kernels", "runtime/kernels.cpp"),
         )
     ]

@@ -41,7 +41,7 @@ from common import (
     save,
     tempered,
 )
-from secateurs.pruning.local import Sequential
+from secateurs.pruning.block.local import Sequential
 from secateurs.text import calibration_blocks, evaluation_tokens
 
 Cell = tuple[str, str, int | None]  # method, pattern, calibration seed

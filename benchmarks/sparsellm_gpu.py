@@ -31,7 +31,7 @@ from transformers import LlamaConfig
 
 import secateurs
 from common import RESULTS, Record, environment, print_table, save
-from secateurs.pruning.workfolder import WorkFolder
+from secateurs.pruning.folder import WorkFolder
 
 METHODS: dict[str, Record] = {
     "sparsegpt": {"method": "sparsellm:solver=sparsegpt", "target": "layer"},

@@ -20,8 +20,11 @@ from common import RESULTS, Record, environment, print_table, save
 from secateurs import SparseGPT, Statistics, Unstructured
 from secateurs.demo import CALIBRATION, MODEL
 from secateurs.device import multiplies_bfloat16, resolve_device
-from secateurs.pruning.sparsellm import MLP, Linear, SparseLLM, _apply, _cast, correct_p, hidden_inverse
-from secateurs.pruning.statistics import Products
+from secateurs.pruning.mlp.linear import Linear, apply, cast
+from secateurs.pruning.mlp.problem import MLP
+from secateurs.pruning.mlp.sparsellm import SparseLLM
+from secateurs.pruning.mlp.steps import correct_p, hidden_inverse
+from secateurs.pruning.solvers.statistics import Products
 from secateurs.text import calibration_blocks, load_tokenizer
 
 PATTERN = Unstructured(0.7)
@@ -56,15 +59,15 @@ def computed(
     """
     ratio = SparseLLM().gamma
     x, down = x.to(running), dense.down.weight.to(dtype)
-    y = _apply(_cast(dense.down, running), dense.channels(_apply(_cast(dense.stacked(), running), x)))
-    channels = pruned.channels(_apply(_cast(pruned.stacked(), running), x))
+    y = apply(cast(dense.down, running), dense.channels(apply(cast(dense.stacked(), running), x)))
+    channels = pruned.channels(apply(cast(pruned.stacked(), running), x))
     moments = Statistics(down.shape[1], dtype=dtype, device=x.device)
     moments.update(channels)
     products = Products(*down.shape, dtype=dtype, device=x.device)
     products.update(y, channels)
     # Down as pruned before: what p is corrected by is then no rounding.
     cut = torch.where(PATTERN.keep(down.abs().float()), down, 0)
-    auxiliary = _apply(_cast(dense.stacked(), running), x)
+    auxiliary = apply(cast(dense.stacked(), running), x)
     q = dense.channels(auxiliary)
     gap = y.to(dtype) - (q @ cut.to(running).T).to(dtype)
     inverse = hidden_inverse(cut @ cut.T, ratio)

@@ -480,7 +480,7 @@ def test_ctrl_c_in_a_process(place: Place) -> None:
     """The signal comes while a layer is being solved."""
     script = (
         "import os, signal, secateurs.cli\n"
-        "from secateurs.pruning.wanda import Wanda\n"
+        "from secateurs.pruning.solvers.wanda import Wanda\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored below a job in the background
         "Wanda.solve = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "secateurs.cli.main()"

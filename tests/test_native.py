@@ -24,6 +24,9 @@ def test_without_a_library_there_is_one_warning(tmp_path: Path, monkeypatch: pyt
         native.library.cache_clear()
         monkeypatch.setattr(native, "find_spec", lambda name, found=found: found)
         with pytest.warns(UserWarning, match=f"all is slower .*{reason}"):
-            assert native.library("pruning._sweep", "all is slower") is None
+            assert native.library("pruning.solvers._sweep", "all is slower") is None
         with warnings.catch_warnings(action="error"):
-            assert native.function("pruning._sweep", "secateurs_sweep", [], without="all is slower") is None
+            assert (
+                native.function("pruning.solvers._sweep", "secateurs_sweep", [], without="all is slower")
+                is None
+            )

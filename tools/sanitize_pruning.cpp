@@ -1,8 +1,8 @@
 // Drives the CPU kernels of pruning for tools/sanitize.sh: every buffer is a heap block of exactly the size that is
 // promised, so that reading or writing one element outside of it is seen. Results are compared with plain loops.
 
-#include "../src/secateurs/pruning/products.cpp"
-#include "../src/secateurs/pruning/sweep.cpp"
+#include "../src/secateurs/pruning/solvers/products.cpp"
+#include "../src/secateurs/pruning/solvers/sweep.cpp"
 
 #include <cstdio>
 #include <cstdlib>

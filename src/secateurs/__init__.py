@@ -21,17 +21,17 @@ from secateurs.evaluation import (
     plot,
 )
 from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
-from secateurs.pruning.admm import ADMM
-from secateurs.pruning.magnitude import Magnitude
-from secateurs.pruning.owl import OWL
-from secateurs.pruning.report import LayerReport, Report
-from secateurs.pruning.sensitivity import Sensitivity
-from secateurs.pruning.solver import Solution, Solver
-from secateurs.pruning.sparsegpt import SparseGPT
-from secateurs.pruning.sparsellm import SparseLLM
-from secateurs.pruning.statistics import Statistics
+from secateurs.pruning.allocation.owl import OWL
+from secateurs.pruning.allocation.sensitivity import Sensitivity
+from secateurs.pruning.mlp.sparsellm import SparseLLM
+from secateurs.pruning.record import LayerReport, Report
+from secateurs.pruning.solvers.admm import ADMM
+from secateurs.pruning.solvers.magnitude import Magnitude
+from secateurs.pruning.solvers.solver import Solution, Solver
+from secateurs.pruning.solvers.sparsegpt import SparseGPT
+from secateurs.pruning.solvers.statistics import Statistics
+from secateurs.pruning.solvers.wanda import Wanda
 from secateurs.pruning.walk import prune
-from secateurs.pruning.wanda import Wanda
 from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
 from secateurs.text import calibration_blocks, evaluation_tokens
 from secateurs.training.callback import SparsityAcceleratedTraining

@@ -15,7 +15,7 @@ def library(name: str, without: str) -> ctypes.CDLL | None:
     """A library, or None, with one warning, if it was not built or cannot be loaded.
 
     Args:
-        name: of its extension in setup.py, such as "pruning._sweep".
+        name: of its extension in setup.py, such as "pruning.solvers._sweep".
         without: what the warning says of doing without.
     """
     found = find_spec(f"secateurs.{name}")

@@ -11,9 +11,10 @@ import secateurs
 from secateurs import ADMM, NM, SparseGPT, SparseLLM, Statistics, Unstructured, Wanda
 from secateurs.demo import CALIBRATION, HELD_OUT, MODEL
 from secateurs.pattern import kth_smallest
-from secateurs.pruning.solver import Solver
-from secateurs.pruning.sparsellm import MLP, Linear, Tokens
-from secateurs.pruning.statistics import Products
+from secateurs.pruning.mlp.linear import Linear
+from secateurs.pruning.mlp.problem import MLP, Tokens
+from secateurs.pruning.solvers.solver import Solver
+from secateurs.pruning.solvers.statistics import Products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -98,7 +99,9 @@ def test_a_model_is_as_good_as_from_the_cpu(method: str, tmp_path: Path) -> None
 def test_a_survey_whose_activations_do_not_stay_there(
     allocation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateurs.pruning.survey.home_of", lambda hidden, device: torch.device("cpu"))
+    monkeypatch.setattr(
+        "secateurs.pruning.allocation.survey.home_of", lambda hidden, device: torch.device("cpu")
+    )
     report = secateurs.prune(
         MODEL,
         output=tmp_path / "out",

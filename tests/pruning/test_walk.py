@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import secateurs.checkpoint
-import secateurs.pruning.joint
-import secateurs.pruning.workfolder
+import secateurs.pruning.block.joint
+import secateurs.pruning.folder
 from families import FAMILIES, tokens
 from folders import bytes_of, everything_in, rewrite, save, tensors_of
 from secateurs import (
@@ -44,8 +44,8 @@ from secateurs import (
 )
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.pattern import Pattern
-from secateurs.pruning.local import Sequential
-from secateurs.pruning.refine import Refined
+from secateurs.pruning.block.local import Sequential
+from secateurs.pruning.block.refine import Refined
 
 LLAMA_LINEARS = [
     "self_attn.q_proj",
@@ -481,7 +481,7 @@ def test_descent_starts_from_what_is_stored(tmp_path: Path, monkeypatch: pytest.
         started.update({f"model.layers.{index}.{name}": tensor for name, tensor in stored.items()})
         return Refined(None, 0.0, None)
 
-    monkeypatch.setattr(secateurs.pruning.joint, "refined_by_descent", nothing)
+    monkeypatch.setattr(secateurs.pruning.block.joint, "refined_by_descent", nothing)
     prune(source, output=tmp_path / "out", calibration=tokens())
     pruned = tensors_of(tmp_path / "out")
     assert started.keys() == set(linear_names(source))
@@ -646,7 +646,7 @@ def test_only_the_same_run_goes_on(llama: Path, tmp_path: Path, monkeypatch: pyt
 def tick_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let whatever phases are counted by advance a second at each look: each time inside one is a second."""
     ticking = SimpleNamespace(monotonic=itertools.count().__next__)
-    monkeypatch.setattr(secateurs.pruning.workfolder, "time", ticking)
+    monkeypatch.setattr(secateurs.pruning.folder, "time", ticking)
 
 
 def test_every_time_in_a_phase_counts_once(

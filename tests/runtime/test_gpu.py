@@ -7,7 +7,7 @@ from small_models import DTYPES, pruned, sparse
 from secateurs.runtime.format import mask_of, pack, row_offsets, values_of
 
 pytest.importorskip("triton")
-from secateurs.runtime import gpu
+from secateurs.runtime import gpu, semi_structured
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter truncates to bfloat16, so one unit in the last place.
@@ -55,13 +55,13 @@ def test_two_of_four_is_recognised() -> None:
     weight = torch.ones(4, 64).view(4, 16, 4)
     weight[:, :, [1, 3]] = 0
     mask = mask_of(*pack(weight.view(4, 64)))
-    assert gpu.is_two_of_four(mask)
+    assert semi_structured.is_two_of_four(mask)
     weight[2, 7, 1] = 1
-    assert not gpu.is_two_of_four(mask_of(*pack(weight.view(4, 64))))
+    assert not semi_structured.is_two_of_four(mask_of(*pack(weight.view(4, 64))))
 
 
 def test_without_tensor_cores_2_4_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=r"no 2:4 tensor cores on cpu"):
-        gpu.to_semi_structured(pruned("llama"))
+        semi_structured.to_semi_structured(pruned("llama"))

@@ -9,8 +9,9 @@ from small_models import DTYPES, sparse
 
 from secateurs import native
 from secateurs.runtime import kernels
+from secateurs.runtime.cpu import CpuKernels, cpu_kernels
 from secateurs.runtime.format import pack, row_offsets
-from secateurs.runtime.kernels import CpuKernels, cpu_kernels, expand, sparse_linear
+from secateurs.runtime.kernels import expand, sparse_linear
 
 BEST = cpu_kernels()
 PATHS = ["torch"] if BEST is None else ["torch", *BEST.isas]

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateurs.pruning.report import RECORD, MLPReport, Report
+from secateurs.pruning.record import RECORD, MLPReport, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

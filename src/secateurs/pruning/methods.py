@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from secateurs.pruning.admm import ADMM
-from secateurs.pruning.magnitude import Magnitude
-from secateurs.pruning.solver import Solver
-from secateurs.pruning.sparsegpt import SparseGPT
-from secateurs.pruning.sparsellm import SparseLLM
-from secateurs.pruning.wanda import Wanda
+from secateurs.pruning.mlp.sparsellm import SparseLLM
+from secateurs.pruning.solvers.admm import ADMM
+from secateurs.pruning.solvers.magnitude import Magnitude
+from secateurs.pruning.solvers.solver import Solver
+from secateurs.pruning.solvers.sparsegpt import SparseGPT
+from secateurs.pruning.solvers.wanda import Wanda
 
 Method = Solver | SparseLLM
 

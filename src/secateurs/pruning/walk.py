@@ -18,17 +18,17 @@ from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.device import home_of, resolve_device
 from secateurs.pattern import Pattern
-from secateurs.pruning.allocation import Allocation, as_pattern, describe_allocation, plan
-from secateurs.pruning.block import Advance, Block, BlockPruner, Streams
-from secateurs.pruning.joint import Joint, Target
-from secateurs.pruning.local import Local, Sequential
-from secateurs.pruning.magnitude import Magnitude
+from secateurs.pruning.allocation.plan import Allocation, as_pattern, describe_allocation, plan
+from secateurs.pruning.allocation.sensitivity import Sensitivity
+from secateurs.pruning.allocation.survey import Patterns, Survey, layer_shapes
+from secateurs.pruning.block.block import Advance, Block, BlockPruner, Streams
+from secateurs.pruning.block.joint import Joint, Target
+from secateurs.pruning.block.local import Local, Sequential
+from secateurs.pruning.folder import WorkFolder
 from secateurs.pruning.methods import Method, describe_method, parse_method
-from secateurs.pruning.report import Report
-from secateurs.pruning.sensitivity import Sensitivity
-from secateurs.pruning.sparsellm import SparseLLM
-from secateurs.pruning.survey import Patterns, Survey, layer_shapes
-from secateurs.pruning.workfolder import WorkFolder
+from secateurs.pruning.mlp.sparsellm import SparseLLM
+from secateurs.pruning.record import Report
+from secateurs.pruning.solvers.magnitude import Magnitude
 
 TOKENS_AT_ONCE = 2048
 
@@ -76,7 +76,7 @@ def prune(
         pattern: which weights may stay: "70%" (of zeros) or "2:4" (two of every four inputs stay).
         allocation: how the pattern's zeros are shared out between layers: "uniform", "owl" or "sensitivity",
             with settings if need be ("owl:level=layer"). Or one pattern for each layer, whatever `pattern`
-            says, by a table, a JSON file or a rule (see `secateurs.pruning.allocation.Allocation`).
+            says, by a table, a JSON file or a rule (see `secateurs.pruning.allocation.plan.Allocation`).
         samples: number of calibration sequences.
         length: tokens in each; by default as many as the model was made for, and at most 2048.
         seed: of the calibration sample.

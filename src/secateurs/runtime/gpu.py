@@ -3,19 +3,12 @@
 A program keeps a few rows. It walks their columns a block at a time: the mask's bits, a running count of
 them (where each value lies), a load of only the values that exist, and the product; a token never waits for a
 dense weight to be written. Up to 16 tokens share one pass, through the tensor cores.
-
-2:4 weights may instead become torch's semi-structured tensors, of the same size, whose products are for many
-tokens.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from secateurs.runtime.format import mask_of
-from secateurs.runtime.linear import SparseLinear
+from torch import Tensor
 
 DIRECT_TOKENS = 16
 BLOCK = 256  # columns at a time
@@ -144,41 +137,3 @@ def expand(mask: Tensor, values: Tensor, offsets: Tensor, columns: int, first: i
             words, values, offsets, dense, first, last, columns, words.shape[1], ROWS=rows, BLOCK=BLOCK
         )
     return dense
-
-
-def is_two_of_four(mask: Tensor) -> bool:
-    """Whether no four neighbouring columns of a bitmask (rows, row_mask_bytes) keep more than two weights."""
-    bit = torch.arange(4, dtype=torch.uint8, device=mask.device)
-    nibbles = torch.stack([mask & 15, mask >> 4])
-    return bool(((nibbles[..., None] >> bit & 1).sum(-1) <= 2).all())
-
-
-def to_semi_structured(model: PreTrainedModel) -> int:
-    """Replaces the 2:4 layers of a compressed model on a GPU by torch's semi-structured ones.
-
-    The model can no longer be saved compressed.
-
-    Returns:
-        How many layers were replaced.
-
-    Raises:
-        ValueError: the model is not on a GPU that multiplies 2:4 weights (compute capability 8.0 or newer).
-    """
-    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
-        raise ValueError(
-            f"no 2:4 tensor cores on {model.device}: they need a GPU of compute capability 8.0 or newer"
-        )
-    replaced = 0
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, SparseLinear) or not is_two_of_four(mask_of(module.weight, module.layout)):
-            continue
-        if module.out_features % 32 or module.in_features % 64 or module.layout.dtype == torch.float32:
-            continue  # shapes and dtypes that torch's kernels do not take
-        with torch.device("meta"):
-            linear = nn.Linear(module.in_features, module.out_features, bias=False)
-        weight = torch.sparse.to_sparse_semi_structured(module.dense_weight())
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = module.bias
-        model.set_submodule(name, linear)
-        replaced += 1
-    return replaced

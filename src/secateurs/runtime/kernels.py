@@ -6,101 +6,19 @@ at a time and multiplied by torch. Everything is an operator of its own with a f
 torch.compile, and adapters trained on top, see one opaque linear.
 """
 
-import ctypes
-import functools
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateurs.native import library
+from secateurs.runtime.cpu import DTYPE_CODES, cpu_kernels
 from secateurs.runtime.format import Layout, mask_of, unpack, values_of
 
-ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16")  # by their numbers in kernels.cpp, best last
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they
 # stay in the cache for the product. benchmarks/prefill_cpu.py measures both: the faster torch multiplies, the
 # sooner expansion pays.
 DIRECT_TOKENS = {torch.float32: 48, torch.bfloat16: 12, torch.float16: 48}
 PANEL_BYTES = 4 << 20
-
-
-class CpuKernels:
-    """The shared library of kernels.cpp.
-
-    Args:
-        loaded: the library.
-        isa: the instruction set to use, one of ISAS; the machine's best if None.
-
-    Raises:
-        ValueError: the machine does not have that instruction set, or there is none of that name.
-    """
-
-    def __init__(self, loaded: ctypes.CDLL, isa: str | None = None) -> None:
-        pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        self._linear, self._unpack = loaded.secateurs_linear, loaded.secateurs_unpack
-        self._linear.argtypes = [pointer] * 6 + [i64] * 3 + [i32] * 4
-        self._unpack.argtypes = [pointer] * 4 + [i64] * 3 + [i32] * 3
-        self._linear.restype = self._unpack.restype = None
-        self.isas = [name for number, name in enumerate(ISAS) if loaded.secateurs_has_isa(number)]
-        if isa is not None and isa not in self.isas:
-            raise ValueError(f"no instruction set '{isa}' here; there are {', '.join(self.isas)}")
-        self.isa = ISAS.index(isa or self.isas[-1])
-
-    def linear(
-        self, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout
-    ) -> Tensor:
-        """x W^T + bias for x (tokens, columns), straight from the packed weight."""
-        x = x.contiguous()
-        bias = None if bias is None else bias.to(x.dtype).contiguous()
-        y = x.new_empty(x.shape[0], layout.rows)
-        self._linear(
-            weight.data_ptr(),
-            weight.data_ptr() + layout.mask_bytes,
-            offsets.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
-            layout.rows,
-            layout.columns,
-            x.shape[0],
-            DTYPE_CODES[layout.dtype],
-            DTYPE_CODES[x.dtype],
-            torch.get_num_threads(),
-            self.isa,
-        )
-        return y
-
-    def unpack(self, weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
-        """Rows [first, last) of W, dense."""
-        dense = torch.empty(last - first, layout.columns, dtype=layout.dtype)
-        self._unpack(
-            weight.data_ptr(),
-            weight.data_ptr() + layout.mask_bytes,
-            offsets.data_ptr(),
-            dense.data_ptr(),
-            first,
-            last,
-            layout.columns,
-            DTYPE_CODES[layout.dtype],
-            torch.get_num_threads(),
-            self.isa,
-        )
-        return dense
-
-
-@functools.cache
-def cpu_kernels() -> CpuKernels | None:
-    """The CPU kernels, or None where the package was installed without a compiler.
-
-    `SECATEURS_ISA` in the environment forces one of ISAS, or `torch` to do without the library.
-    """
-    isa = os.environ.get("SECATEURS_ISA")
-    if isa == "torch":
-        return None
-    loaded = library("runtime._kernels", "compressed models work, but slower than dense ones")
-    return None if loaded is None else CpuKernels(loaded, isa)
 
 
 def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:

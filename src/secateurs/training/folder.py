@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.checkpoint import read_json, write_json
-from secateurs.pruning.report import RECORD
+from secateurs.pruning.record import RECORD
 
 # The last file that Trainer writes into a checkpoint: one without it was cut off.
 STATE = "trainer_state.json"

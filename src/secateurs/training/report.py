@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.checkpoint import read_json
-from secateurs.pruning.report import RECORD
+from secateurs.pruning.record import RECORD
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How many zeros each layer gets."""

@@ -1,0 +1,1 @@
+"""What happens to one block: its layers each by itself, or jointly, and a last descent."""

@@ -1,0 +1,208 @@
+"""The folder a run works in until its output is complete.
+
+`OUTPUT.partial/model` fills with shards and becomes `OUTPUT` by one rename; `OUTPUT.partial/progress`
+remembers what the shards do not say. Every file appears whole or not at all, a block's shard after its
+report: a block is done if its shard is there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from secateurs.checkpoint import INDEX, Checkpoint, copy_file, read_json, write_json, write_tensors
+from secateurs.pattern import parse_pattern
+from secateurs.pruning.allocation.survey import Patterns
+from secateurs.pruning.record import RECORD, BlockReport, Report
+from secateurs.version import __version__
+
+MARGIN_BYTES = 16 * 2**20  # for the reports
+
+FORMAT = 2
+"""Of what the folder holds: a run does not go on in another."""
+
+
+class WorkFolder:
+    """Where a run's results gather.
+
+    Args:
+        output: the folder that the run is to make.
+        checkpoint: the model that it prunes.
+        blocks: for each of its blocks, the names in the files of its tensors.
+        settings: all that decides the resulting weights.
+
+    Raises:
+        ValueError: the output folder, or an unfinished one, holds something else than this run's work.
+        OSError: the disk has too little space for what is still to be written.
+    """
+
+    def __init__(
+        self, output: Path, checkpoint: Checkpoint, blocks: list[list[str]], settings: dict[str, Any]
+    ) -> None:
+        # Through links: the last step is a rename, which would replace or trip over a link itself.
+        self.output, self.checkpoint, self.settings = output.resolve(), checkpoint, settings
+        if self.output.is_mount():
+            raise ValueError(
+                f"'{output}' is a mount point, which cannot be made in one step: give a folder in it"
+            )
+        self.versions = {
+            "secateurs": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        identity = {
+            "format": FORMAT,
+            "settings": settings,
+            "versions": self.versions,
+            "checkpoint": checkpoint.identity(),
+        }
+        self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.model, self.progress = self.partial / "model", self.partial / "progress"
+        inside = {name for names in blocks for name in names}
+        self.parts = [sorted(set(checkpoint.file_of) - inside), *blocks]
+        count = len(self.parts)
+        self.shards = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        self.phases = dict.fromkeys(("load", "run", "solve", "refine", "write"), 0.0)
+        self.mark = self.progress / "run.json"
+        self.finished = self._is_finished()
+        if not self.finished:
+            self._open()
+        elif self._is_marked():  # stopped between its last two steps
+            self._clear()
+
+    def _is_finished(self) -> bool:
+        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
+            return False
+        record = self.output / RECORD
+        if not record.is_file() or read_json(record).get("run") != self.run:
+            raise ValueError(f"'{self.output}' exists and is not this run's: give another output folder")
+        return True
+
+    def _is_marked(self) -> bool:
+        """Whether this run's mark is in the folder that it works in."""
+        return self.mark.is_file() and read_json(self.mark).get("run") == self.run
+
+    def _open(self) -> None:
+        if self.mark.is_file():
+            ours = self._is_marked()
+        else:  # stopped before it could leave its mark, a run leaves nothing but empty folders
+            leftovers = {self.model, self.progress, self.mark.with_name(self.mark.name + ".tmp")}
+            ours = not self.partial.exists() or (
+                self.partial.is_dir() and leftovers.issuperset(self.partial.rglob("*"))
+            )
+        if not ours:
+            raise ValueError(
+                f"'{self.partial}' holds an unfinished run with other settings, model or versions: "
+                "delete it or give another output folder"
+            )
+        parent = next(folder for folder in self.output.parents if folder.exists())
+        written = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
+        beside = sum(path.stat().st_size for path in self.checkpoint.companions())
+        needed = self.checkpoint.bytes - written + beside + MARGIN_BYTES
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise OSError(
+                f"the output needs {needed / 1e9:.2f} GB, the disk of '{parent}' has {free / 1e9:.2f} GB free"
+            )
+        self.model.mkdir(parents=True, exist_ok=True)
+        if not self.mark.is_file():
+            # The mark makes the folder ours, so it must be there before any other file is.
+            self.progress.mkdir(exist_ok=True)
+            write_json(self.mark, {"run": self.run, "settings": self.settings})
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Count the time spent inside towards a phase, that of the GPU's queued work included."""
+        start = time.monotonic()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.phases[phase] += time.monotonic() - start
+
+    def write_outside(self) -> None:
+        """Copy what lies outside the blocks: first of all, so that NaN there is found before the work."""
+        shard = self.model / self.shards[0]
+        if not shard.exists():
+            write_tensors(shard, self.checkpoint.load(self.parts[0]))
+
+    def allocation(self, survey: Callable[[], Patterns]) -> Patterns:
+        """Each layer's pattern by a survey, which is made once: a run that goes on remembers it."""
+        memory = self.progress / "allocation.json"
+        if not memory.exists():
+            write_json(memory, {name: pattern and str(pattern) for name, pattern in survey().items()})
+        return {name: text and parse_pattern(text) for name, text in read_json(memory).items()}
+
+    def block(self, index: int) -> dict[str, Tensor] | None:
+        """A finished block's tensors by their names in the files, or None."""
+        shard = self.model / self.shards[index + 1]
+        return load_file(shard) if shard.exists() else None
+
+    def write_block(
+        self,
+        index: int,
+        weights: dict[str, Tensor],
+        report: BlockReport,
+        seconds: float,
+    ) -> None:
+        """Record a block as done: its report first, then the shard that makes it count."""
+        write_json(self._report(index), {"seconds": seconds, "phases": self.phases, **asdict(report)})
+        self.phases = dict.fromkeys(self.phases, 0.0)
+        write_tensors(self.model / self.shards[index + 1], weights)
+
+    def _report(self, index: int) -> Path:
+        return self.progress / f"block-{index:05}.json"
+
+    def finish(self, seconds: float) -> Report:
+        """Turn the working folder, all of whose shards are there, into the output.
+
+        Args:
+            seconds: what the run took beside its blocks.
+        """
+        with self.clock("write"):
+            for companion in self.checkpoint.companions():
+                copy_file(companion, self.model / companion.name)
+            weight_map = {
+                name: shard for shard, names in zip(self.shards, self.parts, strict=True) for name in names
+            }
+            write_json(
+                self.model / INDEX,
+                {"metadata": {"total_size": self.checkpoint.tensor_bytes}, "weight_map": weight_map},
+            )
+        blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
+        counted = [self.phases, *(block["phases"] for block in blocks)]
+        record = {
+            "run": self.run,
+            "settings": self.settings,
+            "versions": self.versions,
+            "seconds": round(seconds + sum(block["seconds"] for block in blocks), 3),
+            "phases": {phase: round(sum(part[phase] for part in counted), 3) for phase in self.phases},
+            **{
+                part.name: [entry for block in blocks for entry in block[part.name]]
+                for part in fields(BlockReport)
+            },
+        }
+        write_json(self.model / RECORD, record)
+        os.replace(self.model, self.output)
+        self._clear()
+        return Report.read(self.output)
+
+    def _clear(self) -> None:
+        """Delete the folder, its mark last of all files: until then what is left is known for this run's."""
+        shutil.rmtree(self.model, ignore_errors=True)
+        for path in self.progress.iterdir():
+            if path != self.mark:
+                with suppress(OSError):
+                    path.unlink()
+        shutil.rmtree(self.partial, ignore_errors=True)

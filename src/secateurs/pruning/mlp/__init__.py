@@ -1,0 +1,1 @@
+"""SparseLLM: a block's MLP pruned as one problem."""

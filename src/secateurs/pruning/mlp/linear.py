@@ -1,0 +1,85 @@
+"""A linear layer with the pattern that is asked of it, and how it is fitted to a goal and pruned."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.pattern import Pattern
+from secateurs.pruning.solvers.solver import Solver, rounded
+from secateurs.pruning.solvers.statistics import Products, Statistics
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer.
+
+    Args:
+        weight: (out, in), in the dtype that it is saved in: what is scored and propagated is rounded to it.
+        bias: (out,), or None; in its own such dtype.
+        pattern: which of its weights may stay; None leaves the layer as it is.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    pattern: Pattern | None
+
+
+class Pruned(NamedTuple):
+    """A linear layer after pruning."""
+
+    layer: Linear
+    error: float
+    """What pruning lost of the fitted layer's output (`Statistics.error`)."""
+    objective: tuple[float, ...]
+    """Of the solver."""
+
+
+def prune_linear(
+    solver: Solver,
+    layer: Linear,
+    moments: Statistics,
+    goal: Products | None,
+    damping: float,
+) -> Pruned:
+    """Prune a linear layer, fitted to its goal first if it has one.
+
+    A bias makes up for the mean of what is lost, so that the weights need only follow the inputs' deviations
+    from their mean.
+
+    Args:
+        solver: the local solver.
+        layer: to start from.
+        moments: of its inputs.
+        goal: what its outputs ought to be; None keeps them as they are.
+        damping: of the fit.
+    """
+    if layer.pattern is None:
+        return Pruned(layer, 0.0, ())
+    dense = cast(layer, moments.mean.dtype)
+    if dense.bias is None:
+        inputs, mean = moments, None
+        wanted = None if goal is None else goal.moment
+    else:
+        inputs = moments.centred()
+        mean = torch.addmv(dense.bias, dense.weight, moments.mean) if goal is None else goal.mean
+        wanted = None if goal is None else torch.addr(goal.moment, mean, moments.mean, alpha=-1)
+    weight = dense.weight if wanted is None else inputs.fit(dense.weight, wanted, damping)
+    solution = solver.solve(weight, inputs, layer.pattern)
+    sparse = rounded(solution.weight, layer.weight.dtype)
+    bias = None
+    if layer.bias is not None and mean is not None:
+        made_up = torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1)
+        bias = rounded(made_up, layer.bias.dtype)
+    error = inputs.error(weight, sparse.to(weight.dtype))
+    return Pruned(Linear(sparse, bias, layer.pattern), error, solution.objective)
+
+
+def cast(layer: Linear, dtype: torch.dtype) -> Linear:
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return replace(layer, weight=layer.weight.to(dtype), bias=bias)
+
+
+def apply(layer: Linear, inputs: Tensor) -> Tensor:
+    return nn.functional.linear(inputs, layer.weight, layer.bias)

@@ -1,0 +1,1 @@
+"""Local solvers: a weight and its input's statistics in, a sparse weight out. They know no models."""

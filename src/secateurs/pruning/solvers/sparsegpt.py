@@ -1,0 +1,77 @@
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774, sections 3.2 to 3.4, algorithm 1).
+
+Columns are pruned from left to right, and what each one loses is made up for by the columns to its right.
+The paper reads the corrections from U, the upper Cholesky factor of H^-1. Here neither is formed: with
+R = U^-1, that is H = R R^T, and D = W - S the change so far, the earlier columns correct a block b by
+
+    w_b = W_b + D_before R_before,b U_bb        where U_bb = R_bb^-1 is as small as the block,
+
+which equals the paper's W_b - E_before U_before,b because E = D R are its errors. A Cholesky factorisation
+is then all that is done at full size. Within the block the sweep is the paper's, on U_bb.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from secateurs.pattern import Pattern
+from secateurs.pruning.solvers import sweep_cpu
+from secateurs.pruning.solvers.solver import Solution, finished, working_dtype
+from secateurs.pruning.solvers.statistics import Statistics
+from secateurs.pruning.solvers.sweep import sweep, whole_groups
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """One-shot pruning with second-order corrections.
+
+    Args:
+        block: columns among which an unstructured mask is chosen at a time, over all outputs; rounded down to
+            a multiple of m for n:m.
+        damping: added to the diagonal of H, as a share of its mean. Grows if the factorisation fails.
+
+    Raises:
+        ValueError: a setting that is not positive.
+    """
+
+    block: int = 128
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block is a number of columns, not {self.block}")
+        if not self.damping > 0:
+            raise ValueError(f"damping must be above 0, not {self.damping}")
+
+    @torch.no_grad()
+    def solve(self, weight: Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
+        """See `Solver.solve`. The weights of dead inputs (H_jj = 0) become 0."""
+        pattern.check_width("the weight", weight.shape[1])
+        dtype = working_dtype(weight)
+        factor = statistics.factor(self.damping).to(dtype)
+        # (in, out), so that a column of the layer is contiguous.
+        pruned = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        pruned[statistics.norms == 0] = 0
+        change = pruned.clone()
+        sweep = _sweep_for(pruned)
+        block = whole_groups(self.block, pattern)
+        for start in range(0, len(pruned), block):
+            before, now = slice(start), slice(start, start + block)
+            corner = factor[now, now]
+            inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)).to(corner), upper=True)
+            pruned[now].addmm_(inverse.T, factor[before, now].T @ change[before])
+            sweep(pruned[now], inverse, pattern)
+            change[now] -= pruned[now]
+        return Solution(finished(pruned.T.contiguous()))
+
+
+def _sweep_for(weight: Tensor) -> Callable[[Tensor, Tensor, Pattern], None]:
+    """The kernel for it where there is one, otherwise `sweep`."""
+    if weight.is_cuda and find_spec("triton"):
+        from secateurs.pruning.solvers import sweep_triton
+
+        return sweep_triton.sweep
+    return sweep_cpu.sweep if sweep_cpu.serves(weight) else sweep

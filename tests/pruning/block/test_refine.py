@@ -1,0 +1,223 @@
+"""Refinement against whole models that transformers runs, and against Adam written out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import secateurs.pruning.block.joint
+import secateurs.pruning.block.refine
+from families import FAMILIES, build, tokens
+from folders import save, tensors_of
+from secateurs import Report, Wanda, prune
+from secateurs.anatomy import family_of
+from secateurs.blockwise import BlockwiseModel
+from secateurs.checkpoint import Checkpoint
+from secateurs.pruning.block.refine import Refined, refine
+
+
+def first_block(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the first block is given and gives, with gradients."""
+    noted: list[tuple[Tensor, Tensor]] = []
+
+    def note(_: Any, given: tuple[Tensor, ...], result: Any) -> None:
+        noted.append((given[0], result[0] if isinstance(result, tuple) else result))
+
+    block = model.get_submodule(family_of(model.config).blocks)[0]  # type: ignore[index]
+    handle = block.register_forward_hook(note)
+    model(ids, use_cache=False)
+    handle.remove()
+    return noted[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_reports_what_it_gains_and_touches_what_is_pruned(name: str, tmp_path: Path) -> None:
+    ids = tokens(batch=96)
+    settings: Any = {
+        "calibration": ids,
+        "method": Wanda(),
+        "pattern": "50%",
+        "target": "dense",
+        "batch_size": 40,
+        "repair": 1.0,
+    }
+    dense = save(tmp_path / "dense", name)
+    prune(dense, output=tmp_path / "before", **settings)
+    report = prune(dense, output=tmp_path / "after", refine=3, **settings)
+    assert (report.settings["refine"], report.settings["repair"]) == (3, 1.0)
+    assert len(report.refinements) == 3
+    assert any(block.after < block.before for block in report.refinements)
+    pruned = {layer.name for layer in report.layers}
+    before, after = tensors_of(tmp_path / "before"), tensors_of(tmp_path / "after")
+    moved = set()
+    for tensor in before:
+        if not torch.equal(before[tensor], after[tensor]):
+            moved.add(tensor)
+            zeros = [(tensors[tensor] == 0).sum() for tensors in (before, after)]
+            assert zeros[0] == zeros[1]
+            if ".0." in tensor:  # later blocks see other inputs, by which their zeros are chosen
+                assert torch.equal(before[tensor] == 0, after[tensor] == 0)
+    layers = {tensor.rpartition(".")[0] for tensor in moved}
+    assert layers
+    assert all(any(layer.endswith(name) for layer in pruned) for name in layers)
+
+    errors = []
+    given, wanted = (
+        part[1::8].detach() for part in first_block(AutoModelForCausalLM.from_pretrained(dense), ids)
+    )
+    everything_given, everything = first_block(AutoModelForCausalLM.from_pretrained(dense), ids)
+    energy = (everything - everything_given).detach().square().sum() / len(ids)
+    for folder in ("before", "after"):
+        _, result = first_block(AutoModelForCausalLM.from_pretrained(tmp_path / folder), ids)
+        errors.append(float((result[1::8] - wanted).detach().square().sum() / energy / len(given)))
+    first = report.refinements[0]
+    assert first.after is not None
+    assert [first.before, min(first.before, first.after)] == pytest.approx(errors, rel=1e-3)
+
+
+def test_what_it_finds_is_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases too, in the files' dtype, with n:m held; and what is not pruned stays."""
+    found: list[dict[str, Tensor]] = []
+
+    def note(*args: Any, **kwargs: Any) -> Refined:
+        found.append((refined := refine(*args, **kwargs)).parameters or {})
+        return refined
+
+    monkeypatch.setattr(secateurs.pruning.block.joint, "refined_by_descent", note)
+    monkeypatch.setattr(
+        secateurs.pruning.block.refine, "TOKENS_A_STEP", 240
+    )  # enough steps to gain something
+    dense = save(tmp_path / "dense", "llama-bias", dtype=torch.bfloat16)
+    report = prune(
+        dense,
+        output=tmp_path / "pruned",
+        calibration=tokens(batch=96),
+        method="wanda",
+        target="dense",
+        allocation={"*.k_proj": None, "*.layers.1.*": None, "*": "2:4"},
+        refine=6,
+    )
+    assert [block.name for block in report.refinements] == ["model.layers.0", "model.layers.2"]
+    before, after = tensors_of(dense), tensors_of(tmp_path / "pruned")
+    for index, parameters in zip((0, 2), found, strict=True):
+        assert len(parameters) == 12
+        for name, tensor in parameters.items():
+            saved = after[f"model.layers.{index}.{name}"]
+            assert saved.dtype == torch.bfloat16
+            assert torch.equal(saved, tensor)
+            if name.endswith("weight"):
+                assert ((saved != 0).view(len(saved), -1, 4).sum(dim=-1) <= 2).all()
+    for name in before:
+        if "k_proj" in name or ".1." in name or "norm" in name:
+            assert torch.equal(before[name], after[name])
+
+
+def test_its_steps_are_those_of_adam_where_weights_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secateurs.pruning.block.refine, "TOKENS_A_STEP", 72)  # three sequences
+    ids, name, passes = tokens(batch=10), "model.layers.0.mlp.up_proj.weight", 2
+    blockwise = BlockwiseModel(Checkpoint(save(tmp_path / "dense", "llama")), torch.device("cpu"))
+    hidden = blockwise.embed(ids, batch_size=4)
+    with blockwise.block(0):
+        targets = [blockwise.run(0, states) for states in hidden]
+        up = blockwise.model.get_parameter(name)
+        up.data *= torch.rand(up.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        start = up.detach().clone()
+        up.data = running = start.bfloat16().float()  # a block may run in less than is stored
+        stored = {"mlp.up_proj.weight": start}
+        found = refine(blockwise, 0, stored, hidden, targets, passes=passes)
+        assert torch.equal(up, running)
+
+    model = build("llama").double()
+    wanted = torch.cat(targets).double()
+    weight = model.get_parameter(name)
+    weight.data = start.double()
+    shown = [i for i in range(10) if i % 8 != 1]
+    given, _ = first_block(model, ids)
+    energy = (wanted - given.detach()).square().sum() / 10
+    order = torch.Generator().manual_seed(0)
+    first_moment, second_moment = torch.zeros_like(weight), torch.zeros_like(weight)
+    rate = secateurs.pruning.block.refine.RATE * start[start != 0].double().square().mean().sqrt()
+    step, steps = 0, 6  # twice, of three, three and two sequences
+    for _ in range(passes):
+        for chosen in torch.randperm(len(shown), generator=order).split(3):
+            some = [shown[i] for i in chosen]
+            _, result = first_block(model, ids[some])
+            loss = (result - wanted[some]).square().sum() / energy / len(some)
+            (gradient,) = torch.autograd.grad(loss, weight)
+            gradient = gradient * (start != 0)
+            first_moment = 0.9 * first_moment + 0.1 * gradient
+            second_moment = 0.95 * second_moment + 0.05 * gradient**2
+            scaled = second_moment / (1 - 0.95 ** (step + 1))
+            now = rate * min(1, (step + 1) / 2) * (1 - step / steps)
+            weight.data -= now * first_moment / (1 - 0.9 ** (step + 1)) / (scaled.sqrt() + 1e-8)
+            step += 1
+    assert found.parameters is not None
+    moved = found.parameters["mlp.up_proj.weight"] - start
+    assert moved.norm() > 0
+    torch.testing.assert_close(moved, (weight.detach() - start).float(), rtol=0.02, atol=float(rate) * 1e-2)
+
+
+def test_products_in_half_precision_gain_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a caller who has autocast on."""
+    monkeypatch.setattr(secateurs.pruning.block.refine, "TOKENS_A_STEP", 72)
+    ids, name = tokens(batch=40), "mlp.up_proj.weight"
+    dense = save(tmp_path / "dense", "llama", dtype=torch.bfloat16)
+    blockwise = BlockwiseModel(Checkpoint(dense), torch.device("cpu"))
+    hidden = blockwise.embed(ids, batch_size=4)
+    found = []
+    with blockwise.block(0):
+        targets = [blockwise.run(0, states) for states in hidden]
+        up = blockwise.model.get_parameter(f"model.layers.0.{name}")
+        up.data *= torch.rand(up.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        for fast, within in ((False, False), (True, False), (True, True)):
+            monkeypatch.setattr(
+                secateurs.pruning.block.refine, "multiplies_bfloat16", lambda device, fast=fast: fast
+            )
+            with torch.autocast("cpu", torch.bfloat16, enabled=within):
+                found.append(refine(blockwise, 0, {name: up.detach()}, hidden, targets, passes=10))
+    assert found[0].before != found[1].before
+    gains = [refined.before - refined.after for refined in found]
+    assert gains[0] > 0.03
+    assert gains == pytest.approx([gains[0]] * 3, rel=0.05)
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_a_descent_that_makes_it_worse_is_not_taken(
+    rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secateurs.pruning.block.refine, "RATE", rate)
+    settings: Any = {"calibration": tokens(batch=4), "method": "wanda", "target": "block"}
+    dense = save(tmp_path / "dense", "opt")
+    prune(dense, output=tmp_path / "before", **settings)
+    report = prune(dense, output=tmp_path / "after", refine=1, **settings)
+    for block in report.refinements:
+        assert block.after is None or block.after >= block.before
+    assert report == Report.read(tmp_path / "after")
+    for name, tensor in tensors_of(tmp_path / "before").items():
+        assert torch.equal(tensor, tensors_of(tmp_path / "after")[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refine": -1}, "refine is a number of passes, not -1"),
+        ({"refine": 1.5}, "refine is a number of passes, not 1.5"),
+        ({"repair": 0.0}, "for 0, set target to block"),
+        ({"repair": 0.5, "target": "block"}, "repair goes with the target dense, not with block"),
+        ({"refine": 2, "target": "layer"}, "set target to block or dense"),
+        ({"refine": 2, "method": "wanda"}, "set target to block or dense"),
+        ({"refine": 2, "calibration": tokens(batch=1)}, "give two or more"),
+    ],
+)
+def test_settings_that_leave_nothing_to_refine(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "dense", "llama")
+    with pytest.raises(ValueError, match=message):
+        prune(folder, **{"output": tmp_path / "out", "calibration": tokens(), **settings})
+    assert not (tmp_path / "out").exists()
