@@ -282,7 +282,10 @@ def test_too_little_text_says_how_much_there_is(place: Place) -> None:
 
 
 def test_a_warning_is_one_line() -> None:
-    warn = "cli.demo = lambda: warnings.warn('it is\\nslow'); cli.main()"
+    warn = (
+        "cli.VERBS['demo'] = cli.VERBS['demo']._replace(run=lambda settings: warnings.warn('it is\\nslow')); "
+        "cli.main()"
+    )
     command = [sys.executable, "-c", f"import warnings; from secateurs import cli; {warn}", "demo"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "warning: it is slow\n")

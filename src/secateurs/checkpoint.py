@@ -40,12 +40,14 @@ class Checkpoint:
         self.file_of = self._weight_map()
         self.files = sorted(set(self.file_of.values()))
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # by safetensors' names
         found: dict[str, str] = {}
         for file in self.files:
             with self._open(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 - a safetensors handle is not a dict
                     found[name] = file
-                    self.shapes[name] = tuple(shard.get_slice(name).get_shape())
+                    tensor = shard.get_slice(name)
+                    self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
         for name, file in self.file_of.items():
             if found.get(name) != file:
                 raise ValueError(
@@ -169,13 +171,22 @@ def resolve(model: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError in one line if it is missing or broken."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"'{path}' is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"'{path}' is not readable JSON ({error})") from None
+    return as_object(text, f"'{path}'")
+
+
+def as_object(text: str, what: str) -> dict[str, Any]:
+    """A JSON object from text; ValueError in one line, which names `what` it is, if it is none."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is not readable JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"'{path}' does not hold a JSON object")
+        raise ValueError(f"{what} does not hold a JSON object")
     return content
 
 

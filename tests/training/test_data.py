@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import families
 from characters import characters
+from secateurs.training.arguments import trainer_arguments
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, load_conversations, packed_blocks
-from secateurs.training.settings import trainer_arguments
 
 END = 2
 USER, ANSWER = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}

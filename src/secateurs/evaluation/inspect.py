@@ -19,6 +19,7 @@ from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.evaluation.plot import grid, lines_by_kind, new_figure, percent, place, save
 from secateurs.runtime.convert import skeleton_of, unpacked
 from secateurs.runtime.quantizer import METHOD, SecateursConfig, module_name
+from secateurs.settings import takes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,19 +113,34 @@ class Inspection:
         return kinds
 
 
-def inspect(
-    model: str | Path, *, against: str | Path | None = None, output: str | Path | None = None
-) -> Inspection:
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings:
+    """Show where a model's weights went: zeros, structure and what was kept, layer by layer.
+
+    Any model folder will do, whoever pruned it.
+
+    Example: secateurs inspect my-llama-70 --against my-llama --output pictures
+    """
+
+    against: str | Path | None = None
+    """The dense model that it was made from: what was kept of its largest weights, and how the distribution
+    changed."""
+
+    output: str | Path | None = None
+    """A folder for pictures, PNG and SVG. Without it there is only the table."""
+
+
+@takes(InspectSettings)
+def inspect(model: str | Path, *, settings: InspectSettings) -> Inspection:
     """Look at every linear layer of a model's blocks.
 
     Args:
         model: a model folder, dense or compressed, or a name on the hub; pruned by whatever means.
-        against: the dense model that it was made from, for what was kept of its largest weights.
-        output: a folder for pictures, as PNG and SVG; without it there are none.
 
     Raises:
         ValueError: a folder is broken, of no supported family, quantised, or the two models differ in shape.
     """
+    against = settings.against
     pruned, dense = _Weights(model), None if against is None else _Weights(against)
     for name, shape in pruned.shapes.items():
         if dense is not None and dense.shapes.get(name) != shape:
@@ -139,8 +155,8 @@ def inspect(
             for name, kind in pruned.kinds.items()
         ],
     )
-    if output is not None:
-        draw(inspection, Path(output))
+    if settings.output is not None:
+        draw(inspection, Path(settings.output))
     return inspection
 
 

@@ -1,14 +1,16 @@
 """Measure a model folder: load it, then perplexity on each text and lm-eval's tasks."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from secateurs.checkpoint import resolve
+from secateurs.device import resolve_device
 from secateurs.evaluation.perplexity import perplexity
 from secateurs.evaluation.tasks import evaluate_tasks
 from secateurs.runtime.load import load_model
+from secateurs.settings import InWindows, OnDevice, takes
 from secateurs.text import evaluation_tokens, load_tokenizer
 
 
@@ -27,47 +29,71 @@ class Measurement:
         return f"{self.on}: {self.metric} {self.value:.4f} ({self.seconds:.1f} s)"
 
 
-def evaluate(
-    model: str | Path,
-    *,
-    text: Sequence[str | Path] = (),
-    tasks: Sequence[str] = (),
-    length: int | None = None,
-    field: str = "text",
-    device: str | None = None,
-    batch_size: int | None = None,
-    task_data: str | Path | None = None,
-    limit: int | None = None,
-) -> Iterator[Measurement]:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(InWindows, OnDevice):
+    """Measure a model, dense or pruned: perplexity on texts, accuracy on lm-eval's tasks.
+
+    Perplexity is that of the SparseGPT line of papers: the joined text in windows that do not overlap.
+
+    Example: secateurs eval my-llama-70 --text wikitext2 novel.txt --tasks piqa
+    """
+
+    text: tuple[str | Path, ...] = ()
+    """Texts: files, folders (docs/text.md says of what), datasets on the hub, or wikitext2, ptb, c4."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of lm-eval's tasks."""
+
+    batch_size: int | None = None
+    """Windows run at once, by default 4096 tokens' worth; of tasks questions, by default 8."""
+
+    task_data: str | Path | None = None
+    """A folder with the tasks' data, where the hub is out of reach."""
+
+    limit: int | None = None
+    """Documents per task. By default all."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what does not suit."""
+        if not self.text and not self.tasks:
+            raise ValueError("nothing to measure: give texts or tasks")
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is at least 1, not {value}")
+        resolve_device(self.device)
+
+
+@takes(EvaluateSettings)
+def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measurement]:
     """Measure a model, dense or pruned; each figure comes as soon as it is known.
 
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub.
-        text: what to measure perplexity on; see `secateurs.text.load_text`.
-        tasks: names of lm-eval's tasks; see `evaluate_tasks`, also for `task_data` and `limit`.
-        length: tokens in a window of text; see `perplexity`.
-        field: see `secateurs.text.load_text`.
-        device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
-        batch_size: windows run at once, by default 4096 tokens' worth; for tasks questions, by default 8.
 
     Raises:
         ValueError: the model, a text or a task cannot be had, or does not suit.
         FloatingPointError: a loss is NaN or infinite.
     """
-    if not text and not tasks:
-        raise ValueError("nothing to measure: give texts or tasks")
     folder = resolve(model)
-    loaded = load_model(folder, device)
+    loaded = load_model(folder, settings.device)
     tokenizer = load_tokenizer(folder)
-    for source in text:
+    for source in [settings.text] if isinstance(settings.text, str | Path) else settings.text:
         start = time.perf_counter()
-        tokens = evaluation_tokens(source, tokenizer, field=field)
-        value = perplexity(loaded, tokens, length=length, batch_size=batch_size, progress=True)
+        tokens = evaluation_tokens(source, tokenizer, field=settings.field)
+        value = perplexity(
+            loaded, tokens, length=settings.length, batch_size=settings.batch_size, progress=True
+        )
         yield Measurement(str(source), "perplexity", value, time.perf_counter() - start)
-    if tasks:
+    if settings.tasks:
         start = time.perf_counter()
         figures = evaluate_tasks(
-            loaded, tokenizer, list(tasks), task_data=task_data, limit=limit, batch_size=batch_size or 8
+            loaded,
+            tokenizer,
+            list(settings.tasks),
+            task_data=settings.task_data,
+            limit=settings.limit,
+            batch_size=settings.batch_size or 8,
         )
         seconds = time.perf_counter() - start
         for task, metrics in figures.items():

@@ -4,10 +4,12 @@ matplotlib's figures are made directly, without pyplot: no window, no backend, n
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateurs.pruning.record import RECORD, MLPReport, Report
+from secateurs.settings import takes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,12 +19,23 @@ PANEL = (3.2, 2.4)
 """Inches of one panel of a grid."""
 
 
-def plot(folder: str | Path, output: str | Path | None = None) -> list[Path]:
+@dataclass(frozen=True)
+class PlotSettings:
+    """Draw what the record of a pruned model holds: error and sparsity per layer, convergence per block.
+
+    Example: secateurs plot my-llama-70
+    """
+
+    output: str | Path | None = None
+    """A folder for the pictures, PNG and SVG. By default `plots` inside the model's."""
+
+
+@takes(PlotSettings)
+def plot(folder: str | Path, *, settings: PlotSettings) -> list[Path]:
     """Draw what became of each layer, and how the iterations on each MLP converged if there were any.
 
     Args:
-        folder: of a pruned model.
-        output: for the pictures; by default `plots` inside the folder. Older ones are replaced.
+        folder: of a pruned model. Older pictures are replaced.
 
     Returns:
         The files: `layers` and perhaps `convergence`, each as .png and .svg.
@@ -34,7 +47,7 @@ def plot(folder: str | Path, output: str | Path | None = None) -> list[Path]:
     if not (folder / RECORD).is_file():
         raise ValueError(f"'{folder}' has no {RECORD}: only what `secateurs prune` wrote can be plotted")
     report = Report.read(folder)
-    output = folder / "plots" if output is None else Path(output)
+    output = folder / "plots" if settings.output is None else Path(settings.output)
     files = save(_layers(report), output, "layers")
     if report.mlps:
         files += save(_convergence(report.mlps), output, "convergence")

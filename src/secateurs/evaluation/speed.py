@@ -14,6 +14,7 @@ from secateurs.device import resolve_device
 from secateurs.evaluation.perplexity import perplexity
 from secateurs.runtime.generate import Pace, check_positions, greedy_tokens, memory_bytes
 from secateurs.runtime.load import load_model
+from secateurs.settings import OnDevice, takes
 from secateurs.text import evaluation_tokens, load_tokenizer
 
 PROMPT_TOKENS = 128
@@ -43,35 +44,41 @@ class Cost:
     perplexity: float | None
 
 
-def bench(
-    model: str | Path,
-    *,
-    against: str | Path | None = None,
-    text: str | None = None,
-    device: str | None = None,
-) -> list[Cost]:
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings(OnDevice):
+    """Measure what a model costs to run: bytes, memory, tokens per second, perplexity.
+
+    Example: secateurs bench my-llama-70-small --against my-llama --text wikitext2
+    """
+
+    against: str | Path | None = None
+    """Another model, to compare with."""
+
+    text: str | Path | None = None
+    """To measure perplexity on: a file, a folder, or a name as `eval` takes it."""
+
+
+@takes(BenchSettings)
+def bench(model: str | Path, *, settings: BenchSettings) -> list[Cost]:
     """Measures a model, and another beside it, each in a process of its own.
 
     Args:
         model: a model folder or a name on the Hugging Face hub, dense or compressed.
-        against: another one.
-        text: for the perplexity, as `secateurs.text.evaluation_tokens` takes it.
-        device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
 
     Raises:
         ValueError: a model is broken, the device is not there, or the text cannot be had.
     """
     costs = []
-    names = [str(name) for name in (model, against) if name is not None]
+    names = [str(name) for name in (model, settings.against) if name is not None]
     for name in names:
         Checkpoint(resolve(name))
     for name in names:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            costs.append(pool.submit(_cost, name, text, device).result())
+            costs.append(pool.submit(_cost, name, settings.text, settings.device).result())
     return costs
 
 
-def _cost(name: str, text: str | None, device: str | None) -> Cost:
+def _cost(name: str, text: str | Path | None, device: str | None) -> Cost:
     folder, where = resolve(name), resolve_device(device)
     tokens = None if text is None else evaluation_tokens(text, load_tokenizer(folder))
     before = memory_bytes(where)

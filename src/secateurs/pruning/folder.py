@@ -1,8 +1,8 @@
 """The folder a run works in until its output is complete.
 
-`OUTPUT.partial/model` fills with shards and becomes `OUTPUT` by one rename; `OUTPUT.partial/progress`
-remembers what the shards do not say. Every file appears whole or not at all, a block's shard after its
-report: a block is done if its shard is there.
+`OUTPUT.partial/model` has the weight files from the start, fills them block by block, and becomes `OUTPUT`
+by one rename. `OUTPUT.partial/progress` remembers what they do not say, in files that appear whole or not
+at all: a block is done if its report is there, which is written once its weights are on the disk.
 """
 
 import hashlib
@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
-from secateurs.checkpoint import INDEX, Checkpoint, copy_file, read_json, write_json, write_tensors
+from secateurs.checkpoint import Checkpoint, copy_file, read_json, write_json
 from secateurs.pattern import parse_pattern
 from secateurs.pruning.allocation.survey import Patterns
 from secateurs.pruning.record import RECORD, BlockReport, Report
+from secateurs.shards import Shards, Stored
 from secateurs.version import __version__
 
 MARGIN_BYTES = 16 * 2**20  # for the reports
 
-FORMAT = 2
+FORMAT = 3
 """Of what the folder holds: a run does not go on in another."""
 
 
@@ -40,7 +40,8 @@ class WorkFolder:
         output: the folder that the run is to make.
         checkpoint: the model that it prunes.
         blocks: for each of its blocks, the names in the files of its tensors.
-        settings: all that decides the resulting weights.
+        settings: all that decides the result.
+        most: bytes in one weight file.
 
     Raises:
         ValueError: the output folder, or an unfinished one, holds something else than this run's work.
@@ -48,7 +49,13 @@ class WorkFolder:
     """
 
     def __init__(
-        self, output: Path, checkpoint: Checkpoint, blocks: list[list[str]], settings: dict[str, Any]
+        self,
+        output: Path,
+        checkpoint: Checkpoint,
+        blocks: list[list[str]],
+        settings: dict[str, Any],
+        *,
+        most: int,
     ) -> None:
         # Through links: the last step is a rename, which would replace or trip over a link itself.
         self.output, self.checkpoint, self.settings = output.resolve(), checkpoint, settings
@@ -72,8 +79,15 @@ class WorkFolder:
         self.model, self.progress = self.partial / "model", self.partial / "progress"
         inside = {name for names in blocks for name in names}
         self.parts = [sorted(set(checkpoint.file_of) - inside), *blocks]
-        count = len(self.parts)
-        self.shards = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        self.shards = Shards(
+            self.model,
+            {
+                name: Stored(checkpoint.dtypes[name], checkpoint.shapes[name])
+                for names in self.parts
+                for name in names
+            },
+            most=most,
+        )
         self.phases = dict.fromkeys(("load", "run", "solve", "refine", "write"), 0.0)
         self.mark = self.progress / "run.json"
         self.finished = self._is_finished()
@@ -108,9 +122,8 @@ class WorkFolder:
                 "delete it or give another output folder"
             )
         parent = next(folder for folder in self.output.parents if folder.exists())
-        written = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
         beside = sum(path.stat().st_size for path in self.checkpoint.companions())
-        needed = self.checkpoint.bytes - written + beside + MARGIN_BYTES
+        needed = self.shards.missing_bytes + beside + MARGIN_BYTES
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise OSError(
@@ -121,6 +134,7 @@ class WorkFolder:
             # The mark makes the folder ours, so it must be there before any other file is.
             self.progress.mkdir(exist_ok=True)
             write_json(self.mark, {"run": self.run, "settings": self.settings})
+        self.shards.lay_out()
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -133,9 +147,10 @@ class WorkFolder:
 
     def write_outside(self) -> None:
         """Copy what lies outside the blocks: first of all, so that NaN there is found before the work."""
-        shard = self.model / self.shards[0]
-        if not shard.exists():
-            write_tensors(shard, self.checkpoint.load(self.parts[0]))
+        done = self.progress / "outside.json"
+        if not done.exists():
+            self.shards.write((name, self.checkpoint.load([name])[name]) for name in self.parts[0])
+            write_json(done, {})
 
     def allocation(self, survey: Callable[[], Patterns]) -> Patterns:
         """Each layer's pattern by a survey, which is made once: a run that goes on remembers it."""
@@ -146,8 +161,7 @@ class WorkFolder:
 
     def block(self, index: int) -> dict[str, Tensor] | None:
         """A finished block's tensors by their names in the files, or None."""
-        shard = self.model / self.shards[index + 1]
-        return load_file(shard) if shard.exists() else None
+        return self.shards.read(self.parts[index + 1]) if self._report(index).exists() else None
 
     def write_block(
         self,
@@ -156,16 +170,16 @@ class WorkFolder:
         report: BlockReport,
         seconds: float,
     ) -> None:
-        """Record a block as done: its report first, then the shard that makes it count."""
+        """Record a block as done: its weights first, then the report that makes them count."""
+        self.shards.write(weights.items())
         write_json(self._report(index), {"seconds": seconds, "phases": self.phases, **asdict(report)})
         self.phases = dict.fromkeys(self.phases, 0.0)
-        write_tensors(self.model / self.shards[index + 1], weights)
 
     def _report(self, index: int) -> Path:
         return self.progress / f"block-{index:05}.json"
 
     def finish(self, seconds: float) -> Report:
-        """Turn the working folder, all of whose shards are there, into the output.
+        """Turn the working folder, all of whose blocks are done, into the output.
 
         Args:
             seconds: what the run took beside its blocks.
@@ -173,13 +187,7 @@ class WorkFolder:
         with self.clock("write"):
             for companion in self.checkpoint.companions():
                 copy_file(companion, self.model / companion.name)
-            weight_map = {
-                name: shard for shard, names in zip(self.shards, self.parts, strict=True) for name in names
-            }
-            write_json(
-                self.model / INDEX,
-                {"metadata": {"total_size": self.checkpoint.tensor_bytes}, "weight_map": weight_map},
-            )
+            self.shards.finish()
         blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
         counted = [self.phases, *(block["phases"] for block in blocks)]
         record = {

@@ -22,6 +22,8 @@ from secateurs.runtime.quantizer import (
     matching_layers,
     module_name,
 )
+from secateurs.runtime.settings import CompressSettings, DecompressSettings
+from secateurs.settings import takes
 
 WORTH = 0.9  # of the dense bytes: saving less does not pay for expanding the layer at every long prompt
 
@@ -42,13 +44,19 @@ class Compression:
     bytes_before: int
     bytes_after: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers compressed, {self.dense_layers} left dense; "
+            f"{self.bytes_before / 1e6:.1f} MB became {self.bytes_after / 1e6:.1f} MB"
+        )
 
-def compress(model: str | Path, output: Path) -> Compression:
+
+@takes(CompressSettings)
+def compress(model: str | Path, *, settings: CompressSettings) -> Compression:
     """Writes a pruned model in the compressed format, which `from_pretrained` loads after `import secateurs`.
 
     Args:
         model: a model folder or a name on the Hugging Face hub.
-        output: a folder that does not exist yet.
 
     Raises:
         ValueError: the model is broken, already compressed or quantised, or the output exists.
@@ -75,31 +83,32 @@ def compress(model: str | Path, output: Path) -> Compression:
         return result
 
     def compressed(config: dict[str, Any]) -> dict[str, Any]:
-        settings = {"quant_method": METHOD, "version": VERSION, "layers": layers}
-        return config | {"quantization_config": settings, "transformers_weights": GUARD}
+        written = {"quant_method": METHOD, "version": VERSION, "layers": layers}
+        return config | {"quantization_config": written, "transformers_weights": GUARD}
 
+    output = Path(settings.output)
     _rewrite(checkpoint, output, packed, compressed)
     after = Checkpoint(output)
     return Compression(len(layers), len(shapes) - len(layers), checkpoint.bytes, after.bytes)
 
 
-def decompress(model: str | Path, output: Path) -> None:
+@takes(DecompressSettings)
+def decompress(model: str | Path, *, settings: DecompressSettings) -> None:
     """Writes a compressed model as an ordinary dense one: what was compressed, up to the sign of zeros.
 
     Args:
         model: a compressed model folder or a name on the Hugging Face hub.
-        output: a folder that does not exist yet.
 
     Raises:
         ValueError: the model is broken or not compressed, or the output exists.
     """
     checkpoint = Checkpoint(resolve(model))
-    settings = checkpoint.config.get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+    packing = checkpoint.config.get("quantization_config")
+    if not isinstance(packing, dict) or packing.get("quant_method") != METHOD:
         raise ValueError(f"'{checkpoint.folder}' is not compressed")
     skeleton = skeleton_of(checkpoint)
     files = [checkpoint.folder / file for file in checkpoint.files]
-    layouts = matching_layers(SecateursConfig.from_dict(settings).layers, skeleton, files)
+    layouts = matching_layers(SecateursConfig.from_dict(packing).layers, skeleton, files)
 
     def dense(key: str, packed: torch.Tensor) -> torch.Tensor:
         name = (
@@ -113,7 +122,7 @@ def decompress(model: str | Path, output: Path) -> None:
     def plain(config: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in config.items() if k not in ("quantization_config", "transformers_weights")}
 
-    _rewrite(checkpoint, output, dense, plain)
+    _rewrite(checkpoint, Path(settings.output), dense, plain)
 
 
 def unpacked(name: str, packed: torch.Tensor, layout: Layout) -> torch.Tensor:

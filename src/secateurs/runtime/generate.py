@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateurs.checkpoint import resolve
 from secateurs.runtime.load import load_model
+from secateurs.runtime.settings import GenerateSettings
+from secateurs.settings import takes
 from secateurs.text import load_tokenizer
 
 
@@ -82,16 +84,12 @@ def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterato
         yield token
 
 
-def generate(
-    model: str | Path, prompt: str, *, tokens: int = 100, device: str | None = None, pace: Pace | None = None
-) -> Iterator[str]:
+@takes(GenerateSettings)
+def generate(model: str | Path, *, settings: GenerateSettings, pace: Pace | None = None) -> Iterator[str]:
     """Continues a prompt greedily. What can be wrong is found before this returns.
 
     Args:
         model: a model folder or a name on the Hugging Face hub, dense or compressed.
-        prompt: to continue.
-        tokens: at most so many new ones; fewer if the model ends its text.
-        device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
         pace: is updated as tokens come.
 
     Returns:
@@ -103,14 +101,14 @@ def generate(
     """
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    if ids.numel() == 0 or tokens < 1:
-        raise ValueError("there is nothing to generate: the prompt is empty, or no tokens are asked for")
-    loaded = load_model(folder, device)
-    check_positions(loaded, ids.numel() + tokens)
+    ids = tokenizer(settings.prompt, return_tensors="pt").input_ids
+    if ids.numel() == 0:
+        raise ValueError("there is nothing to generate: the prompt is empty")
+    loaded = load_model(folder, settings.device)
+    check_positions(loaded, ids.numel() + settings.tokens)
     new_tokens = greedy_tokens(loaded, ids.to(loaded.device), pace or Pace())
     ends = loaded.generation_config.eos_token_id if loaded.generation_config is not None else None
-    return _pieces(new_tokens, tokens, set(ends if isinstance(ends, list) else [ends]), tokenizer)
+    return _pieces(new_tokens, settings.tokens, set(ends if isinstance(ends, list) else [ends]), tokenizer)
 
 
 def _pieces(

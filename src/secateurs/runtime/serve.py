@@ -6,22 +6,22 @@ from typing import Any
 
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.device import resolve_device
+from secateurs.runtime.settings import ServeSettings
+from secateurs.settings import takes
 
 
-def serve(model: str | Path, *, host: str = "localhost", port: int = 8000, device: str | None = None) -> None:
+@takes(ServeSettings)
+def serve(model: str | Path, *, settings: ServeSettings) -> None:
     """Serves a model over HTTP until interrupted: `/v1/completions`, `/v1/chat/completions`, `/v1/models`.
 
     Args:
         model: a model folder or a name on the Hugging Face hub, dense or compressed. Clients call it by its
             folder, as `/v1/models` tells them.
-        host: address to listen on.
-        port: to listen on.
-        device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
 
     Raises:
         ValueError: the model is broken, or transformers' serving extra is not installed.
     """
-    folder, where = Checkpoint(resolve(model)).folder, resolve_device(device)
+    folder, where = Checkpoint(resolve(model)).folder, resolve_device(settings.device)
     entry = {"id": str(folder), "object": "model", "created": int(time.time()), "owned_by": "secateurs"}
     try:
         from transformers.cli.serve import Serve
@@ -30,6 +30,6 @@ def serve(model: str | Path, *, host: str = "localhost", port: int = 8000, devic
         # `/v1/models` would list the hub's cache, or fail where there is none, but never this model.
         manager: Any = ModelManager
         manager.get_gen_models = staticmethod(lambda cache_dir=None: [entry])
-        Serve(force_model=str(folder), host=host, port=port, device=str(where))
+        Serve(force_model=str(folder), host=settings.host, port=settings.port, device=str(where))
     except ImportError as error:
         raise ValueError(f"serving needs `pip install 'secateurs[serve]'` ({error})") from None

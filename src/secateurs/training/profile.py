@@ -22,6 +22,7 @@ from secateurs.anatomy import family_of
 from secateurs.checkpoint import Checkpoint, resolve, write_json
 from secateurs.device import resolve_device
 from secateurs.runtime.load import load_model
+from secateurs.settings import OfText, OnDevice, takes
 from secateurs.text import evaluation_tokens, load_tokenizer
 from secateurs.training.model import read_config, sequence_length
 
@@ -85,26 +86,35 @@ class _Count:
         )
 
 
-def profile(
-    model: str | Path,
-    *,
-    text: str | Path,
-    output: str | Path | None = None,
-    samples: int = 32,
-    length: int | None = None,
-    field: str = "text",
-    device: str | None = None,
-) -> list[BlockProfile]:
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings(OfText, OnDevice):
+    """Measure how many heads and channels of a model are barely active: what sparse training may skip.
+
+    Example: secateurs profile my-llama --text wikitext2 --output activity
+    """
+
+    text: str | Path
+    """A file, a folder, or a name as `eval` takes it."""
+
+    output: str | Path | None = None
+    """A folder to make, for the figures (`profile.json`) and a picture (`profile.png` and `profile.svg`)."""
+
+    samples: int = 32
+    """Windows of the text to read: the first ones, or as many as there are."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what does not suit."""
+        if self.samples < 1:
+            raise ValueError(f"there must be at least 1 sample, not {self.samples}")
+        resolve_device(self.device)
+
+
+@takes(ProfileSettings)
+def profile(model: str | Path, *, settings: ProfileSettings) -> list[BlockProfile]:
     """Measure how active the heads and channels of a model are on a text.
 
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub. It is only read.
-        text: see `secateurs.text.load_text`.
-        output: a folder to make, for `profile.json` and a picture, `profile.png` and `profile.svg`.
-        samples: windows of the text to read, the first ones, or as many as there are.
-        length: tokens in each; by default as many as the model was made for, and at most 2048.
-        field: see `secateurs.text.load_text`.
-        device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
 
     Returns:
         A profile for each block.
@@ -113,24 +123,22 @@ def profile(
         ValueError: the model, the text or the output folder do not suit; found before the model is loaded.
         FloatingPointError: an activation is NaN or infinite; names the block.
     """
-    folder, where = resolve(model), resolve_device(device)
+    folder, text, output = resolve(model), settings.text, settings.output
     if output is not None and Path(output).exists():
         raise ValueError(f"'{output}' exists: give another output folder")
-    length = sequence_length(length, read_config(Checkpoint(folder)))
-    if samples < 1:
-        raise ValueError(f"there must be at least 1 sample, not {samples}")
-    tokens = evaluation_tokens(text, load_tokenizer(folder), field=field)
-    windows = min(samples, len(tokens) // length)
+    length = sequence_length(settings.length, read_config(Checkpoint(folder)))
+    tokens = evaluation_tokens(text, load_tokenizer(folder), field=settings.field)
+    windows = min(settings.samples, len(tokens) // length)
     if not windows:
         raise ValueError(
             f"'{text}' has {len(tokens)} tokens, one window needs {length}: give more, or shorter windows"
         )
     blocks = measure_activity(
-        load_model(folder, str(where)), tokens[: windows * length].view(windows, length)
+        load_model(folder, settings.device), tokens[: windows * length].view(windows, length)
     )
     if output is not None:
-        settings = {"model": str(model), "text": str(text), "windows": windows, "length": length}
-        _write(Path(output), blocks, settings)
+        record = {"model": str(model), "text": str(text), "windows": windows, "length": length}
+        _write(Path(output), blocks, record)
     return blocks
 
 

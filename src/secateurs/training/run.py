@@ -5,10 +5,9 @@ a pruned model's zeros, and one that shows the progress. The output is an ordina
 when it is complete; until then the same command resumes from the last checkpoint.
 """
 
-import importlib.util
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
     TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
@@ -30,54 +28,32 @@ from secateurs.anatomy import family_of, linear_weight
 from secateurs.checkpoint import Checkpoint, copy_file, resolve
 from secateurs.finite import all_finite
 from secateurs.runtime.load import load_model
+from secateurs.settings import takes
 from secateurs.text import load_tokenizer
-from secateurs.training.callback import Importance, Select, SparsityAcceleratedTraining
+from secateurs.training.arguments import (
+    CHAT_DEFAULTS,
+    DEFAULTS,
+    LORA_DEFAULTS,
+    arguments_kind,
+    hardware,
+    read_settings,
+    trainer_arguments,
+)
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
 from secateurs.training.folder import TrainingFolder
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.model import read_config, sequence_length
 from secateurs.training.omission import units_of
 from secateurs.training.report import TrainingReport
-from secateurs.training.settings import (
-    CHAT_DEFAULTS,
-    DEFAULTS,
-    LORA_DEFAULTS,
-    hardware,
-    read_settings,
-    trainer_arguments,
-)
+from secateurs.training.settings import TrainSettings
 from secateurs.training.watch import Watch
 from secateurs.version import __version__
 
 PRUNED = 0.01  # share of zeros in a layer from which on they are meant
 
 
-def train(
-    model: str | Path,
-    *,
-    output: str | Path,
-    text: str | Path | None = None,
-    chat: str | Path | None = None,
-    validation: str | Path | None = None,
-    field: str = "text",
-    omission: float = 0.5,
-    importance: Importance = "weighted",
-    select: Select = "topk",
-    schedule: str = "ladder",
-    epochs: float | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    accumulation: int | None = None,
-    learning_rate: float | None = None,
-    warmup: float | None = None,
-    length: int | None = None,
-    lora: int | None = None,
-    seed: int | None = None,
-    settings: str | Path | None = None,
-    report_to: Sequence[str] = (),
-    device: str | None = None,
-    progress: bool = False,
-) -> TrainingReport:
+@takes(TrainSettings)
+def train(model: str | Path, *, settings: TrainSettings, progress: bool = False) -> TrainingReport:
     """Train a pretrained decoder into a new folder that transformers loads.
 
     Continual pre-training on a text, or supervised fine-tuning on the answers in conversations, by
@@ -87,28 +63,6 @@ def train(
 
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub. It is only read.
-        output: the new folder. Must not exist, unless this same run made it.
-        text: what to pre-train on; see `secateurs.training.data.packed_blocks`.
-        chat: a jsonl file to fine-tune on instead; see `secateurs.training.data.load_conversations`.
-        validation: of the same kind, for the loss at the end (and during training, by `settings`).
-        field: of jsonl, parquet or dataset rows of text: the one that holds it.
-        omission: highest share of heads and channels that a step omits, in [0, 1); 0 is plain training.
-        importance: what decides which; see `SparsityAcceleratedTraining`, also for `select` and `schedule`.
-        epochs: passes over the data, by default one.
-        steps: optimiser steps, instead of epochs.
-        batch_size: sequences on each device at once, by default 8.
-        accumulation: batches of an optimiser step, by default 1.
-        learning_rate: its peak, by default 5e-5 and with LoRA 2e-4.
-        warmup: steps, or share of all steps below 1, until the peak; by default 0.03.
-        length: tokens in a block of text, or at most in a conversation (a longer one is cut); by default as
-            many as the model was made for, at most 2048.
-        lora: rank of adapters (PEFT) on all linear layers of the blocks, trained in the weights' place and
-            merged into them at the end.
-        seed: of the order of the data and of everything else, by default 0.
-        settings: a YAML file of Trainer's settings (`transformers.TrainingArguments`, for conversations TRL's
-            `SFTConfig`); arguments given here come before it.
-        report_to: loggers that Trainer knows: tensorboard, wandb, mlflow...
-        device: "cpu" or "cuda"; by default a GPU where there is one.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -120,43 +74,20 @@ def train(
         FloatingPointError: the loss is not finite any more; the last checkpoint stays.
         OSError: the disk is too small or fails. What is done stays, and the same call continues.
     """
-    if (text is None) == (chat is None):
-        raise ValueError("give either text to pre-train on or chat to fine-tune on")
-    if lora is not None:
-        _need("peft")
-        if lora < 1:
-            raise ValueError(f"the rank of LoRA is at least 1, not {lora}")
-    kind: type[TrainingArguments] = TrainingArguments
-    if chat is not None:
-        _need("trl")
-        from trl import SFTConfig
-
-        kind = SFTConfig
-    given = {
-        "num_train_epochs": epochs,
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup,
-        "seed": seed,
-        "report_to": list(report_to) or None,
-    }
+    chat, lora = settings.chat is not None, settings.lora
+    kind = arguments_kind(chat)
     trainer = {
         **DEFAULTS,
         **(LORA_DEFAULTS if lora else {}),
-        **(CHAT_DEFAULTS if chat is not None else {}),
-        **({} if settings is None else read_settings(Path(settings), kind)),
-        **{name: value for name, value in given.items() if value is not None},
-        **hardware(device),
+        **(CHAT_DEFAULTS if chat else {}),
+        **({} if settings.settings is None else read_settings(Path(settings.settings), kind)),
+        **settings.trainer,
+        **hardware(settings.device),
     }
-    sparse = SparsityAcceleratedTraining(
-        omission, schedule=schedule, importance=importance, select=select, seed=trainer["seed"]
-    )
+    sparse = settings.callback(seed=trainer["seed"])
     checkpoint = Checkpoint(resolve(model))
-    if Path(output).resolve() == checkpoint.folder.resolve():
-        raise ValueError(f"'{output}' is the model's own folder: give another output folder")
+    if Path(settings.output).resolve() == checkpoint.folder.resolve():
+        raise ValueError(f"'{settings.output}' is the model's own folder: give another output folder")
     if checkpoint.config.get("quantization_config"):
         raise ValueError(
             f"'{checkpoint.folder}' holds quantised or compressed weights, which cannot be trained: "
@@ -164,23 +95,25 @@ def train(
         )
     config = read_config(checkpoint)
     heads = units_of(family_of(config).sizes(config))["attention"].size
-    if round(omission * heads) == heads:
-        raise ValueError(f"omission {omission} leaves a layer none of {heads} heads: choose a lower one")
-    length = sequence_length(length, config)
+    if round(settings.omission * heads) == heads:
+        raise ValueError(
+            f"omission {settings.omission} leaves a layer none of {heads} heads: choose a lower one"
+        )
+    length = sequence_length(settings.length, config)
     tokenizer = load_tokenizer(checkpoint.folder)
-    data = _read(text, chat, validation, field, length, tokenizer)
+    data = _read(settings, length, tokenizer)
     if data.validation is None and trainer.get("eval_strategy", "no") != "no":
         raise ValueError("the settings ask for evaluation during training, which needs validation data")
     chosen = {
         "model": str(model),
-        "text": None if text is None else str(text),
-        "chat": None if chat is None else str(chat),
-        "field": field,
+        "text": None if settings.text is None else str(settings.text),
+        "chat": None if settings.chat is None else str(settings.chat),
+        "field": settings.field,
         "sha256": data.digest,
-        "omission": omission,
-        "schedule": schedule,
-        "importance": importance,
-        "select": select,
+        "omission": settings.omission,
+        "schedule": settings.schedule,
+        "importance": settings.importance,
+        "select": settings.select,
         "length": length,
         "lora": lora,
         "trainer": {name: value for name, value in trainer.items() if name != "report_to"},
@@ -191,7 +124,7 @@ def train(
         "transformers": transformers.__version__,
     }
     work = TrainingFolder(
-        Path(output), {"settings": chosen, "versions": versions, "model": checkpoint.identity()}
+        Path(settings.output), {"settings": chosen, "versions": versions, "model": checkpoint.identity()}
     )
     trainer["output_dir"] = str(work.checkpoints)
     arguments = trainer_arguments(kind, {**trainer, **data.settings})
@@ -206,9 +139,9 @@ def train(
     adapted: Any = _with_adapters(loaded, lora) if lora else loaded.float()
     masks = Masks.of_zeros(adapted) if pruned else None
     callbacks: list[TrainerCallback] = [KeepZeros(masks)] if masks else []
-    if omission:
+    if settings.omission:
         callbacks.append(sparse)
-    watch = Watch(sparse if omission else None, shown=progress)
+    watch = Watch(sparse if settings.omission else None, shown=progress)
     work.begin()
     with _quiet(), _without_cache(loaded):
         run = data.trainer(
@@ -238,8 +171,8 @@ def train(
             "steps": run.state.global_step,
             "tokens": run.state.num_input_tokens_seen,
             "peak_memory_bytes": _peak_memory_bytes(arguments.device),
-            "flops": sparse.training.flops_done if omission else None,
-            "dense_flops": sparse.training.flops_dense if omission else None,
+            "flops": sparse.training.flops_done if settings.omission else None,
+            "dense_flops": sparse.training.flops_dense if settings.omission else None,
             "train_loss": _recent_loss(run.state),
             "validation_loss": loss,
         }
@@ -254,30 +187,22 @@ def train(
     return TrainingReport.read(work.output)
 
 
-def _need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"this needs {package}, which is not installed: pip install 'secateurs[train]'")
-
-
-def _read(
-    text: str | Path | None,
-    chat: str | Path | None,
-    validation: str | Path | None,
-    field: str,
-    length: int,
-    tokenizer: PreTrainedTokenizerBase,
-) -> TextData | ChatData:
-    if text is not None:
-        blocks = packed_blocks(text, tokenizer, length=length, field=field)
+def _read(settings: TrainSettings, length: int, tokenizer: PreTrainedTokenizerBase) -> TextData | ChatData:
+    """The data to train on."""
+    field, validation = settings.field, settings.validation
+    if settings.text is not None:
+        blocks = packed_blocks(settings.text, tokenizer, length=length, field=field)
         if validation is None:
             return TextData(blocks, None)
         return TextData(
             blocks, packed_blocks(validation, tokenizer, length=length, field=field, split="evaluation")
         )
-    assert chat is not None
+    assert settings.chat is not None
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     data = ChatData(
-        load_conversations(chat), None if validation is None else load_conversations(validation), length
+        load_conversations(settings.chat),
+        None if validation is None else load_conversations(validation),
+        length,
     )
     data.check_template(tokenizer)
     return data

@@ -1,110 +1,134 @@
-"""Trainer's settings: our defaults, a YAML file, and what is wrong with them as one line before the work."""
+"""What `train` can be told."""
 
-import dataclasses
-import difflib
-import warnings
+import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-import yaml
-from transformers import TrainingArguments
+from secateurs.settings import OfText
+from secateurs.shards import size_in_bytes
+from secateurs.training.callback import Importance, Select, SparsityAcceleratedTraining
 
-from secateurs.device import resolve_device
-
-DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 1.0,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 5e-5,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,
-    "seed": 0,
-    "logging_steps": 0.01,
-    "save_steps": 0.1,
-    "save_total_limit": 2,
-    "report_to": "none",
-}
-CHAT_DEFAULTS = {"gradient_checkpointing": False}  # TRL's is True
-LORA_DEFAULTS = {"learning_rate": 2e-4}
-
-# What a settings file may not say, and what says it.
-TAKEN = {
-    "output_dir": "--output",
-    "resume_from_checkpoint": "the same command again",
-    "max_length": "--length",
-    "use_cpu": "--device",
-}
-LEAST = {
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "num_train_epochs": 0,
-}
+ScheduleName = Literal["ladder", "constant", "linear", "cubic"]
 
 
-def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
-    """Trainer's settings by name from a YAML file.
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(OfText):
+    """Train a pretrained model on text or conversations, skipping what matters least at the moment.
 
-    Raises:
-        ValueError: the file cannot be read, or says what is no setting of `kind`, or not for it to say.
+    Steps run on a part of the heads and channels, and at the end of training on all of them. A pruned model
+    keeps its zeros. Interrupt it whenever you like: the same command continues from the last checkpoint.
+
+    Example: secateurs train my-llama --text papers/ --validation held-out.txt --output my-llama-papers
+
+    Example: secateurs train my-llama --chat questions.jsonl --epochs 2 --output my-llama-chat
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read '{path}': {error.strerror or error}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"'{path}' is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' does not hold Trainer's settings by name")
-    known = {field.name for field in dataclasses.fields(kind) if field.init}
-    for name in content:
-        if name in TAKEN:
-            raise ValueError(f"'{path}': '{name}' is not for this file to say, but for {TAKEN[name]}")
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise ValueError(f"'{path}': Trainer has no setting '{name}'{hint}")
-    return content
 
+    output: str | Path
+    """The folder to make. It must not exist, unless this same command began it."""
 
-def hardware(device: str | None) -> dict[str, Any]:
-    """Trainer's settings for "cpu", "cuda" or the default, with autocast where it pays.
+    text: str | Path | None = None
+    """What to pre-train on: a file, a folder or a dataset's name (docs/text.md)."""
 
-    Raises:
-        ValueError: the device is not there, or none to train on.
-    """
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(
-            f"'{device}' is no device to train on: use cpu, or cuda with CUDA_VISIBLE_DEVICES to choose a GPU"
+    chat: str | Path | None = None
+    """What to fine-tune on instead: conversations (docs/text.md). The loss is that of the answers only."""
+
+    validation: str | Path | None = None
+    """The same kind of data, for the loss on text that was not trained on."""
+
+    omission: float = 0.5
+    """Highest share of heads and channels that a step skips, in [0, 1). 0 is plain training."""
+
+    importance: Importance = "weighted"
+    """What decides which."""
+
+    select: Select = "topk"
+    """The most important ones, or a sample in proportion to importance."""
+
+    schedule: ScheduleName = "ladder"
+    """How the share goes from the highest to 0; constant never does."""
+
+    epochs: float | None = None
+    """Passes over the data. By default one."""
+
+    steps: int | None = None
+    """Optimiser steps, instead of epochs."""
+
+    batch_size: int | None = None
+    """Sequences on each device at once. By default 8."""
+
+    accumulation: int | None = None
+    """Batches to an optimiser step. By default 1."""
+
+    learning_rate: float | None = None
+    """Its peak. By default 5e-5, with LoRA 2e-4."""
+
+    warmup: float | None = None
+    """Steps until then, or below 1 their share of all steps. By default 0.03."""
+
+    length: int | None = None
+    """Tokens in a block of text, or at most in a conversation (a longer one is cut). By default as many as
+    the model was made for, at most 2048."""
+
+    lora: int | None = None
+    """Train adapters of this rank, which are merged into the weights at the end."""
+
+    seed: int | None = None
+    """Of the order of the data and of all else that is random. By default 0."""
+
+    settings: str | Path | None = None
+    """A YAML file with any of Trainer's settings (`transformers.TrainingArguments`, for conversations TRL's
+    `SFTConfig`); the options here come before it."""
+
+    report_to: tuple[str, ...] = ()
+    """Loggers that Trainer knows: tensorboard, wandb, mlflow..."""
+
+    device: str | None = None
+    """cpu or cuda. By default a GPU if there is one."""
+
+    max_shard_size: str | int = "5GB"
+    """The largest a file of weights may be: 500MB, 5GB, or a number of bytes."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what does not suit, alone or together."""
+        if (self.text is None) == (self.chat is None):
+            raise ValueError("give either text to pre-train on or chat to fine-tune on")
+        if self.lora is not None:
+            _need("peft")
+            if self.lora < 1:
+                raise ValueError(f"the rank of LoRA is at least 1, not {self.lora}")
+        if self.chat is not None:
+            _need("trl")
+        size_in_bytes(self.max_shard_size)
+        self.callback(seed=0)
+
+    def callback(self, *, seed: int) -> SparsityAcceleratedTraining:
+        """Sparse steps as they are asked for; ValueError for a setting that is none of theirs."""
+        return SparsityAcceleratedTraining(
+            self.omission,
+            schedule=self.schedule,
+            importance=self.importance,
+            select=self.select,
+            seed=seed,
         )
-    on_gpu = resolve_device(device).type == "cuda"
-    return {"use_cpu": not on_gpu, "bf16": on_gpu and torch.cuda.is_bf16_supported()}
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """What is given here of Trainer's settings, by their names there."""
+        named = {
+            "num_train_epochs": self.epochs,
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup,
+            "seed": self.seed,
+            "report_to": list(self.report_to) or None,
+        }
+        return {name: value for name, value in named.items() if value is not None}
 
 
-def trainer_arguments(kind: type[TrainingArguments], settings: dict[str, Any]) -> TrainingArguments:
-    """Settings as Trainer takes them.
-
-    Raises:
-        ValueError: Trainer objects to one, or would at its first step.
-    """
-    from transformers.integrations import get_available_reporting_integrations
-
-    try:
-        with warnings.catch_warnings():
-            # Its name depends on the version, which is not the user's to mend.
-            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-            arguments = kind(disable_tqdm=True, logging_nan_inf_filter=False, **settings)
-        for name, least in LEAST.items():
-            if getattr(arguments, name) < least:
-                raise ValueError(f"{name} is at least {least}, not {getattr(arguments, name)}")
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ValueError(f"Trainer's settings: {' '.join(str(error).split())}") from None
-    available = get_available_reporting_integrations()
-    for logger in arguments.report_to or []:
-        if logger not in available:
-            raise ValueError(
-                f"'{logger}' is not installed, or no logger that Trainer knows; installed: "
-                f"{', '.join(available) or 'none'}"
-            )
-    return arguments
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"this needs {package}, which is not installed: pip install 'secateurs[train]'")

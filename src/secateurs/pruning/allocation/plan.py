@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from secateurs.checkpoint import read_json
+from secateurs.checkpoint import as_object, read_json
 from secateurs.pattern import NM, Pattern, parse_pattern
 from secateurs.pruning.allocation.owl import OWL
 from secateurs.pruning.allocation.sensitivity import Sensitivity
@@ -73,6 +73,8 @@ def plan(
 
 
 def _read(text: str) -> Allocator | Mapping[str, Choice] | Literal["uniform"]:
+    if text.startswith("{"):
+        return as_object(text, "the allocation")
     if text.endswith(".json"):
         return read_json(Path(text))
     return UNIFORM if text.lower() == UNIFORM else parse_allocation(text)

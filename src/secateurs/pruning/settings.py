@@ -1,0 +1,178 @@
+"""What `prune` can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+
+from secateurs.device import resolve_device
+from secateurs.pattern import Pattern
+from secateurs.pruning.allocation.plan import Allocation, as_pattern
+from secateurs.pruning.block.joint import Joint, Target
+from secateurs.pruning.block.local import Local, Sequential
+from secateurs.pruning.methods import Method, describe_method, parse_method
+from secateurs.pruning.mlp.sparsellm import SparseLLM
+from secateurs.pruning.solvers.magnitude import Magnitude
+from secateurs.settings import InWindows, OnDevice
+from secateurs.shards import size_in_bytes
+
+REPAIR = 0.5
+"""By default: whether none or all of it is better depends on the text and the sparsity."""
+
+REFINE = 8
+"""Passes over the calibration text by default, where there is something to refine towards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(InWindows, OnDevice):
+    """Prune a pretrained model into a new folder that transformers loads.
+
+    The model is read and written one block at a time, so it may be larger than memory. Interrupt it
+    whenever you like: the same command continues where it stopped.
+
+    Example: secateurs prune my-llama --calibration text.txt --pattern 70% --output my-llama-70
+    """
+
+    output: str | Path
+    """The folder to make. It must not exist, unless this same command began it."""
+
+    calibration: str | Path | Tensor | None = None
+    """Text like that which the model will see: a file or a folder (docs/text.md says of what), a dataset on
+    the hub, or wikitext2, ptb, c4. Only magnitude does without. In Python also token ids (samples,
+    length)."""
+
+    method: str | Method = "sparsellm"
+    """sparsellm, or a local method by itself: magnitude, wanda, sparsegpt or admm. With settings:
+    sparsellm:solver=sparsegpt,iterations=2 or sparsegpt:block=64,damping=0.02."""
+
+    pattern: str | float | Pattern = "50%"
+    """70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m)."""
+
+    allocation: Allocation = "uniform"
+    """How the pattern's zeros are shared out between layers: uniform; sensitivity (most where that moves a
+    block's output least); owl (fewer where there are outliers; with settings:
+    owl:level=layer,m=5,lambda=0.08). Or, whatever the pattern, a table that maps layer names with wildcards
+    to patterns, such as {"*.mlp.*": "70%"}, or the path of a .json file with one."""
+
+    samples: int = 128
+    """Calibration sequences."""
+
+    seed: int = 0
+    """Of the calibration sample."""
+
+    target: Target | None = None
+    """What is aimed at: each layer's own dense output (layer), the dense block's (block) or the dense
+    model's (dense), for which o and down make up for what was lost before them. By default dense for
+    sparsellm and layer, as published, for the others. Where a model normalises what o and down give (Gemma
+    2, OPT-350m), they aim at their own dense outputs in both."""
+
+    repair: float | None = None
+    """The share of what earlier blocks lost that the target dense asks o and down to make up for, above 0
+    and up to 1. By default 0.5."""
+
+    refine: int | None = None
+    """Passes over the calibration text in which the weights that are left in a pruned block are trained
+    towards the target. By default 8 for sparsellm, 0 for the others and for the target layer."""
+
+    sequential: Sequential | None = None
+    """What a layer's inputs have seen when they are measured: the pruned blocks before it (block, as local
+    methods were published), also its own block's pruned attention (sublayer), or every pruned layer
+    (linear). Sparsellm and targets beyond the layer always see every layer, and set the biases of what they
+    prune anew."""
+
+    batch_size: int | None = None
+    """Sequences run at once. By default 2048 tokens' worth."""
+
+    max_shard_size: str | int = "5GB"
+    """The largest a file of weights may be: 500MB, 5GB, or a number of bytes."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what does not suit, alone or together."""
+        solver, _ = self.solver, self.budget
+        if self.calibration is None and not isinstance(solver, Magnitude):
+            raise ValueError(
+                "calibration text is needed (a file, a folder or a dataset's name): only magnitude does "
+                "without"
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is a number of sequences, not {self.batch_size}")
+        for given, known in ((self.target, Target), (self.sequential, Sequential)):
+            if given is not None and given not in get_args(known):
+                raise ValueError(f"'{given}' is none of {', '.join(get_args(known))}")
+        if self._beyond_layers:
+            if self.sequential not in (None, "linear"):
+                raise ValueError(
+                    f"sequential '{self.sequential}' does not go with SparseLLM, nor with a target beyond "
+                    "the layer: they see all that was pruned before ('linear')"
+                )
+            if self.calibration is None:
+                raise ValueError(f"calibration text is needed for the target '{self.aim}'")
+        if self.repair is not None and self.aim != "dense":
+            raise ValueError(f"repair goes with the target dense, not with {self.aim}")
+        if not 0 < self.share_repaired <= 1:
+            raise ValueError(
+                f"repair is a share above 0 and up to 1, not {self.repair} (for 0, set target to block)"
+            )
+        if not isinstance(self.passes, int) or self.passes < 0:
+            raise ValueError(f"refine is a number of passes, not {self.refine}")
+        if self.passes and self.aim == "layer":
+            raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
+        size_in_bytes(self.max_shard_size)
+        resolve_device(self.device)
+
+    @property
+    def solver(self) -> Method:
+        return parse_method(self.method) if isinstance(self.method, str) else self.method
+
+    @property
+    def budget(self) -> Pattern:
+        return as_pattern(self.pattern)
+
+    @property
+    def aim(self) -> Target:
+        """The target, where none was given the method's own."""
+        return self.target or ("dense" if isinstance(self.solver, SparseLLM) else "layer")
+
+    @property
+    def _beyond_layers(self) -> bool:
+        return isinstance(self.solver, SparseLLM) or self.aim != "layer"
+
+    @property
+    def seen(self) -> Sequential:
+        """What a layer's inputs have seen; see `sequential`."""
+        return "linear" if self._beyond_layers else self.sequential or "block"
+
+    @property
+    def share_repaired(self) -> float:
+        return REPAIR if self.repair is None else self.repair
+
+    @property
+    def passes(self) -> int:
+        """Of refinement."""
+        if self.refine is not None:
+            return self.refine
+        return REFINE if isinstance(self.solver, SparseLLM) and self.aim != "layer" else 0
+
+    @property
+    def pruner(self) -> Joint | Local:
+        """How a block is pruned."""
+        solver = self.solver
+        if isinstance(solver, SparseLLM):
+            return Joint(solver, self.aim, self.share_repaired, self.passes)
+        if self.aim != "layer":
+            return Joint(SparseLLM(solver, iterations=0), self.aim, self.share_repaired, self.passes)
+        return Local(solver, self.seen)
+
+    def record(self) -> dict[str, Any]:
+        """What was chosen, defaults filled in, for `secateurs.json`; without text and allocation, which a run
+        describes as it finds them."""
+        return {
+            "method": describe_method(self.solver),
+            "pattern": str(self.budget),
+            "target": self.aim,
+            "repair": self.share_repaired if self.aim == "dense" else None,
+            "refine": self.passes,
+            "sequential": self.seen,
+            "max_shard_size": self.max_shard_size,
+        }
