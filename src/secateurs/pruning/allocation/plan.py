@@ -67,7 +67,7 @@ def plan(
     if allocation == UNIFORM or isinstance(allocation, Mapping) or callable(allocation):
         return patterns
     if isinstance(budget, NM) and budget.n == 1 and type(allocation) in ALLOCATORS.values():
-        warnings.warn(f"{budget} leaves nothing to share out: every layer gets it", stacklevel=4)
+        warnings.warn(f"{budget} leaves nothing to share out: every layer gets it", stacklevel=5)
         return patterns
     return allocation
 
