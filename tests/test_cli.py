@@ -133,6 +133,44 @@ def test_the_defaults_do(place: Place) -> None:
     assert settings["calibration"]["length"] == 64  # all the positions that the model has
 
 
+def test_a_file_of_settings(place: Place) -> None:
+    """It says what the command line does not, the model included; what both say, the command line decides."""
+    file = place.folder / "run.yaml"
+    file.write_text(
+        f"model: {place.model}\noutput: {place.output}\ncalibration: {place.text}\n"
+        'method: wanda\npattern: 2:4\nsamples: 4\nlength: 24\nallocation: {"*.mlp.*": 75%, "*": 50%}\n'
+    )
+    other = place.folder / "other"
+    assert place.run(["prune", "--config", str(file)]).status == 0
+    assert place.run(["prune", f"--config={file}", "--output", str(other), "--pattern", "50%"]).status == 0
+    given = [
+        json.loads((folder / "secateurs.json").read_text())["settings"] for folder in (place.output, other)
+    ]
+    assert [settings["pattern"] for settings in given] == ["2:4", "50%"]
+    assert given[0]["allocation"] == given[1]["allocation"]
+    assert given[0]["allocation"]["model.layers.0.mlp.up_proj"] == "75%"
+    before = everything_in(place.folder)
+    assert place.run(["prune", "--config", str(file)]).status == 0  # finished
+    assert everything_in(place.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read '"),
+        ("patern: 70%", "there is no setting 'patern'; did you mean 'pattern'?"),
+        ("samples: many", "'samples' is 'many': expected integer"),
+        ("pattern: half", "'half' is not a pattern"),
+        ("target: [a]", "expected layer, block, dense"),
+    ],
+)
+def test_mistakes_in_a_file_of_settings(place: Place, content: str | None, message: str) -> None:
+    file = place.folder / "run.yaml"
+    if content is not None:
+        file.write_text(content)
+    place.refuses(message, options=("--config", str(file)))
+
+
 def test_a_table_of_patterns(place: Place) -> None:
     table = place.folder / "table.json"
     table.write_text('{"*.mlp.*": "75%", "*.q_proj": 0.25}')
