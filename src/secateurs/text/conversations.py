@@ -270,12 +270,20 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> st
     """
     text: str = apply_template(conversation, tokenizer)
     for what, bare in _without_tools(conversation):
-        if apply_template(bare, tokenizer) == text:
+        if _ignores(bare, text, tokenizer):
             raise ValueError(
                 f"{conversation.where}: the model's chat template has no place for {what}: "
                 "take one that has, or take them out of the data"
             )
     return text
+
+
+def _ignores(bare: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a conversation with something left out has the same text."""
+    try:
+        return bool(apply_template(bare, tokenizer) == text)
+    except ValueError:  # it cannot do without
+        return False
 
 
 def apply_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Any:

@@ -24,6 +24,7 @@ ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arro
 FORMATS = f"{', '.join(ROW_SUFFIXES[:1] + ROW_SUFFIXES[2:])}, .txt, .md, any of them as .gz"
 
 CHARACTERS = 1 << 20  # of a text, read at once
+ROW_GROUP = 1 << 26  # bytes of a parquet file that may be read to come to a row
 ROWS = 1024  # of a parquet or Arrow file, made Python's at once
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -117,10 +118,15 @@ def read_rows(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
 
 
 def can_seek(path: Path) -> bool:
-    """Whether `read_text` or `rows_from` can begin amid this file."""
+    """Whether `read_text` or `rows_from` can begin amid this file, without reading much of it."""
     kind = format_of(path)
     if is_packed(path) or kind not in (".txt", ".jsonl", ".parquet", ".arrow"):
         return False
+    if kind == ".parquet":
+        with _reading(path), _open_columns(path) as source:
+            metadata = _parquet_file(source).metadata
+            groups = range(metadata.num_row_groups)
+            return all(metadata.row_group(group).total_byte_size < ROW_GROUP for group in groups)
     if kind != ".jsonl":
         return True
     with open(path, "rb") as raw:
@@ -446,7 +452,9 @@ def _open_columns(path: Path) -> Iterator[Any]:
     import pyarrow
 
     if not is_packed(path):
-        with pyarrow.memory_map(str(path)) as source:
+        # Arrow's tables are used as they lie in the file; parquet has to be unpacked in any case.
+        opened = pyarrow.memory_map(str(path)) if format_of(path) == ".arrow" else pyarrow.OSFile(str(path))
+        with opened as source:
             yield source
         return
     with tempfile.TemporaryFile() as whole:

@@ -19,7 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from secateurs.text.conversations import FIELDS, Conversation, conversation_of, is_conversation, render
 from secateurs.text.folders import Split, choose_split, files_of
-from secateurs.text.formats import FORMATS, Row, can_seek, format_of, read_rows, read_text, rows_from
+from secateurs.text.formats import (
+    FORMATS,
+    ROW_SUFFIXES,
+    Row,
+    can_seek,
+    format_of,
+    read_rows,
+    read_text,
+    rows_from,
+)
 
 JOIN = "\n\n"
 # Of a data set on the hub, which may hold terabytes, no more than this is read: some eight million tokens.
@@ -247,7 +256,9 @@ def load_conversations(source: str | Path, *, split: Split = "calibration") -> l
         rows = chain.from_iterable(read_rows(file, FIELDS) for file in files if format_of(file) != ".txt")
         texts = [file for file in files if format_of(file) == ".txt"]
         if texts:
-            raise ValueError(f"'{texts[0]}' is text without fields: conversations are rows ({FORMATS})")
+            raise ValueError(
+                f"'{texts[0]}' is text without fields: conversations are rows ({', '.join(ROW_SUFFIXES)})"
+            )
     else:
         rows = _from_hub(_hub_name(source), split)
     found, nulls = [], 0

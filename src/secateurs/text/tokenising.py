@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 # Characters that are tokenised at once: a tokenizer takes some 700 bytes a token for its account of them.
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 # Of which so many are seen by two chunks that follow one another, ...
 OVERLAP = 4096
 # ... which are joined where they agree on so many tokens before the seam and after it.

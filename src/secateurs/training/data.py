@@ -211,7 +211,12 @@ def lessons_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
 def _marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Lesson:
     """As the template's `{% generation %}` marks it."""
     tokens = apply_template(
-        conversation, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        conversation,
+        tokenizer,
+        tokenize=True,
+        tokenizer_kwargs={"verbose": False},
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     learnt = numpy.array(tokens["assistant_masks"], dtype=bool)
     if not learnt.any():
