@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 import families
 from characters import characters
-from secateurs.training.data import CHAT_TEMPLATE, ChatData, load_conversations, packed_blocks
+from secateurs.text import Conversation
+from secateurs.training.data import (
+    CHAT_TEMPLATE,
+    ChatData,
+    load_conversations,
+    packed_blocks,
+)
 from secateurs.training.settings import trainer_arguments
 
 END = 2
@@ -69,7 +75,7 @@ def test_the_forms_of_a_conversation(tmp_path: Path) -> None:
         {"question": "What?", "answer": "That."},
         {"prompt": "What?", "completion": "That."},
     ]
-    assert load_conversations(jsonl(tmp_path / "chat.jsonl", rows)) == [[USER, ANSWER]] * 3
+    assert load_conversations(jsonl(tmp_path / "chat.jsonl", rows)) == [Conversation([USER, ANSWER])] * 3
 
 
 @pytest.mark.parametrize(
@@ -100,7 +106,7 @@ def test_no_conversations(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "chat.jsonl"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(ValueError, match=r"cannot read|holds no conversations"):
+    with pytest.raises(ValueError, match=r"no text at|holds no conversations"):
         load_conversations(file)
 
 
@@ -110,7 +116,7 @@ def learnt(conversations: list[list[dict[str, str]]], length: int, tmp_path: Pat
 
     tokenizer = characters()
     tokenizer.chat_template = CHAT_TEMPLATE
-    data = ChatData(conversations, None, length)
+    data = ChatData([Conversation(messages) for messages in conversations], None, length)
     data.check_template(tokenizer)
     arguments = trainer_arguments(
         SFTConfig, {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, **data.settings}
@@ -151,11 +157,3 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_are_dropped
     assert found == [("<s>User: What?\nAssistant: Tha", " Tha")]
     with pytest.raises(ValueError, match="no conversation has an answer within 10 tokens"):
         learnt([[USER, ANSWER]], 10, tmp_path)
-
-
-def test_a_template_that_does_not_mark_answers(tmp_path: Path) -> None:
-    tokenizer = characters()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    ChatData([[USER, ANSWER]], None, 100).check_template(tokenizer)
-    with pytest.raises(ValueError, match="does not mark"):
-        ChatData([[USER, ANSWER, USER, ANSWER]], None, 100).check_template(tokenizer)

@@ -1,8 +1,9 @@
 """Text in (files, folders, data sets by name), blocks of tokens out."""
 
 from secateurs.text.conversations import Conversation
+from secateurs.text.documents import Text
 from secateurs.text.folders import Split
-from secateurs.text.sources import Text, load_conversations, load_text
+from secateurs.text.sources import load_conversations, load_text
 from secateurs.text.tokens import (
     bos_id,
     calibration_blocks,

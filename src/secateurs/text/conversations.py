@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secateurs.text.formats import Row
+from secateurs.text.files import Row
 
 Message = dict[str, Any]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateurs.text.sources import Files, Text, joined
+from secateurs.text.documents import Files, Text, joined
 from secateurs.text.tokenising import AGREE, account_of, chunked, ids_of, reading
 
 # Characters before a place that are tokenised with it: a word that is cut there has other tokens.

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from secateurs.text.formats import FORMATS, format_of
+from secateurs.text.files import FORMATS, format_of
 
 Split = Literal["calibration", "evaluation"]
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from secateurs.text.documents import Files, Text
 from secateurs.text.drawing import drawn_blocks
-from secateurs.text.sources import PUBLISHED, WHOLE, Files, Text, load_text
+from secateurs.text.hub import PUBLISHED
+from secateurs.text.sources import WHOLE, load_text
 from secateurs.text.tokenising import ids_of, reading, tokenise
 
 # SparseGPT evaluates on as much of C4 as makes 256 windows of 2048 tokens.

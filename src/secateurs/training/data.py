@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 
 from secateurs.text.conversations import CHAT_TEMPLATE, Conversation, apply_template, render, template_of
+from secateurs.text.documents import Piece, Text, is_blank
 from secateurs.text.folders import Split
-from secateurs.text.sources import PUBLISHED, Piece, Text, is_blank, load_conversations, load_text
+from secateurs.text.hub import PUBLISHED
+from secateurs.text.sources import load_conversations, load_text
 from secateurs.text.tokenising import CHUNK, reading, tokenise
 
 __all__ = ["CHAT_TEMPLATE", "ChatData", "TextData", "load_conversations", "packed_blocks"]
