@@ -99,7 +99,7 @@ def test_what_is_neither_a_file_nor_a_name_is_not_looked_for_on_the_hub(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no text at|in the folder"):
+    with pytest.raises(ValueError, match=r"no text at|in the folder"):
         load_text(source)
 
 

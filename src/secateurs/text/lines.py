@@ -24,6 +24,7 @@ from secateurs.text.files import (
     without_surrogates,
 )
 
+HELD = 1 << 24  # characters of an object that is read before it is known to be a row or to hold rows
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -157,19 +158,20 @@ class JsonReader:
                 if not (cut_off and self.more()):
                     self.fail(error.msg, error.pos)
                 continue
-            if end < len(self.text) or not self.more():
+            # A number may go on in what is not read yet.
+            if (end < len(self.text) and self.text[end] not in "0123456789.eE+-") or not self.more():
                 source = self.text[self.at : end]
                 self.at = end
                 return without_surrogates(value) if ESCAPED_SURROGATE.search(source) else value
 
     def holds_value(self) -> bool:
-        """Whether the next value ends within one chunk."""
-        while len(self.text) - self.at < CHARACTERS and self.more():
+        """Whether the next value is small enough to be held."""
+        while len(self.text) - self.at < HELD and self.more():
             pass
         try:
             self.decoder.raw_decode(self.text, self.at)
         except (ValueError, RecursionError):
-            return len(self.text) - self.at < CHARACTERS
+            return len(self.text) - self.at < HELD
         return True
 
     def array(self) -> Iterator[Any]:
