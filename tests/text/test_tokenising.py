@@ -69,7 +69,7 @@ TOKENIZER = load_tokenizer(DEMO / "model")
     text=st.lists(
         st.text(" \n\taé日🙂x") | st.sampled_from(["word ", "  ", "<|endoftext|>"]), max_size=60
     ).map("".join),
-    chunk=st.integers(60, 200),
+    chunk=st.integers(60, 120),
     cut=st.integers(1, 50),
 )
 def test_any_text_and_any_chunks(text: str, chunk: int, cut: int) -> None:

@@ -15,7 +15,7 @@ LEAD = 128
 # A block's tokens take about four characters each, of code up to ten; where they take more, more are read.
 CHARACTERS_PER_TOKEN = 12
 # Places that are drawn in vain, so near the end that no block fits, before a text counts as too short.
-PATIENCE = 1000
+PATIENCE = 100
 
 
 def drawn_blocks(
@@ -41,11 +41,14 @@ def drawn_blocks(
             watched = _watched(text.pieces(), advance)
             texts = ([drawn] for drawn in _streamed(watched, samples + samples // 8 + 8, size, random))
         blocks: list[Tensor] = []
+        failed = 0
         for pieces in texts:
             ids = _first_tokens(iter(pieces), tokenizer, length)
-            if ids is not None:
+            if ids is None:
+                failed += 1
+            else:
                 blocks.append(torch.tensor(ids, dtype=torch.int64))
-            if len(blocks) == samples:
+            if len(blocks) == samples or failed == PATIENCE:
                 break
     return blocks
 
@@ -57,9 +60,9 @@ def _watched(pieces: Iterable[str], advance: Callable[[int], None]) -> Iterator[
 
 
 def _sought(files: Files, separator: str, random: Random) -> Iterator[Iterable[str]]:
-    """The text from random places on, to its end."""
+    """The text from random places on, to its end; as many as are asked for."""
     sizes = [file.stat().st_size for file in files.files]
-    for _ in range(PATIENCE):
+    while True:
         place = random.random() * sum(sizes)
         for file, size in zip(files.files, sizes, strict=True):
             if place < size:

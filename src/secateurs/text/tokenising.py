@@ -39,7 +39,7 @@ def tokenise(
     Returns:
         (tokens,) int64 token ids on the CPU.
     """
-    chunks = chunked(pieces)
+    chunks = chunked(pieces, OVERLAP)
     chunk = next(chunks, "")
     following = next(chunks, None)
     if following is None:
@@ -83,8 +83,8 @@ def reading(shown: bool) -> Iterator[Callable[[int], None]]:
         yield lambda characters: line.update(task, advance=characters)
 
 
-def chunked(pieces: Iterable[str], overlap: int = OVERLAP) -> Iterator[str]:
-    """Chunks of at least CHUNK characters, each but the first with the last of the one before."""
+def chunked(pieces: Iterable[str], overlap: int) -> Iterator[str]:
+    """Chunks of at least CHUNK characters, each but the first with the end of the one before."""
     held: list[str] = []
     size = 0
     for piece in pieces:
