@@ -224,9 +224,9 @@ def same(one: Lesson, other: Lesson) -> bool:
         ("gemma", SEVERAL),
         ("gemma3", OPENED),
         ("phi3", OPENED),
-        ("qwen2_5", OPENED),
-        ("qwen2_5", CALLING),
+        ("qwen3_instruct_2507", OPENED),
         ("qwen3_instruct_2507", CALLING),
+        ("lfm2_v2", CALLING),
         ("cohere", OPENED),
     ],
 )

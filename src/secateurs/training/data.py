@@ -189,6 +189,8 @@ def lessons_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
     texts = [whole]
     for answer in answers:
         until = whole if answer == last else apply_template(conversation.first(answer + 1), tokenizer)
+        if not whole.startswith(until):  # Phi-3 writes an end-of-text token behind the last message only
+            until = until.removesuffix(str(tokenizer.eos_token))
         if not whole.startswith(until):
             lessons += lessons_of(conversation.first(answer + 1, prompt=answer), tokenizer)
             continue
