@@ -91,9 +91,22 @@ def test_the_training_mode_is_restored(training: bool) -> None:
     assert model.training is training
 
 
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_every_window_can_begin_with_one_token(model: PreTrainedModel, batch_size: int | None) -> None:
+    tokens = families.tokens(1, 100)[0]
+    begin = torch.tensor([1])
+    framed = torch.cat([torch.cat([begin, window]) for window in tokens[:92].view(-1, 23)])
+    expected = pytest.approx(naive(model, framed, 24), rel=2e-6)
+    assert perplexity(model, tokens, length=24, bos=1, batch_size=batch_size) == expected
+    # A tokenizer may have put one at the front.
+    assert perplexity(model, torch.cat([begin, tokens]), length=24, bos=1, batch_size=batch_size) == expected
+
+
 def test_a_token_that_is_not_the_models_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="token 128 is outside of the model's vocabulary of 128"):
         perplexity(model, torch.tensor([5, 128, 5]), length=2)
+    with pytest.raises(ValueError, match="token -1 is outside of the model's vocabulary of 128"):
+        perplexity(model, torch.tensor([5, -1, 5]), length=2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

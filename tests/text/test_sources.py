@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from secateurs.text import Text, load_text, sources
+from secateurs.text import Split, Text, load_text, sources
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
@@ -49,18 +49,27 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     [
         (
             "a.jsonl",
-            b'{"text": "x"}\n{"body": "y", "id": 1}\n',
-            "a.jsonl', line 2: no field 'text'; it has: body, id",
+            b'{"title": "x"}\n{"body": "y", "id": 1}\n',
+            "a.jsonl', line 1: no field 'text'; it has: title",
         ),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', "a.jsonl', line 3: field 'text' is not text but int"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl', line 2: not JSON"),
-        ("a.jsonl", b'["x"]\n', "a.jsonl', line 1: a list, not an object"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl' is not UTF-8 text"),
-        ("a.txt", b"caf\xe9 au lait", "a.txt' is not UTF-8 text .* at byte 3"),
+        ("a.jsonl", b'{"text": "x"}\n["x"]\n', "a.jsonl', line 2: a list, not an object"),
+        ("a.jsonl", b'\n{"text": "\xff"}\n', r"a.jsonl' is not UTF-8 text \(byte 0xff in line 2\)"),
+        ("a.txt", b"un\ncaf\xe9 au lait", r"a.txt' is not UTF-8 text \(byte 0xe9 in line 2\)"),
+        ("a.csv", b"text\nx\ncaf\xe9\n", r"a.csv' is not UTF-8 text \(byte 0xe9 in line 3\)"),
+        ("a.csv", b"text\nx, y\n", "a.csv', line 2: more cells than the first line names"),
+        ("a.csv", b"body,id\nx,1\n", "a.csv' has no field 'text'; it has: body, id"),
+        ("a.json", b'[{"text": "x"},\n{"text": x}]', "a.json', line 2: not JSON"),
+        ("a.json", b'[{"text": "x"}, 3]', "a.json', row 2: a int, not an object"),
+        ("a.json", b'[{"text": "x"}', "a.json', line 1: not JSON"),
+        ("a.json", b'{"train": [{"text": "x"}], "test": [{"text": "y"}]}', "several lists .*: train, test"),
+        ("a.jsonl.gz", b"no gzip", "cannot read '.*a.jsonl.gz': Not a gzipped file"),
+        ("a.arrow", b"no Arrow at all", "a.arrow' is not an Arrow file"),
         ("a.txt", b" \n\t", "a.txt' holds no text"),
         ("a.jsonl", b"", "a.jsonl' holds no text"),
         ("a.parquet", b"PAR1 no more", "a.parquet' is not a parquet file"),
-        ("a.pdf", b"%PDF", "a.pdf' is not one of .txt, .jsonl, .parquet"),
+        ("a.pdf", b"%PDF", "a.pdf' is not one of .jsonl, .json, .csv"),
     ],
 )
 def test_a_file_that_will_not_do_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -79,7 +88,7 @@ def test_a_parquet_file_without_the_field_lists_what_it_has(tmp_path: Path) -> N
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no \.txt, \.jsonl, \.parquet files in the folder"):
+    with pytest.raises(ValueError, match="no files of text in the folder"):
         load_text(tmp_path)
 
 
@@ -90,7 +99,7 @@ def test_what_is_neither_a_file_nor_a_name_is_not_looked_for_on_the_hub(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"no text at|files in the folder"):
+    with pytest.raises(ValueError, match=r"no text at|in the folder"):
         load_text(source)
 
 
@@ -138,7 +147,7 @@ REQUESTS = {
 @pytest.mark.parametrize(("name", "split", "asked", "field", "separator"), PUBLISHED)
 def test_published_names(
     name: str,
-    split: sources.Split,
+    split: Split,
     asked: str,
     field: str,
     separator: str | None,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from characters import BEGIN, characters
-from secateurs.text import calibration_blocks, evaluation_tokens, load_tokenizer, tokens
+from secateurs.text import calibration_blocks, evaluation_tokens, load_tokenizer, tokens, wants_bos
 
 WORDS = " ".join(str(number) for number in range(500))
 
@@ -60,6 +60,26 @@ def test_too_little_text_says_how_much_there_is(text: Path) -> None:
         calibration_blocks(text, characters(), samples=64, length=32)
     with pytest.raises(ValueError, match="both must be at least 1"):
         calibration_blocks(text, characters(), samples=0)
+
+
+def test_every_block_can_begin_with_a_token_of_beginning(text: Path) -> None:
+    """Otherwise the blocks are those of one token less, also if the tokenizer puts one at the front."""
+    plain = calibration_blocks(text, characters(), samples=9, length=20, seed=5)
+    for begin in (False, True):
+        blocks = calibration_blocks(text, characters(begin=begin), samples=9, length=21, seed=5, bos=True)
+        assert blocks[:, 0].tolist() == [BEGIN] * 9
+        assert torch.equal(blocks[:, 1:], plain)
+    tokenizer = characters()
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="no beginning-of-text token"):
+        calibration_blocks(text, tokenizer, samples=1, length=20, bos=True)
+
+
+def test_gemma_wants_a_token_of_beginning() -> None:
+    kinds = {"gemma": True, "gemma2": True, "gemma3_text": True, "llama": False, "qwen3": False}
+    assert {kind: wants_bos(kind) for kind in kinds} == kinds
+    assert wants_bos("llama", True)
+    assert not wants_bos("gemma2", False)
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, documents: list[str]) -> None:

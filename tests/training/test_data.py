@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 import families
+import secateurs.demo
 from characters import characters
+from secateurs.text import Conversation, load_tokenizer
 from secateurs.training.arguments import trainer_arguments
-from secateurs.training.data import CHAT_TEMPLATE, ChatData, load_conversations, packed_blocks
+from secateurs.training.data import (
+    CHAT_TEMPLATE,
+    ChatData,
+    Lesson,
+    lessons_of,
+    load_conversations,
+    packed_blocks,
+)
 
 END = 2
 USER, ANSWER = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}
@@ -56,6 +67,20 @@ def test_too_little_text(tmp_path: Path) -> None:
         packed_blocks(file, characters(), length=5)
 
 
+def test_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "text.jsonl", [{"text": text} for text in ("", "ab", " \n", "c")])
+    with pytest.warns(UserWarning, match="2 documents are left out: they are blank"):
+        blocks = packed_blocks(file, characters(begin=True), length=1)
+    assert blocks.flatten().tolist() == [1, ord("a"), ord("b"), END, 1, ord("c"), END]
+
+
+def test_conversations_are_packed_as_their_template_ends_them(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "chat.jsonl", [{"messages": [USER, ANSWER]}] * 2)
+    blocks = packed_blocks(file, characters(begin=True), length=1)
+    one = [1, *map(ord, "User: What?\nAssistant: That."), END]
+    assert blocks.flatten().tolist() == one * 2
+
+
 def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:
     tokenizer = characters()
     tokenizer.eos_token = None
@@ -69,7 +94,7 @@ def test_the_forms_of_a_conversation(tmp_path: Path) -> None:
         {"question": "What?", "answer": "That."},
         {"prompt": "What?", "completion": "That."},
     ]
-    assert load_conversations(jsonl(tmp_path / "chat.jsonl", rows)) == [[USER, ANSWER]] * 3
+    assert load_conversations(jsonl(tmp_path / "chat.jsonl", rows)) == [Conversation([USER, ANSWER])] * 3
 
 
 @pytest.mark.parametrize(
@@ -100,7 +125,7 @@ def test_no_conversations(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "chat.jsonl"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(ValueError, match=r"cannot read|holds no conversations"):
+    with pytest.raises(ValueError, match=r"no text at|holds no conversations"):
         load_conversations(file)
 
 
@@ -110,7 +135,7 @@ def learnt(conversations: list[list[dict[str, str]]], length: int, tmp_path: Pat
 
     tokenizer = characters()
     tokenizer.chat_template = CHAT_TEMPLATE
-    data = ChatData(conversations, None, length)
+    data = ChatData([Conversation(messages) for messages in conversations], None, length)
     data.check_template(tokenizer)
     arguments = trainer_arguments(
         SFTConfig, {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, **data.settings}
@@ -153,9 +178,130 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_are_dropped
         learnt([[USER, ANSWER]], 10, tmp_path)
 
 
-def test_a_template_that_does_not_mark_answers(tmp_path: Path) -> None:
-    tokenizer = characters()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    ChatData([[USER, ANSWER]], None, 100).check_template(tokenizer)
-    with pytest.raises(ValueError, match="does not mark"):
-        ChatData([[USER, ANSWER, USER, ANSWER]], None, 100).check_template(tokenizer)
+# Which tokens are answers. TRL keeps the chat templates of many families, and next to each one a version that
+# marks the answers by {% generation %}.
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+MORE, LAST = {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes, of course."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Weather in a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+CALLING = Conversation(
+    [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "weather", "content": "20 C"},
+        LAST,
+    ],
+    {"tools": TOOLS},
+)
+SEVERAL = Conversation([USER, ANSWER, MORE, LAST])
+OPENED = Conversation([SYSTEM, USER, ANSWER, MORE, LAST])
+
+
+def real(template: str) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(Path(secateurs.demo.__file__).parent / "model")
+    tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    return tokenizer
+
+
+def same(one: Lesson, other: Lesson) -> bool:
+    return one.ids.tolist() == other.ids.tolist() and one.learnt.tolist() == other.learnt.tolist()
+
+
+@pytest.mark.parametrize(
+    ("template", "conversation"),
+    [
+        ("llama3", OPENED),
+        ("gemma", SEVERAL),
+        ("gemma3", OPENED),
+        ("phi3", OPENED),
+        ("qwen3_instruct_2507", OPENED),
+        ("qwen3_instruct_2507", CALLING),
+        ("lfm2_v2", CALLING),
+        ("cohere", OPENED),
+    ],
+)
+def test_answers_are_found_where_a_template_marks_them(template: str, conversation: Conversation) -> None:
+    [found] = lessons_of(conversation, real(template))
+    [marked] = lessons_of(conversation, real(template + "_training"))
+    assert same(found, marked)
+    assert 0 < found.learnt.sum() < len(found.learnt)
+
+
+def test_an_answer_that_is_rendered_otherwise_later_has_a_lesson_of_its_own() -> None:
+    """Qwen3 gives only the last answer its (empty) thoughts; the version for training gives them to all."""
+    tokenizer = real("qwen3")
+    lessons = lessons_of(SEVERAL, tokenizer)
+    answers = [tokenizer.decode(lesson.ids[lesson.learnt]) for lesson in lessons]
+    assert answers == [
+        "<think>\n\n</think>\n\nThat.<|im_end|>\n",
+        "<think>\n\n</think>\n\nYes, of course.<|im_end|>\n",
+    ]
+    [marked] = lessons_of(SEVERAL, real("qwen3_training"))
+    assert tokenizer.decode(marked.ids[marked.learnt]) == "".join(answers)
+    for lesson, messages in zip(lessons, ([USER, ANSWER], SEVERAL.messages), strict=True):
+        assert lesson.ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["llama3", "gemma", "qwen2_5", "qwen3", "phi3", "cohere", "deepseekv3"])
+def test_a_single_answer_has_the_labels_that_trl_gives_it(template: str, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    # The first answer is part of the prompt.
+    conversation = Conversation([USER, ANSWER, MORE, LAST], prompt=3)
+    [lesson] = lessons_of(conversation, real(template))
+    rows = {"prompt": [conversation.messages[:3]], "completion": [conversation.messages[3:]]}
+    tokenizer = real(template)
+    trainer = SFTTrainer(
+        model=families.build("llama"),
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
+    [row] = list(trainer.train_dataset)
+    labels = [token if counts else -100 for token, counts in zip(lesson.ids, lesson.learnt, strict=True)]
+    assert (row["input_ids"], row["labels"]) == (lesson.ids.tolist(), labels)
+
+
+def test_what_is_not_learnt_on_request() -> None:
+    weighed = Conversation([USER, {**ANSWER, "weight": 0}, MORE, LAST])
+    tokenizer = real("qwen2_5")
+    [lesson] = lessons_of(weighed, tokenizer)
+    assert tokenizer.decode(lesson.ids[lesson.learnt]) == "Yes, of course.<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "conversation", "message"),
+    [
+        ("gemma", OPENED, "refuses this conversation .System role not supported"),
+        ("gemma", Conversation([USER, MORE, LAST]), "refuses .* roles must alternate"),
+        ("llama3", CALLING, "has no place for tool calls"),
+    ],
+)
+def test_what_a_template_refuses_is_known_before_training(
+    template: str, conversation: Conversation, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChatData([conversation], None, 100).check_template(real(template))
+
+
+def test_a_template_that_does_not_show_where_answers_begin() -> None:
+    tokenizer = real("qwen2_5")
+    tokenizer.chat_template = (
+        "{% if add_generation_prompt or messages[-1].role != 'assistant' %}?{% endif %}"
+        "{% for m in messages %}{{ m.content }};{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"does not show where the answer in message 2 begins"):
+        lessons_of(SEVERAL, tokenizer)
+    [lesson] = lessons_of(Conversation([USER, ANSWER]), tokenizer)  # a single one is found as TRL finds it
+    assert tokenizer.decode(lesson.ids[lesson.learnt]) == "What?;That.;"

@@ -149,8 +149,8 @@ def test_interrupted_it_says_how_to_go_on(place: Place, monkeypatch: pytest.Monk
         (["--text", "missing.txt"], "missing.txt"),
         (["--chat", "text.txt"], "'text.txt', line 1: not JSON"),
         (["--chat", "lines.jsonl"], "'lines.jsonl', line 2: needs the field 'messages'"),
-        (["--text", "lines.jsonl"], "'lines.jsonl', line 1: no field 'text'"),
-        (["--text", "text.txt", "--validation", "chat.jsonl"], "'chat.jsonl', line 1: no field 'text'"),
+        (["--text", "lines.jsonl"], "'lines.jsonl', line 2: needs the field 'messages'"),
+        (["--text", "text.txt", "--validation", "body.jsonl"], "'body.jsonl', line 1: no field 'text'"),
         (["--text", "text.txt", "--omission", "1"], "in [0, 1)"),
         (["--text", "text.txt", "--omission", "-0.5"], "in [0, 1)"),
         (["--text", "text.txt", "--omission", "0.9"], "leaves a layer"),
@@ -169,6 +169,7 @@ def test_mistakes_in_train(
 ) -> None:
     """All before the model is loaded."""
     monkeypatch.chdir(place.folder)
+    (place.folder / "body.jsonl").write_text('{"body": "Such is life."}\n')
     (place.folder / "lines.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n{"question": "3+3?"}\n')
 
     def load(*_: Any, **__: Any) -> None:

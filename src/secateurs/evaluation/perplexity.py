@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from secateurs.text import check_tokens
+
 # Positions whose logits are in float32 at once: a quarter of a GB with a vocabulary of 256k.
 CHUNK = 256
 
@@ -21,6 +23,7 @@ def perplexity(
     *,
     length: int | None = None,
     batch_size: int | None = None,
+    bos: int | None = None,
     progress: bool = False,
 ) -> float:
     """Perplexity of a causal language model on a text.
@@ -33,6 +36,8 @@ def perplexity(
             if these are fewer.
         batch_size: windows run at once; None takes 4096 tokens' worth. The result does not depend on it
             beyond rounding.
+        bos: a beginning-of-text token that every window begins with, followed by `length - 1` tokens of the
+            text (see `secateurs.text.wants_bos` and `bos_id`). By default it is where the text has it.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -52,19 +57,18 @@ def perplexity(
         length = min(positions or 2048, 2048)
     if length < 2 or (positions and length > positions):
         raise ValueError(f"windows of {length} tokens: from 2 to {positions or 'any number'} suit this model")
-    windows = len(tokens) // length
+    if bos is not None and tokens[:1].tolist() == [bos]:
+        tokens = tokens[1:]  # the tokenizer put one at the front of the whole text
+    of_text = length if bos is None else length - 1
+    windows = len(tokens) // of_text
     if windows == 0:
         raise ValueError(
-            f"the text has {len(tokens)} tokens, one window needs {length}: give more, or shorter windows"
+            f"the text has {len(tokens)} tokens, one window needs {of_text}: give more, or shorter windows"
         )
-    if tokens.max() >= config.vocab_size:
-        raise ValueError(
-            f"token {int(tokens.max())} is outside of the model's vocabulary of {config.vocab_size}: "
-            "the tokenizer is another model's"
-        )
+    check_tokens(tokens, config.vocab_size)
 
     batch_size = batch_size or max(1, 4096 // length)
-    batches = tokens[: windows * length].view(windows, length).split(batch_size)
+    batches = tokens[: windows * of_text].view(windows, of_text).split(batch_size)
     losses: list[Tensor] = []
     was_training = model.training
     model.eval()
@@ -72,12 +76,14 @@ def perplexity(
         for batch in track(
             batches, "perplexity", console=Console(stderr=True), disable=not progress, transient=True
         ):
+            if bos is not None:
+                batch = torch.cat([torch.full((len(batch), 1), bos), batch], dim=1)
             losses.append(_losses(model, batch.to(model.device)))
             if not losses[-1].isfinite().all():
                 window = (len(losses) - 1) * batch_size + int(losses[-1].isfinite().int().argmin())
+                first, last = window * of_text, (window + 1) * of_text - 1
                 raise FloatingPointError(
-                    f"the loss of window {window} (tokens {window * length} to {(window + 1) * length - 1}) "
-                    "is not finite"
+                    f"the loss of window {window} (tokens {first} to {last}) is not finite"
                 )
     finally:
         model.train(was_training)

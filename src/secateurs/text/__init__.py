@@ -1,6 +1,28 @@
 """Text in (files, folders, data sets by name), blocks of tokens out."""
 
-from secateurs.text.sources import Split, Text, load_text
-from secateurs.text.tokens import calibration_blocks, evaluation_tokens, load_tokenizer
+from secateurs.text.conversations import Conversation
+from secateurs.text.documents import Text
+from secateurs.text.folders import Split
+from secateurs.text.sources import load_conversations, load_text
+from secateurs.text.tokens import (
+    bos_id,
+    calibration_blocks,
+    check_tokens,
+    evaluation_tokens,
+    load_tokenizer,
+    wants_bos,
+)
 
-__all__ = ["Split", "Text", "calibration_blocks", "evaluation_tokens", "load_text", "load_tokenizer"]
+__all__ = [
+    "Conversation",
+    "Split",
+    "Text",
+    "bos_id",
+    "calibration_blocks",
+    "check_tokens",
+    "evaluation_tokens",
+    "load_conversations",
+    "load_text",
+    "load_tokenizer",
+    "wants_bos",
+]

@@ -5,36 +5,24 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 
-from secateurs.text.sources import PUBLISHED, Split, load_text
+from secateurs.text.conversations import CHAT_TEMPLATE, Conversation, apply_template, render, template_of
+from secateurs.text.documents import Piece, Text, is_blank
+from secateurs.text.folders import Split
+from secateurs.text.hub import PUBLISHED
+from secateurs.text.sources import load_conversations, load_text
+from secateurs.text.tokenising import CHUNK, reading, tokenise
 
-Message = dict[str, str]
-Conversation = list[Message]
-
-# Of rows that are one question and its answer.
-PAIRS = (("question", "answer"), ("prompt", "completion"))
-
-# For a tokenizer without a template of its own: plain words, since a model that has never seen a chat has no
-# tokens for its turns. The answer and the end-of-text token are what TRL computes the loss on.
-CHAT_TEMPLATE = (
-    "{{- bos_token if bos_token }}"
-    "{%- for message in messages %}"
-    "{{- message['role'] | capitalize }}:"
-    "{%- if message['role'] == 'assistant' %}"
-    "{%- generation %}{{- ' ' + message['content'] | trim + eos_token }}{%- endgeneration %}"
-    "{%- else %}"
-    "{{- ' ' + message['content'] | trim + '\n' }}"
-    "{%- endif %}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}"
-)
+__all__ = ["CHAT_TEMPLATE", "ChatData", "TextData", "load_conversations", "packed_blocks"]
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")  # what marks answers in a chat template
 
@@ -46,11 +34,13 @@ def packed_blocks(
     length: int,
     field: str = "text",
     split: Split = "calibration",
+    progress: bool = False,
 ) -> Tensor:
     """All of a text as blocks without padding, for continual pre-training.
 
-    Documents follow one another with an end-of-text token behind each; a block may begin and end within one,
-    and attention sees across. What is left over at the end is dropped.
+    Documents follow one another with an end-of-text token behind each (conversations as their template ends
+    them); a block may begin and end within one, and attention sees across. Blank documents are left out, with
+    a warning that counts them. What is left over at the end is dropped.
 
     Args:
         source: see `secateurs.text.load_text`. Rows of a file are documents; WikiText-2 and PTB, whose rows
@@ -59,6 +49,7 @@ def packed_blocks(
         length: tokens in a block.
         field: see `secateurs.text.load_text`.
         split: see `secateurs.text.load_text`.
+        progress: show a progress line on standard error.
 
     Returns:
         (blocks, length) int64 token ids on the CPU, in the order of the text.
@@ -69,85 +60,66 @@ def packed_blocks(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token to put between documents")
-    text = load_text(source, field=field, split=split)
-    lines = source in PUBLISHED and text.separator is not None
-    documents = [text.joined] if lines else list(text.documents)
-    end = tokenizer.eos_token_id
-    ids: list[int] = []
-    # Not verbose: it would warn of texts longer than the model's window.
-    for tokens in tokenizer(documents, verbose=False)["input_ids"]:
-        ids.extend(tokens)
-        if not tokens or tokens[-1] != end:
-            ids.append(end)
-    if len(ids) < length:
+    text = load_text(source, field=field, split=split, tokenizer=tokenizer)
+    if source in PUBLISHED and text.separator is not None:  # its rows are lines of one document
+        text = Text([text.joined])
+    end = None if text.rendered else tokenizer.eos_token_id
+    packed = numpy.concatenate([numpy.zeros(0, numpy.int32), *_packed(text, tokenizer, end, progress)])
+    if len(packed) < length:
         raise ValueError(
-            f"'{source}' has {len(ids)} tokens, one block needs {length}: give more text or a smaller length"
+            f"'{source}' has {len(packed)} tokens, one block needs {length}: "
+            "give more text or a smaller length"
         )
-    return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
+    whole = packed[: len(packed) // length * length]
+    return torch.from_numpy(whole).to(torch.int64).view(-1, length)
 
 
-def load_conversations(source: str | Path) -> list[Conversation]:
-    """Read conversations from a jsonl file.
+def _packed(
+    text: Text, tokenizer: PreTrainedTokenizerBase, end: int | None, progress: bool
+) -> Iterator[numpy.ndarray]:
+    """The tokens of each document, int32, with `end` behind it."""
+    blank = 0
+    batch: list[str] = []
+    size = 0
 
-    Args:
-        source: a row has `messages` (objects with `role` and `content`, at least one of them an assistant's),
-            or `question` and `answer`, or `prompt` and `completion`.
+    def tokens_of_batch() -> Iterator[numpy.ndarray]:
+        if batch:
+            advance(size)
+            ids = tokenizer(batch, verbose=False, add_special_tokens=not text.rendered)["input_ids"]
+            yield from (_ended(numpy.array(document, dtype=numpy.int32), end) for document in ids)
 
-    Raises:
-        ValueError: the file cannot be read, or a row is not a conversation; names the line.
-    """
-    try:
-        with open(source, encoding="utf-8-sig") as lines:
-            found = [
-                _messages(line, f"'{source}', line {number}")
-                for number, line in enumerate(lines, start=1)
-                if not line.isspace()
-            ]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{source}' is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise ValueError(f"cannot read '{source}': {error.strerror or error}") from None
-    if not found:
-        raise ValueError(f"'{source}' holds no conversations")
-    return found
-
-
-def _messages(line: str, where: str) -> Conversation:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a {type(row).__name__}, not an object with fields")
-    if "messages" in row:
-        messages = list(_checked(row["messages"], where))
-        roles = [message["role"] for message in messages]
-        if "assistant" not in roles[1:]:
-            raise ValueError(f"{where}: no message of the role 'assistant' that answers another")
-        return messages
-    for pair in PAIRS:
-        if all(name in row for name in pair):
-            for name in pair:
-                if not isinstance(row[name], str):
-                    raise ValueError(f"{where}: field '{name}' is not text but {type(row[name]).__name__}")
-            return [
-                {"role": "user", "content": row[pair[0]]},
-                {"role": "assistant", "content": row[pair[1]]},
-            ]
-    raise ValueError(
-        f"{where}: needs the field 'messages', or 'question' and 'answer', or 'prompt' and 'completion'; "
-        f"it has: {', '.join(row)}"
-    )
+    parts = iter(text.parts())
+    with reading(progress) as advance:
+        for piece in parts:
+            if piece.ends and is_blank(piece.text):
+                blank += 1
+                continue
+            long = not piece.ends or len(piece.text) > CHUNK
+            if long or size + len(piece.text) > CHUNK:
+                yield from tokens_of_batch()
+                batch, size = [], 0
+            if long:
+                pieces = [piece.text] if piece.ends else chain([piece.text], _rest(parts))
+                ids = tokenise(pieces, tokenizer, rendered=text.rendered, advance=advance)
+                yield _ended(ids.to(torch.int32).numpy(), end)
+            else:
+                batch.append(piece.text)
+                size += len(piece.text)
+        yield from tokens_of_batch()
+    if blank:
+        warnings.warn(f"{blank} documents are left out: they are blank", stacklevel=3)
 
 
-def _checked(messages: Any, where: str) -> Iterator[Message]:
-    if not isinstance(messages, list):
-        raise ValueError(f"{where}: field 'messages' is not a list but {type(messages).__name__}")
-    for number, message in enumerate(messages, start=1):
-        fields = message if isinstance(message, dict) else {}
-        if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
-            raise ValueError(f"{where}: message {number} is not an object with text in 'role' and 'content'")
-        yield {name: fields[name] for name in ("role", "content")}
+def _rest(parts: Iterator[Piece]) -> Iterator[str]:
+    """The pieces of a document that has begun."""
+    for piece in parts:
+        yield piece.text
+        if piece.ends:
+            return
+
+
+def _ended(ids: numpy.ndarray, end: int | None) -> numpy.ndarray:
+    return ids if end is None or (len(ids) and ids[-1] == end) else numpy.append(ids, numpy.int32(end))
 
 
 @dataclass(frozen=True)
@@ -183,6 +155,86 @@ class TextData:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """A conversation as a model is trained on it."""
+
+    ids: numpy.ndarray
+    """(tokens,) int32"""
+    learnt: numpy.ndarray
+    """(tokens,) bool"""
+
+
+def lessons_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[Lesson]:
+    """The tokens of a conversation, and which of them are its answers.
+
+    Learnt is what the model would have to write: an answer begins where the conversation before it ends,
+    rendered with what asks for one, and it ends where the conversation up to it does; tool calls and what
+    ends the turn included. A last answer so has the tokens that TRL finds for a prompt and its completion.
+    Where there are several and the template marks them by `{% generation %}`, its marks count.
+
+    An answer that the template renders otherwise once the conversation goes on (Qwen3 takes the reasoning
+    out) gets a lesson of its own, which ends with it: that is how the model will be asked for it.
+
+    Raises:
+        ValueError: the template refuses the conversation, or does not show where an answer begins; names
+            file and row.
+    """
+    whole = render(conversation, tokenizer)
+    answers, last = conversation.answers, len(conversation.messages) - 1
+    if answers != [last] and GENERATION.search(template_of(tokenizer, conversation.options)):
+        roles = [message["role"] for message in conversation.messages]
+        if len(answers) == roles.count("assistant"):
+            return [_marked(conversation, tokenizer)]
+    lessons: list[Lesson] = []
+    texts = [whole]
+    for answer in answers:
+        until = whole if answer == last else apply_template(conversation.first(answer + 1), tokenizer)
+        if not whole.startswith(until):  # Phi-3 writes an end-of-text token behind the last message only
+            until = until.removesuffix(str(tokenizer.eos_token))
+        if not whole.startswith(until):
+            lessons += lessons_of(conversation.first(answer + 1, prompt=answer), tokenizer)
+            continue
+        before = apply_template(conversation.first(answer), tokenizer, add_generation_prompt=True)
+        # What asks for an answer may say more than is left of it, but all that came before must be there.
+        shown = answers == [last] or whole.startswith(before)
+        if not shown and not whole.startswith(apply_template(conversation.first(answer), tokenizer)):
+            raise ValueError(
+                f"{conversation.where}: the model's chat template does not show where the answer in "
+                f"message {answer + 1} begins: mark answers by {{% generation %}} in it"
+            )
+        texts += [before, until]
+    ids, *others = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    learnt = numpy.zeros(len(ids), dtype=bool)
+    for before, until in zip(others[::2], others[1::2], strict=True):
+        learnt[_shared(before, ids) : _shared(until, ids)] = True
+    if others:
+        lessons.append(Lesson(numpy.array(ids, dtype=numpy.int32), learnt))
+    return lessons
+
+
+def _marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Lesson:
+    """As the template's `{% generation %}` marks it."""
+    tokens = apply_template(
+        conversation,
+        tokenizer,
+        tokenize=True,
+        tokenizer_kwargs={"verbose": False},
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    learnt = numpy.array(tokens["assistant_masks"], dtype=bool)
+    if not learnt.any():
+        raise ValueError(f"{conversation.where}: the model's chat template marks no token of it as learnt")
+    return Lesson(numpy.array(tokens["input_ids"], dtype=numpy.int32), learnt)
+
+
+def _shared(ids: list[int], others: list[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(ids), len(others)))
+
+
+@dataclass(frozen=True)
 class ChatData:
     """Conversations (see `load_conversations`), the answers of which are learnt, through TRL."""
 
@@ -190,33 +242,22 @@ class ChatData:
     validation: list[Conversation] | None
     length: int
     """Tokens to which longer conversations are cut."""
+    lessons: dict[str, list[Lesson]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What `check_template` makes of both."""
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.train).encode()).hexdigest()
-
-    @property
-    def single(self) -> bool:
-        """Whether every conversation ends with its only answer; such data suit any chat template."""
-        return all(
-            [message["role"] for message in messages].index("assistant") == len(messages) - 1
-            for messages in self.train + (self.validation or [])
-        )
+        content = [[chat.messages, chat.options, chat.prompt] for chat in self.train]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def check_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ValueError if the tokenizer's chat template cannot tell which tokens are answers."""
-        from trl import get_training_chat_template
+        """Write the conversations by the tokenizer's chat template, so that what it refuses is known.
 
-        if self.single or GENERATION.search(str(tokenizer.chat_template)):
-            return
-        try:
-            get_training_chat_template(tokenizer)
-        except ValueError:
-            raise ValueError(
-                "there are conversations with several answers, and the model's chat template does not mark "
-                "them: put {% generation %} and {% endgeneration %} around an answer in it, or give "
-                "conversations that end with their only answer"
-            ) from None
+        Raises:
+            ValueError: see `lessons_of`.
+        """
+        for name, chats in (("train", self.train), ("validation", self.validation or [])):
+            self.lessons[name] = [lesson for chat in chats for lesson in lessons_of(chat, tokenizer)]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -224,7 +265,7 @@ class ChatData:
         return {
             "include_num_input_tokens_seen": "non_padding",
             "max_length": self.length,
-            "assistant_only_loss": not self.single,
+            "assistant_only_loss": False,  # what TRL would do to conversations is done
         }
 
     def trainer(self, **parts: Any) -> Trainer:
@@ -237,30 +278,31 @@ class ChatData:
         from datasets.utils import disable_progress_bars, enable_progress_bars
         from trl import SFTTrainer
 
-        single = self.single
+        if not self.lessons:
+            self.check_template(parts["processing_class"])
 
-        def rows(conversations: list[Conversation]) -> Dataset:
-            if not single:
-                return Dataset.from_dict({"messages": conversations})
-            prompts = [messages[:-1] for messages in conversations]
+        def rows(lessons: list[Lesson]) -> Dataset:
             return Dataset.from_dict(
-                {"prompt": prompts, "completion": [messages[-1:] for messages in conversations]}
+                {
+                    "input_ids": [lesson.ids for lesson in lessons],
+                    "assistant_masks": [lesson.learnt.astype(numpy.int8) for lesson in lessons],
+                }
             )
 
-        held_out = None if self.validation is None else rows(self.validation)
+        held_out = None if self.validation is None else rows(self.lessons["validation"])
         disable_progress_bars()
         try:
-            trainer = SFTTrainer(train_dataset=rows(self.train), eval_dataset=held_out, **parts)
+            trainer = SFTTrainer(train_dataset=rows(self.lessons["train"]), eval_dataset=held_out, **parts)
         finally:
             enable_progress_bars()
-        kept = len(trainer.train_dataset)  # type: ignore[arg-type]
+        kept, all_of_them = len(trainer.train_dataset), len(self.lessons["train"])  # type: ignore[arg-type]
         if not kept:
             raise ValueError(
                 f"no conversation has an answer within {self.length} tokens: choose a greater length"
             )
-        if kept < len(self.train):
+        if kept < all_of_them:
             warnings.warn(
-                f"{len(self.train) - kept} of {len(self.train)} conversations are left out: no answer within "
+                f"{all_of_them - kept} of {all_of_them} conversations are left out: no answer within "
                 f"{self.length} tokens",
                 stacklevel=2,
             )
