@@ -106,12 +106,14 @@ def save(path: Path, about: Record, rows: list[Record]) -> None:
 
 
 def print_table(header: list[str], rows: list[list[Any]]) -> None:
-    """As Markdown; numbers to four significant digits."""
-
-    def cell(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    print("| " + " | ".join(header) + " |")
+    """As Markdown. Without rows, the head of a table whose rows come one by one."""
+    print_row(header)
     print("|" + " --- |" * len(header))
     for row in rows:
-        print("| " + " | ".join(cell(value) for value in row) + " |", flush=True)
+        print_row(row)
+
+
+def print_row(row: list[Any]) -> None:
+    """Numbers to four significant digits."""
+    cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
+    print("| " + " | ".join(cells) + " |", flush=True)

@@ -4,22 +4,23 @@ All sides are captured in CUDA graphs over enough blocks that the weights exceed
 several times over, and replayed in turns; medians over rounds, of which ratios are taken within a round. The
 bound is a device-to-device copy: what it reads and writes in a second. More than 16 tokens go through
 expansion. With --two-of-four, 2:4 weights through torch's tensor cores. With --tiles, the kernel for one
-token by what a program works on at a time (`secateurs.runtime.gpu.ALONE`), and that for sixteen (`TOGETHER`);
-a star stands for what is used.
+token by what a program works on at a time (`secateurs.runtime.gpu.ALONE`), that for sixteen (`TOGETHER`) and
+expansion (`EXPANSION`); first what is used.
 
     python benchmarks/decode_gpu.py
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from common import RESULTS, Record, arguments, environment, print_table, save
+from common import RESULTS, Record, arguments, environment, print_row, print_table, save
 from random_models import block_shapes, packed_weight, sparse_weight
 from secateurs.runtime import gpu
 from secateurs.runtime.format import Layout
@@ -31,8 +32,12 @@ Packed = tuple[Tensor, Tensor, Layout]
 TILES = {
     "ALONE": ((1, 2, 4, 8), (512, 1024, 2048), (4, 8), (1, 3)),
     "TOGETHER": ((16,), (128, 256, 512), (4, 8), (1, 3)),
+    "EXPANSION": ((1, 2, 4, 8), (512, 1024, 2048), (4, 8), (1,)),
 }
 """Rows, columns, warps and stages to try."""
+
+TOKENS = {"ALONE": 1, "TOGETHER": 16, "EXPANSION": 64}
+"""To try them with."""
 
 PER_THREAD = range(8, 33)  # weights: with fewer there is too little under way, more do not fit into registers
 
@@ -169,23 +174,36 @@ def two_of_four(shapes: list[tuple[int, int]], tokens: int, rounds: int, device:
     }
 
 
-def compare_tiles(block: Block, sparsity: float, tokens: int, bandwidth: float, rounds: int) -> list[Record]:
-    """`compare` with each tile, the one that is used among them."""
-    name = "ALONE" if tokens == 1 else "TOGETHER"
+def compare_tiles(
+    block: Block, sparsity: float, name: str, bandwidth: float, rounds: int
+) -> Iterator[Record]:
+    """`compare` with each tile, first with the one that is used."""
     used = getattr(gpu, name)
     tried = [gpu.Tile(*sizes) for sizes in itertools.product(*TILES[name])]
     fitting = [tile for tile in tried if tile.rows * tile.columns // (32 * tile.warps) in PER_THREAD]
-    rows = []
     for tile in dict.fromkeys((used, *fitting)):
         setattr(gpu, name, tile)
         try:
-            row = compare(block, sparsity, tokens, bandwidth, rounds)
-            rows.append({"tile": tile._asdict(), "used": tile == used} | row)
+            row = compare(block, sparsity, TOKENS[name], bandwidth, rounds)
         except Exception as error:  # too large for the chip, perhaps: the others are still to be seen
             print(f"{tile}: {error}", flush=True)
+            continue
         finally:
             setattr(gpu, name, used)
-    return sorted(rows, key=lambda row: row["seconds"]["compressed"])
+        yield {"tile": tile._asdict()} | row
+
+
+def cells(row: Record) -> list[Any]:
+    """Of a row, for the table."""
+    return [
+        row["tokens"],
+        row.get("pattern", row.get("sparsity")),
+        "x".join(str(size) for size in row.get("tile", {}).values()),
+        *(1e3 * seconds for seconds in row["seconds"].values()),
+        row["speedup"],
+        row.get("share_of_bandwidth", {}).get("compressed", ""),
+        row.get("relative_error", ""),
+    ]
 
 
 def main() -> None:
@@ -212,7 +230,12 @@ def main() -> None:
     def keep(row: Record) -> None:
         rows.append(row)
         save(settings.results, about, rows)
+        print_row(cells(row))
 
+    print(f"a copy reads and writes {bandwidth / 1e12:.2f} TB/s")
+    print_table(
+        ["tokens", "zeros", "tile", "ms", "dense ms", "speed-up", "of the copy's bandwidth", "error"], []
+    )
     for sparsity in settings.sparsities:
         block = Block(shapes, sparsity, settings.copies, device)
         for tokens in settings.tokens:
@@ -221,26 +244,9 @@ def main() -> None:
         keep(two_of_four(shapes, tokens, settings.rounds, device))
     for sparsity in settings.tiles:
         block = Block(shapes, sparsity, settings.copies, device)
-        for tokens in (1, 16):
-            for row in compare_tiles(block, sparsity, tokens, bandwidth, settings.rounds):
+        for name in TILES:
+            for row in compare_tiles(block, sparsity, name, bandwidth, settings.rounds):
                 keep(row)
-    print(f"a copy reads and writes {bandwidth / 1e12:.2f} TB/s")
-    print_table(
-        ["tokens", "zeros", "tile", "ms", "dense ms", "speed-up", "of the copy's bandwidth", "error"],
-        [
-            [
-                row["tokens"],
-                row.get("pattern", row.get("sparsity")),
-                "x".join(str(size) for size in row.get("tile", {}).values())
-                + " (used)" * row.get("used", False),
-                *(1e3 * seconds for seconds in row["seconds"].values()),
-                row["speedup"],
-                row.get("share_of_bandwidth", {}).get("compressed", ""),
-                row.get("relative_error", ""),
-            ]
-            for row in rows
-        ],
-    )
 
 
 if __name__ == "__main__":
