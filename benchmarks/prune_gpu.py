@@ -1,9 +1,9 @@
 """SparseGPT, ADMM and SparseLLM on a GPU: blocks of Llama-2-7B's geometry, by phase, against the floor.
 
-Random weights and tokens, bfloat16, 128 x 2048 calibration tokens, 70 %. Two blocks are pruned, and a model's
-seconds are those of the first, as often as it has more those of the second, and the rest: all blocks have the
-same work. "sparsellm, sparsegpt" has SparseGPT inside and each MLP's own output as the target, as published;
-"sparsellm" is what `secateurs prune` does, refinement included.
+Random weights and tokens, bfloat16, 128 x 2048 calibration tokens, 70 %. Two blocks are pruned. All have the
+same work, so a whole model takes what the first did, for each other block what the second did, and the rest.
+"sparsellm, sparsegpt" has SparseGPT inside and each MLP's own output as the target, as published; "sparsellm"
+is what `secateurs prune` does, refinement included.
 
 The floor of a phase is its arithmetic: what is multiplied in each precision, counted as it happens in a run
 of its own, over the rate that a product of 8192 x 8192 matrices reaches here in that precision;

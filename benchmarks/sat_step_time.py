@@ -38,7 +38,8 @@ class Side:
     def __init__(self, config: LlamaConfig, rate: float, tokens: Tensor) -> None:
         torch.manual_seed(0)
         self.device = tokens.device
-        self.model = LlamaForCausalLM(config).to(self.device).train()
+        with self.device:
+            self.model = LlamaForCausalLM(config).train()
         fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=fused)
         self.tokens = tokens
