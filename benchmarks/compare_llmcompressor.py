@@ -21,7 +21,9 @@ import tyro
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from common import RESULTS, Record, alternate, environment, middle, perplexities, print_table, save
+from common import RESULTS, Record, environment, middle, print_table, save
+from job import in_processes
+from scores import perplexities
 from secateurs.text import calibration_blocks, evaluation_tokens
 
 TOOLS: dict[str, Record] = {
@@ -68,7 +70,7 @@ def main(
                 shared = {"model": str(model), "tokens": str(here / "ids.safetensors")}
                 shared |= {"method": method, "pattern": pattern}
                 jobs = {name: {**shared, **tool, "output": str(here / name)} for name, tool in TOOLS.items()}
-                for name, runs in alternate(jobs, repetitions, pythons).items():
+                for name, runs in in_processes(jobs, repetitions, pythons).items():
                     row = {"model": model.name, "method": method, "pattern": pattern, "tool": name}
                     scores = perplexities(here / name, evaluation, length)
                     rows.append({**row, "perplexity": scores, "runs": runs})

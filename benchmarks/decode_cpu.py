@@ -8,24 +8,17 @@ of the same bytes by the same threads.
     python benchmarks/decode_cpu.py
 """
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from common import RESULTS, environment, save
-from secateurs.runtime.format import pack, row_offsets
+from common import RESULTS, arguments, environment, save
+from random_models import block_shapes, packed_weight, sparse_weight
 from secateurs.runtime.kernels import sparse_linear
+from timing import in_turns, medians, speedup, timed
 
 SPARSITIES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95]
-
-
-def shapes(width: int, mlp: int) -> list[tuple[int, int]]:
-    """(rows, columns) of q, k, v, o, gate, up and down."""
-    return [(width, width)] * 4 + [(mlp, width)] * 2 + [(width, mlp)]
 
 
 def contenders(
@@ -36,10 +29,8 @@ def contenders(
     narrow = {columns: value.to(dtype) for columns, value in x.items()}
     packed, dense, wide, csr = [], [], [], []
     for rows, columns in sizes:
-        weight = torch.randn(rows, columns, dtype=dtype)
-        weight[torch.rand(rows, columns) < sparsity] = 0
-        data, layout = pack(weight)
-        packed.append((data, row_offsets("weight", data, layout), layout))
+        weight = sparse_weight((rows, columns), sparsity, dtype)
+        packed.append(packed_weight(weight))
         dense.append(weight)
         wide.append(weight.float())
         csr.append(weight.float().to_sparse_csr() if sparsity >= 0.5 else None)
@@ -77,9 +68,7 @@ def contenders(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--mlp", type=int, default=11008)
     parser.add_argument("--tokens", type=int, default=1)
@@ -92,26 +81,15 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     rows = []
+    shapes = block_shapes(settings.width, settings.mlp)
     for sparsity in settings.sparsities:
-        runs, read = contenders(
-            shapes(settings.width, settings.mlp), sparsity, getattr(torch, settings.dtype), settings.tokens
-        )
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for round_number in range(settings.rounds + 1):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if round_number:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - start)
+        runs, read = contenders(shapes, sparsity, getattr(torch, settings.dtype), settings.tokens)
+        times = in_turns({name: timed(run) for name, run in runs.items()}, settings.rounds)
         dense = [name for name in runs if name.startswith("dense")]
-        # Paired: each round against the faster dense product of the same round.
-        ratios = [
-            min(seconds[name][i] for name in dense) / seconds["compressed"][i] for i in range(settings.rounds)
-        ]
         row = {
             "sparsity": sparsity,
-            "speedup": statistics.median(ratios),
-            "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+            "speedup": speedup(times, "compressed", *dense),
+            "seconds": medians(times),
             "bytes": read,
         }
         rows.append(row)

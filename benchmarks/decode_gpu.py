@@ -1,28 +1,111 @@
-"""One token (or a few) through blocks of Llama-2-7B's geometry on a GPU: compressed against cuBLAS.
+"""One token, a few, and prompts through blocks of Llama-2-7B's geometry on a GPU: compressed against cuBLAS.
 
-Both sides are captured in CUDA graphs over enough blocks that the weights exceed the second-level cache
-several times over, and replayed in turns; medians over rounds. The bound is a device-to-device copy, which
-reads and writes: half its bytes per second count as reads, twice over. With --semi-structured, 2:4 weights
-through torch's tensor cores against dense, for batches and prefill.
+All sides are captured in CUDA graphs over enough blocks that the weights exceed the second-level cache
+several times over, and replayed in turns; medians over rounds, of which ratios are taken within a round. The
+bound is a device-to-device copy: what it reads and writes in a second. More than 16 tokens go through
+expansion. With --two-of-four, 2:4 weights through torch's tensor cores. With --tiles, the kernel for one
+token by what a program works on at a time (`secateurs.runtime.gpu.ALONE`), that for sixteen (`TOGETHER`) and
+expansion (`EXPANSION`); first what is used.
 
     python benchmarks/decode_gpu.py
 """
 
-import argparse
-import statistics
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
-from common import RESULTS, environment, save
+from common import RESULTS, Record, arguments, environment, print_row, print_table, save
+from random_models import block_shapes, packed_weight, sparse_weight
 from secateurs.runtime import gpu
-from secateurs.runtime.format import mask_of, pack, row_offsets, values_of
+from secateurs.runtime.format import Layout
+from secateurs.runtime.kernels import sparse_linear
+from timing import in_turns, medians, speedup, timed
 
-SHAPES = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+Packed = tuple[Tensor, Tensor, Layout]
+
+TILES = {
+    "ALONE": ((1, 2, 4, 8), (512, 1024, 2048), (4, 8), (1, 3)),
+    "TOGETHER": ((16,), (128, 256, 512), (4, 8), (1, 3)),
+    "EXPANSION": ((1, 2, 4, 8), (512, 1024, 2048), (4, 8), (1,)),
+}
+"""Rows, columns, warps and stages to try."""
+
+TOKENS = {"ALONE": 1, "TOGETHER": 16, "EXPANSION": 64}
+"""To try them with."""
+
+PER_THREAD = range(8, 33)  # weights: with fewer there is too little under way, more do not fit into registers
 
 
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The kernels of one call, as a graph."""
+class Block:
+    """Copies of a block's seven layers, dense and packed; each has memory of its own.
+
+    Args:
+        shapes: of the layers.
+        sparsity: of the weights.
+        copies: how many.
+        device: where.
+    """
+
+    def __init__(
+        self, shapes: list[tuple[int, int]], sparsity: float, copies: int, device: torch.device
+    ) -> None:
+        weights = [sparse_weight(shape, sparsity, torch.bfloat16, device) for shape in shapes]
+        packed = [packed_weight(weight) for weight in weights]
+        self.dense = [weight.clone() for _ in range(copies) for weight in weights]
+        self.packed: list[Packed] = [
+            (data.clone(), offsets.clone(), layout) for _ in range(copies) for data, offsets, layout in packed
+        ]
+        self.bytes = {
+            "compressed": sum(data.nbytes + offsets.nbytes for data, offsets, _ in self.packed),
+            "dense": sum(weight.nbytes for weight in self.dense),
+        }
+
+    def inputs(self, tokens: int) -> dict[int, Tensor]:
+        """Of each width."""
+        widths = {weight.shape[1] for weight in self.dense}
+        like = self.dense[0]
+        return {
+            width: torch.randn(tokens, width, dtype=like.dtype, device=like.device)
+            for width in sorted(widths)
+        }
+
+    def run_dense(self, x: dict[int, Tensor]) -> list[Tensor]:
+        return [linear(x[weight.shape[1]], weight) for weight in self.dense]
+
+    def run_compressed(self, x: dict[int, Tensor]) -> list[Tensor]:
+        return [
+            sparse_linear(x[layout.columns], data, offsets, None, layout)
+            for data, offsets, layout in self.packed
+        ]
+
+    def error(self, x: dict[int, Tensor]) -> float:
+        """Of the compressed product, relative to that in float64, over all layers of a copy.
+
+        Raises:
+            ArithmeticError: it is more than rounding to bfloat16 explains.
+        """
+        lost = energy = 0.0
+        for weight, found in zip(self.dense[:7], self.run_compressed(x)[:7], strict=True):
+            exact = x[weight.shape[1]].double() @ weight.double().T
+            lost += float((found - exact).square().sum())
+            energy += float(exact.square().sum())
+        error = (lost / energy) ** 0.5
+        if not error < 1e-2:
+            raise ArithmeticError(f"the compressed product is off by {error:.2g}")
+        return error
+
+
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The kernels of one call, as a graph's replay; without a GPU the call itself."""
+    if device.type != "cuda":
+        return run
+    torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -31,125 +114,139 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph
+    return graph.replay
 
 
-def paired_seconds(runs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, float]:
-    """Median seconds of each graph, replayed in turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(rounds + 3):
-        for name, graph in runs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if round_number >= 3:
-                times[name].append(start.elapsed_time(end) / 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+def measured(
+    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each, in turns."""
+    on_gpu = device.type == "cuda"
+    clocked = {name: timed(captured(run, device), on_gpu=on_gpu) for name, run in runs.items()}
+    return in_turns(clocked, rounds, warm_up=3)
 
 
-def random_weight(rows: int, columns: int, sparsity: float) -> torch.Tensor:
-    weight = torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
-    return weight.masked_fill_(torch.rand(rows, columns, device="cuda") < sparsity, 0)
-
-
-def decode(sparsity: float, tokens: int, blocks: int, rounds: int) -> dict:
-    x = {
-        columns: torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-        for columns in (4096, 11008)
-    }
-    dense = [random_weight(*shape, sparsity) for _ in range(blocks) for shape in SHAPES]
-    packed = []
-    for weight in dense:
-        data, layout = pack(weight)
-        offsets = row_offsets("weight", data, layout).cuda()
-        data = data.cuda()
-        packed.append((mask_of(data, layout), values_of(data, layout), offsets))
-    for weight, (mask, values, offsets) in zip(dense[:7], packed[:7], strict=True):
-        ours, theirs = (
-            gpu.linear(x[weight.shape[1]], mask, values, offsets, None),
-            x[weight.shape[1]] @ weight.T,
-        )
-        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0.5)
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+def copies_a_second(device: torch.device, rounds: int) -> float:
+    """Bytes that a large copy on the device reads and writes."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = paired_seconds(
-        {
-            "compressed": captured(
-                lambda: [gpu.linear(x[w.shape[1]], *p, None) for w, p in zip(dense, packed, strict=True)]
-            ),
-            "dense": captured(lambda: [x[weight.shape[1]] @ weight.T for weight in dense]),
-            "copy of 1 GiB": captured(lambda: target.copy_(source)),
-        },
-        rounds,
-    )
-    dense_bytes = sum(weight.nbytes for weight in dense)
-    packed_bytes = sum(tensor.nbytes for layer in packed for tensor in layer)
-    bandwidth = 2 * source.nbytes / seconds["copy of 1 GiB"]
+    times = measured({"copy": lambda: target.copy_(source)}, rounds, device)
+    return 2 * source.nbytes / medians(times)["copy"]
+
+
+def compare(block: Block, sparsity: float, tokens: int, bandwidth: float, rounds: int) -> Record:
+    x = block.inputs(tokens)
+    error = block.error(x)
+    runs = {"compressed": partial(block.run_compressed, x), "dense": partial(block.run_dense, x)}
+    times = measured(runs, rounds, block.dense[0].device)
+    seconds = medians(times)
     return {
         "sparsity": sparsity,
         "tokens": tokens,
-        "speedup": seconds["dense"] / seconds["compressed"],
-        "bytes": {"compressed": packed_bytes, "dense": dense_bytes},
+        "speedup": speedup(times, "compressed", "dense"),
+        "bytes": block.bytes,
         "seconds": seconds,
         "share_of_bandwidth": {
-            "compressed": packed_bytes / seconds["compressed"] / bandwidth,
-            "dense": dense_bytes / seconds["dense"] / bandwidth,
+            name: block.bytes[name] / seconds[name] / bandwidth for name in ("compressed", "dense")
         },
+        "relative_error": error,
     }
 
 
-def semi_structured(tokens: int, rounds: int) -> dict:
+def two_of_four(shapes: list[tuple[int, int]], tokens: int, rounds: int, device: torch.device) -> Record:
     """2:4 against dense, one block."""
-    dense, sparse = [], []
-    for rows, columns in SHAPES:
-        weight = torch.randn(rows, columns // 4, 4, dtype=torch.bfloat16, device="cuda")
-        weight.scatter_(2, weight.abs().topk(2, dim=2, largest=False).indices, 0)
-        dense.append(weight.view(rows, columns))
-        sparse.append(torch.sparse.to_sparse_semi_structured(dense[-1]))
-    x = {
-        columns: torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-        for columns in (4096, 11008)
+    block = Block(shapes, 0.0, 1, device)
+    x = block.inputs(tokens)
+    for weight in block.dense:
+        groups = weight.view(len(weight), -1, 4)
+        groups.scatter_(2, groups.abs().topk(2, dim=2, largest=False).indices, 0)
+    sparse = [torch.sparse.to_sparse_semi_structured(weight) for weight in block.dense]
+    runs = {
+        "2:4": lambda: [linear(x[weight.shape[1]], weight) for weight in sparse],
+        "dense": partial(block.run_dense, x),
     }
-    linear = torch.nn.functional.linear
-    seconds = paired_seconds(
-        {
-            "2:4": captured(lambda: [linear(x[w.shape[1]], w) for w in sparse]),
-            "dense": captured(lambda: [linear(x[w.shape[1]], w) for w in dense]),
-        },
-        rounds,
-    )
+    times = measured(runs, rounds, device)
     return {
         "pattern": "2:4",
         "tokens": tokens,
-        "speedup": seconds["dense"] / seconds["2:4"],
-        "seconds": seconds,
+        "speedup": speedup(times, "2:4", "dense"),
+        "seconds": medians(times),
     }
 
 
+def compare_tiles(
+    block: Block, sparsity: float, name: str, bandwidth: float, rounds: int
+) -> Iterator[Record]:
+    """`compare` with each tile, first with the one that is used."""
+    used = getattr(gpu, name)
+    tried = [gpu.Tile(*sizes) for sizes in itertools.product(*TILES[name])]
+    fitting = [tile for tile in tried if tile.rows * tile.columns // (32 * tile.warps) in PER_THREAD]
+    for tile in dict.fromkeys((used, *fitting)):
+        setattr(gpu, name, tile)
+        try:
+            row = compare(block, sparsity, TOKENS[name], bandwidth, rounds)
+        except Exception as error:  # too large for the chip, perhaps: the others are still to be seen
+            print(f"{tile}: {error}", flush=True)
+            continue
+        finally:
+            setattr(gpu, name, used)
+        yield {"tile": tile._asdict()} | row
+
+
+def cells(row: Record) -> list[Any]:
+    """Of a row, for the table."""
+    return [
+        row["tokens"],
+        row.get("pattern", row.get("sparsity")),
+        "x".join(str(size) for size in row.get("tile", {}).values()),
+        *(1e3 * seconds for seconds in row["seconds"].values()),
+        row["speedup"],
+        row.get("share_of_bandwidth", {}).get("compressed", ""),
+        row.get("relative_error", ""),
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.5, 0.7, 0.9])
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 4, 16])
-    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 4, 16, 64, 512, 2048])
+    parser.add_argument("--two-of-four", type=int, nargs="*", default=[], help="tokens")
+    parser.add_argument("--tiles", type=float, nargs="*", default=[], help="sparsities")
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--mlp", type=int, default=11008)
+    parser.add_argument("--copies", type=int, default=4, help="of the block")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--semi-structured", type=int, nargs="*", default=[16, 64, 512, 2048], help="tokens")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--results", type=Path, default=RESULTS / "gpu_decode.json")
     settings = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here")
+    device = torch.device(settings.device)
+    shapes = block_shapes(settings.width, settings.mlp)
     torch.manual_seed(0)
-    rows = []
+    bandwidth = copies_a_second(device, settings.rounds)
+    about = {**environment(), "bytes_copied_per_second": bandwidth}
+    about |= {key: getattr(settings, key) for key in ("width", "mlp", "copies", "rounds")}
+    rows: list[Record] = []
+
+    def keep(row: Record) -> None:
+        rows.append(row)
+        save(settings.results, about, rows)
+        print_row(cells(row))
+
+    print(f"a copy reads and writes {bandwidth / 1e12:.2f} TB/s")
+    print_table(
+        ["tokens", "zeros", "tile", "ms", "dense ms", "speed-up", "of the copy's bandwidth", "error"], []
+    )
     for sparsity in settings.sparsities:
+        block = Block(shapes, sparsity, settings.copies, device)
         for tokens in settings.tokens:
-            rows.append(decode(sparsity, tokens, settings.blocks, settings.rounds))
-            print(rows[-1], flush=True)
-    for tokens in settings.semi_structured:
-        rows.append(semi_structured(tokens, settings.rounds))
-        print(rows[-1], flush=True)
-    save(RESULTS / "decode_gpu.json", environment() | vars(settings), rows)
+            keep(compare(block, sparsity, tokens, bandwidth, settings.rounds))
+    for tokens in settings.two_of_four:
+        keep(two_of_four(shapes, tokens, settings.rounds, device))
+    for sparsity in settings.tiles:
+        block = Block(shapes, sparsity, settings.copies, device)
+        for name in TILES:
+            for row in compare_tiles(block, sparsity, name, bandwidth, settings.rounds):
+                keep(row)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,9 @@ from pathlib import Path
 
 import tyro
 
-from common import (
-    RESULTS,
-    Record,
-    alternate,
-    environment,
-    middle,
-    print_table,
-    random_llama,
-    random_tokens,
-    save,
-)
+from common import RESULTS, Record, environment, middle, print_table, save
+from job import in_processes
+from random_models import random_llama, random_tokens
 
 
 def main(
@@ -52,7 +44,7 @@ def main(
                     "method": method,
                     "pattern": pattern,
                 }
-        for (depth, count), runs in alternate(jobs, repetitions).items():
+        for (depth, count), runs in in_processes(jobs, repetitions).items():
             rows.append({"samples": count, "depth": depth, "runs": runs})
     rows.sort(key=lambda row: (row["samples"], row["depth"]))
     save(results, about, rows)

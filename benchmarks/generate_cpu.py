@@ -7,22 +7,23 @@ after it; figures are medians over rounds, and ratios of the same round.
     python benchmarks/generate_cpu.py
 """
 
-import argparse
 import itertools
-import math
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import RESULTS, Record, environment, save
+from common import RESULTS, Record, arguments, environment, save
+from random_models import prune_by_magnitude
 from secateurs.checkpoint import Checkpoint
 from secateurs.runtime import compress
 from secateurs.runtime.generate import Pace, greedy_tokens
 from secateurs.runtime.load import load_model
-from secateurs.runtime.quantizer import linear_shapes
+from timing import in_turns, speedup
 
 # 369 million weights in the blocks, 34 million in each of the embedding and the head.
 GEOMETRY = LlamaConfig(
@@ -36,19 +37,16 @@ GEOMETRY = LlamaConfig(
 )
 
 
-def prune_by_magnitude(model: LlamaForCausalLM, sparsity: float) -> None:
-    """Zeroes the smallest weights of the blocks; they are as normal as they were initialised."""
-    threshold = GEOMETRY.initializer_range * math.sqrt(2) * float(torch.erfinv(torch.tensor(sparsity)))
-    for name in linear_shapes(model):
-        if name != "lm_head":
-            weight = model.get_submodule(name).weight.data
-            weight[weight.abs() < threshold] = 0
+def pace_of(model: LlamaForCausalLM, prompt: Tensor, new: int) -> Pace:
+    """Of so many new tokens after a prompt."""
+    pace = Pace()
+    for _ in itertools.islice(greedy_tokens(model, prompt, pace), new):
+        pass
+    return pace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.5, 0.7, 0.9])
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new", type=int, default=17, help="tokens")
@@ -78,22 +76,11 @@ def main() -> None:
             compress(Path(scratch) / "pruned", Path(scratch) / kind)
             add(kind, Path(scratch) / kind, sparsity)
         del model
-        paces: dict[str, list[Pace]] = {kind: [] for kind in models}
-        for round_number in range(settings.rounds + 1):
-            for kind, loaded in models.items():
-                pace = Pace()
-                for _ in itertools.islice(greedy_tokens(loaded, prompt, pace), settings.new):
-                    pass
-                if round_number:  # the first one warms up
-                    paces[kind].append(pace)
-
-    def beside_dense(kind: str, figure: str) -> float:
-        """How often faster than the faster dense model of the same round."""
-        sign = -1 if figure == "seconds_to_first" else 1
-        dense = [[getattr(pace, figure) ** sign for pace in paces[name]] for name in paces if "dense" in name]
-        own = [getattr(pace, figure) ** sign for pace in paces[kind]]
-        return statistics.median(mine / max(theirs) for mine, *theirs in zip(own, *dense, strict=True))
-
+        runs = {kind: partial(pace_of, loaded, prompt, settings.new) for kind, loaded in models.items()}
+        paces = in_turns(runs, settings.rounds)
+    dense = [kind for kind in paces if kind.startswith("dense")]
+    a_token = {kind: [1 / pace.tokens_per_second for pace in own] for kind, own in paces.items()}
+    first = {kind: [pace.seconds_to_first for pace in own] for kind, own in paces.items()}
     rows: list[Record] = []
     for kind, measured in paces.items():
         row = {
@@ -102,8 +89,8 @@ def main() -> None:
             "file_bytes": sizes[kind],
             "tokens_per_second": statistics.median(pace.tokens_per_second for pace in measured),
             "seconds_to_first_token": statistics.median(pace.seconds_to_first for pace in measured),
-            "decoding_speedup": beside_dense(kind, "tokens_per_second"),
-            "prompt_speedup": beside_dense(kind, "seconds_to_first"),
+            "decoding_speedup": speedup(a_token, kind, *dense),
+            "prompt_speedup": speedup(first, kind, *dense),
         }
         rows.append(row)
         print(row, flush=True)

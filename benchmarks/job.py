@@ -2,23 +2,55 @@
 
     python job.py '{"tool": "secateurs", "model": ..., "tokens": ..., "output": ..., ...}'
 
-The other scripts start it, with the interpreter of the tool's own environment. A tool reads a model's
-folder and calibration token ids (a safetensors file, `ids` (samples, length)) and writes the pruned model's
-folder. The clock runs from before loading to after saving; the imports come before it. The last line on
-stdout is JSON: seconds, phases where the tool can be split, and the most memory held, also by the imports
-alone.
+The other scripts start it by `in_processes`, with the interpreter of the tool's own environment. A tool
+reads a model's folder and calibration token ids (a safetensors file, `ids` (samples, length)) and writes the
+pruned model's folder. The clock runs from before loading to after saving; the imports come before it. The
+last line on stdout is JSON: seconds, phases where the tool can be split, and the most memory held, also by
+the imports alone.
 """
 
 import json
+import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from common import Record, peak_bytes, versions
+from common import HERE, Record, versions
+from timing import in_turns
+
+
+def in_processes(
+    jobs: dict[Any, Record], repetitions: int, pythons: dict[Any, str] | None = None
+) -> dict[Any, list[Record]]:
+    """Run each named job so many times, turn and turn about, each time in a process of its own."""
+    runs = {
+        name: partial(_in_process, job, (pythons or {}).get(name, sys.executable))
+        for name, job in jobs.items()
+    }
+    return in_turns(runs, repetitions, warm_up=0)
+
+
+def _in_process(job: Record, python: str) -> Record:
+    """What this file gives for `job`, whose output folder is made anew; its log is shown only if it fails."""
+    shutil.rmtree(job["output"], ignore_errors=True)
+    command = [python, str(HERE / "job.py"), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{job} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held. (`ru_maxrss` would include the parent's, before exec.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])  # type: ignore[index]
 
 
 def finish_imports(model: str) -> int:

@@ -17,7 +17,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from common import RESULTS, Record, environment, print_table, save
-from generate_cpu import GEOMETRY, prune_by_magnitude
+from generate_cpu import GEOMETRY
+from random_models import prune_by_magnitude
 from secateurs.checkpoint import Checkpoint
 from secateurs.runtime import SparseLinear, compress
 

@@ -7,43 +7,38 @@ of several sizes, and dense, in turns; medians. The fewest tokens at which expan
     python benchmarks/prefill_cpu.py
 """
 
-import argparse
-import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from common import RESULTS, Record, environment, save
+from common import RESULTS, Record, arguments, environment, save
+from random_models import packed_weight, sparse_weight
 from secateurs.runtime import kernels
-from secateurs.runtime.format import Layout, pack, row_offsets
+from secateurs.runtime.format import Layout
 from secateurs.runtime.kernels import sparse_linear
+from timing import in_turns, medians, timed
 
 ROWS, COLUMNS, LAYERS = 11008, 4096, 4
 MEGABYTE = 1 << 20
 
 
-def packed_seconds(
+def packed(
     x: Tensor, weights: list[tuple[Tensor, Tensor, Layout]], direct_tokens: int, panel_bytes: int
-) -> float:
+) -> None:
     kernels.DIRECT_TOKENS, kernels.PANEL_BYTES = {x.dtype: direct_tokens}, panel_bytes
-    start = time.perf_counter()
     for data, offsets, layout in weights:
         sparse_linear(x, data, offsets, None, layout)
-    return (time.perf_counter() - start) / len(weights)
 
 
-def dense_seconds(x: Tensor, weights: list[Tensor]) -> float:
-    start = time.perf_counter()
+def dense(x: Tensor, weights: list[Tensor]) -> None:
     for weight in weights:
         torch.nn.functional.linear(x, weight)
-    return (time.perf_counter() - start) / len(weights)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128])
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.7])
     parser.add_argument("--panels", type=int, nargs="*", default=[2, 4, 8, 16], help="MB of dense weight")
@@ -57,29 +52,21 @@ def main() -> None:
     rows: list[Record] = []
     for dtype in settings.dtypes:
         for sparsity in settings.sparsities:
-            dense, packed = [], []
-            for _ in range(LAYERS):
-                weight = torch.randn(ROWS, COLUMNS, dtype=getattr(torch, dtype))
-                weight[torch.rand(ROWS, COLUMNS) < sparsity] = 0
-                data, layout = pack(weight)
-                dense.append(weight)
-                packed.append((data, row_offsets("weight", data, layout), layout))
+            weights = [sparse_weight((ROWS, COLUMNS), sparsity, getattr(torch, dtype)) for _ in range(LAYERS)]
+            layers = [packed_weight(weight) for weight in weights]
             for tokens in settings.tokens:
                 x = torch.randn(tokens, COLUMNS, dtype=getattr(torch, dtype))
-                seconds: dict[str, list[float]] = {}
-                for _ in range(settings.rounds + 1):
-                    taken = {"dense": dense_seconds(x, dense)}
-                    if tokens <= 64:
-                        taken["direct"] = packed_seconds(x, packed, tokens, MEGABYTE)
-                    for panel in settings.panels:
-                        taken[f"panels of {panel} MB"] = packed_seconds(x, packed, 0, panel * MEGABYTE)
-                    for name, value in taken.items():
-                        seconds.setdefault(name, []).append(value)
-                medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-                rows.append({"dtype": dtype, "sparsity": sparsity, "tokens": tokens, "seconds": medians})
+                runs: dict[str, Callable[[], object]] = {"dense": partial(dense, x, weights)}
+                if tokens <= 64:
+                    runs["direct"] = partial(packed, x, layers, tokens, MEGABYTE)
+                for panel in settings.panels:
+                    runs[f"panels of {panel} MB"] = partial(packed, x, layers, 0, panel * MEGABYTE)
+                times = in_turns({name: timed(run) for name, run in runs.items()}, settings.rounds)
+                a_layer = {name: seconds / LAYERS for name, seconds in medians(times).items()}
+                rows.append({"dtype": dtype, "sparsity": sparsity, "tokens": tokens, "seconds": a_layer})
                 print(
                     f"{dtype}, {sparsity:.0%}, {tokens} tokens:",
-                    ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in medians.items()),
+                    ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in a_layer.items()),
                     flush=True,
                 )
                 save(RESULTS / "prefill_cpu.json", about, rows)

@@ -16,18 +16,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from common import (
-    RESULTS,
-    Record,
-    alternate,
-    environment,
-    middle,
-    print_table,
-    random_llama,
-    random_tokens,
-    save,
-    saved_tensors,
-)
+from common import RESULTS, Record, environment, middle, print_table, save
+from job import in_processes
+from random_models import random_llama, random_tokens
+from scores import saved_tensors
 
 
 def agreement(one: Path, other: Path) -> float:
@@ -60,7 +52,7 @@ def main(
             model = random_llama(here / dtype, layers=2, dtype=dtype)
             shared = {"model": str(model), "tokens": str(tokens), "pattern": pattern}
             jobs = {name: {**shared, **tool, "output": str(here / name)} for name, tool in tools.items()}
-            for name, runs in alternate(jobs, repetitions).items():
+            for name, runs in in_processes(jobs, repetitions).items():
                 same = agreement(here / "published", here / name)
                 rows.append({"dtype": dtype, "tool": name, "mask_agreement": same, "runs": runs})
             save(results, about, rows)

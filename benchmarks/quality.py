@@ -30,17 +30,8 @@ import tyro
 from transformers import AutoTokenizer
 
 import secateurs
-from common import (
-    RESULTS,
-    Record,
-    divergences,
-    environment,
-    load,
-    perplexities,
-    print_table,
-    save,
-    tempered,
-)
+from common import RESULTS, Record, environment, load, print_table, save
+from scores import divergences, perplexities, tempered
 from secateurs.pruning.block.local import Sequential
 from secateurs.text import calibration_blocks, evaluation_tokens
 

@@ -14,6 +14,7 @@ settings below were chosen.
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from secateurs.text import load_tokenizer
 from secateurs.training.data import CHAT_TEMPLATE
 from secateurs.training.ladder import Ladder
 from secateurs.training.sparse import SparseTraining
+from timing import in_turns
 
 Task = Literal["cpt", "sft"]
 Batch = dict[str, Tensor]
@@ -155,14 +157,6 @@ def steps_of(
     }
 
 
-def in_turns(runs: list[Iterator[Record]]) -> list[Record]:
-    """Let all of them make a step, and another, to the end."""
-    while True:
-        results = [next(run) for run in runs]
-        if results[0]:
-            return results
-
-
 def print_tables(rows: list[Record]) -> None:
     """One for each task: means over seeds, and margins over `dense`, least to most."""
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -219,8 +213,11 @@ class Experiment:
                 stacked([self.train[i] for i in order[step * size : (step + 1) * size]])
                 for step in range(steps)
             ]
-            runs = [steps_of(cell, self.task, seed, batches, self.held_out, size) for cell in cells]
-            found = {row["cell"]: row for row in in_turns(runs)}
+            runs = {
+                cell: partial(next, steps_of(cell, self.task, seed, batches, self.held_out, size))
+                for cell in cells
+            }
+            found = {cell: made[-1] for cell, made in in_turns(runs, steps + 1, warm_up=0).items()}
             save(self.results, self.about, rows + list(found.values()))
             for row in found.values():
                 print(*(value for key, value in row.items() if key != "step_seconds"), flush=True)

@@ -21,17 +21,9 @@ from typing import Literal
 
 import tyro
 
-from common import (
-    RESULTS,
-    Record,
-    alternate,
-    environment,
-    middle,
-    print_table,
-    random_llama,
-    random_tokens,
-    save,
-)
+from common import RESULTS, Record, environment, middle, print_table, save
+from job import in_processes
+from random_models import random_llama, random_tokens
 
 DTYPES = ("float32", "bfloat16")
 
@@ -69,7 +61,7 @@ def main(
             shared = {"tokens": str(tokens), "pattern": "70%", "output": str(here / "out")}
             jobs = {kind: {**shared, **tool, "model": str(models[kind[1]])} for kind, tool in kinds.items()}
             seconds = {}
-            for (name, dtype), repeated in alternate(jobs, repetitions).items():
+            for (name, dtype), repeated in in_processes(jobs, repetitions).items():
                 size = sum(file.stat().st_size for file in models[dtype].glob("*.safetensors"))
                 kind = {"blocks": depth, "method": name, "dtype": dtype, "model_bytes": size}
                 rows.append({**kind, "runs": repeated})

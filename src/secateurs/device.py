@@ -26,7 +26,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def home_of(hidden: list[torch.Tensor], device: torch.device, *, copies: float = 1) -> torch.device:
-    """Where activations live between blocks: on the GPU if they leave most of it free.
+    """Where activations live between blocks: on the GPU if they leave half of what is free to the work.
 
     Args:
         hidden: the activations before the first block.
@@ -37,4 +37,4 @@ def home_of(hidden: list[torch.Tensor], device: torch.device, *, copies: float =
         return device
     held = sum(states.nbytes for states in hidden)
     free, _ = torch.cuda.mem_get_info(device)
-    return device if copies * held < 0.3 * (free + held) else torch.device("cpu")
+    return device if copies * held < 0.5 * (free + held) else torch.device("cpu")

@@ -87,7 +87,7 @@ def test_a_model_is_as_good_as_from_the_cpu(method: str, tmp_path: Path) -> None
             calibration=CALIBRATION,
             method=method,
             pattern="70%",
-            samples=16,
+            samples=8,
             length=256,
             device=device,
         )

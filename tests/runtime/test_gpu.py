@@ -1,13 +1,19 @@
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import DTYPES, pruned, sparse
+from small_models import DTYPES, logits, pruned, save, sparse
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from secateurs.runtime.convert import compress
 from secateurs.runtime.format import mask_of, pack, row_offsets, values_of
 
 pytest.importorskip("triton")
 from secateurs.runtime import gpu, semi_structured
+from secateurs.runtime.linear import SparseLinear
+from secateurs.runtime.load import load_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter truncates to bfloat16, so one unit in the last place.
@@ -49,6 +55,43 @@ def test_triton_products_and_expansion(
     assert ((y.double() - exact).abs() <= tolerance).all()
     first = rows // 2
     assert torch.equal(gpu.expand(mask, values, offsets, columns, first, rows).cpu(), weight[first:])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_a_compressed_model_on_a_gpu(family: str, tmp_path: Path) -> None:
+    dense = pruned(family)
+    compress(save(dense, tmp_path / "dense"), tmp_path / "compressed")
+    model = load_model(tmp_path / "compressed", "cuda")
+    ids = torch.arange(40).view(2, 20) * 7 % 320
+    with torch.no_grad():
+        for some in (ids, ids[:, :4], ids[:1, :1]):  # expanded, straight, one token
+            found, expected = model(some.cuda()).logits.cpu().float(), dense(some).logits.float()
+            assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+    new = model.generate(ids[:1].cuda(), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert new.shape == (1, 25)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+def test_two_of_four_on_tensor_cores(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+    )
+    dense = LlamaForCausalLM(config).bfloat16().eval()
+    for name, weight in dense.named_parameters():
+        if "_proj" in name:
+            groups = weight.data.view(len(weight), -1, 4)
+            groups.scatter_(2, groups.abs().topk(2, dim=2, largest=False).indices, 0)
+    compress(save(dense, tmp_path / "dense"), tmp_path / "compressed")
+    model = load_model(tmp_path / "compressed", "cuda")
+    layers = sum(isinstance(module, SparseLinear) for module in model.modules())
+    assert semi_structured.to_semi_structured(model) == layers == 14
+    ids = torch.arange(40).view(2, 20) * 7 % 320
+    with torch.no_grad():
+        found = model(ids.cuda()).logits.cpu().float()
+    expected = logits(dense).float()
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
 def test_two_of_four_is_recognised() -> None:

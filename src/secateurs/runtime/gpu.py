@@ -5,13 +5,37 @@ them (where each value lies), a load of only the values that exist, and the prod
 dense weight to be written. Up to 16 tokens share one pass, through the tensor cores.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 DIRECT_TOKENS = 16
-BLOCK = 256  # columns at a time
+
+
+class Tile(NamedTuple):
+    """What a program works on at a time; benchmarks/decode_gpu.py tries several."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+    """How many blocks of columns are under way at once: their masks are fetched ahead."""
+
+
+ALONE = Tile(4, 256, 4)
+"""For one token."""
+
+TOGETHER = Tile(16, 256, 4)
+"""For more; the tensor cores' smallest tile has 16 rows."""
+
+TOGETHER_FLOAT32 = Tile(16, 64, 4)
+"""For more, without tensor cores: what is multiplied stays in registers, where no more has room."""
+
+EXPANSION = Tile(4, 256, 4)
+
 # What the tensor cores multiply; Triton's interpreter has no bfloat16 there.
 FACTORS = {
     torch.float32: tl.float32,
@@ -51,13 +75,14 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS).to(tl.int64)
     inside = row < rows
     begin = tl.load(offsets + row, mask=inside, other=0)
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for start in range(0, columns, BLOCK):
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
         weight, count = _expand_block(mask, values, row, inside, begin, start, columns, row_words, BLOCK)
         begin += count
         column = start + tl.arange(0, BLOCK)
@@ -75,12 +100,22 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _expand_kernel(  # type: ignore[no-untyped-def]
-    mask, values, offsets, dense, first, last, columns, row_words, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    mask,
+    values,
+    offsets,
+    dense,
+    first,
+    last,
+    columns,
+    row_words,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < last
     begin = tl.load(offsets + row, mask=inside, other=0)
-    for start in range(0, columns, BLOCK):
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
         weight, count = _expand_block(mask, values, row, inside, begin, start, columns, row_words, BLOCK)
         begin += count
         column = start + tl.arange(0, BLOCK)
@@ -105,9 +140,10 @@ def linear(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, bias: Tenso
     assert tokens <= DIRECT_TOKENS
     y = x.new_empty(tokens, len(mask))
     alone = tokens == 1
-    rows = 4 if alone else 16  # the tensor cores' smallest tile is 16 x 16
+    factor = FACTORS[x.dtype] if x.dtype == values.dtype else tl.float32
+    tile = ALONE if alone else TOGETHER_FLOAT32 if factor == tl.float32 else TOGETHER
     with torch.cuda.device_of(x):
-        _linear_kernel[(triton.cdiv(len(mask), rows),)](
+        _linear_kernel[(triton.cdiv(len(mask), tile.rows),)](
             x.contiguous(),
             mask.view(torch.int32),
             values,
@@ -119,10 +155,12 @@ def linear(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, bias: Tenso
             columns,
             mask.shape[1] // 4,
             HAS_BIAS=bias is not None,
-            FACTOR=FACTORS[x.dtype] if x.dtype == values.dtype else tl.float32,
+            FACTOR=factor,
             TOKENS=1 if alone else 16,
-            ROWS=rows,
-            BLOCK=BLOCK,
+            ROWS=tile.rows,
+            BLOCK=tile.columns,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
         )
     return y
 
@@ -130,10 +168,20 @@ def linear(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, bias: Tenso
 def expand(mask: Tensor, values: Tensor, offsets: Tensor, columns: int, first: int, last: int) -> Tensor:
     """Rows [first, last) of a packed weight, dense, in the values' dtype."""
     dense = values.new_empty(last - first, columns)
-    rows = 4
-    words = mask.view(torch.int32)
+    tile, words = EXPANSION, mask.view(torch.int32)
     with torch.cuda.device_of(values):
-        _expand_kernel[(triton.cdiv(last - first, rows),)](
-            words, values, offsets, dense, first, last, columns, words.shape[1], ROWS=rows, BLOCK=BLOCK
+        _expand_kernel[(triton.cdiv(last - first, tile.rows),)](
+            words,
+            values,
+            offsets,
+            dense,
+            first,
+            last,
+            columns,
+            words.shape[1],
+            ROWS=tile.rows,
+            BLOCK=tile.columns,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
         )
     return dense

@@ -1,0 +1,114 @@
+"""Models, blocks and tokens at random: speed and memory do not depend on what the weights say."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from secateurs.runtime.format import Layout, pack, row_offsets
+
+VOCABULARY = 32000  # Llama's
+
+
+def random_llama(folder: Path, layers: int, dtype: str) -> Path:
+    """A saved Llama of width 512: MLP 1376, eight heads, no tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+    )
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def random_ids(samples: int, length: int) -> Tensor:
+    """Calibration ids (samples, length)."""
+    return torch.randint(VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
+def random_tokens(file: Path, samples: int, length: int) -> Path:
+    """The same in a file, for a run in a process of its own."""
+    save_file({"ids": random_ids(samples, length)}, file)
+    return file
+
+
+def prune_by_magnitude(model: LlamaForCausalLM, sparsity: float) -> None:
+    """Zeroes the smallest weights of the blocks; they are as normal as they were initialised."""
+    threshold = model.config.initializer_range * math.sqrt(2) * float(torch.erfinv(torch.tensor(sparsity)))
+    for layer in model.model.layers.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.data[layer.weight.data.abs() < threshold] = 0
+
+
+def block_shapes(width: int, mlp: int) -> list[tuple[int, int]]:
+    """(rows, columns) of q, k, v, o, gate, up and down."""
+    return [(width, width)] * 4 + [(mlp, width)] * 2 + [(width, mlp)]
+
+
+def sparse_weight(
+    shape: tuple[int, int], sparsity: float, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Normal, with zeros anywhere."""
+    weight = torch.randn(shape, dtype=dtype, device=device)
+    return weight.masked_fill_(torch.rand(shape, device=device) < sparsity, 0)
+
+
+def packed_weight(weight: Tensor) -> tuple[Tensor, Tensor, Layout]:
+    """Packed, with its rows' offsets, on the weight's device."""
+    data, layout = pack(weight)
+    offsets = row_offsets("weight", data, layout)
+    return data.to(weight.device), offsets.to(weight.device), layout
+
+
+def large_llama(folder: Path, blocks: int, width: int, mlp: int, heads: int, device: torch.device) -> Path:
+    """A saved bfloat16 Llama whose weights are never in memory together: a file for each block."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    roles = ("q", "k", "v", "o", "gate", "up", "down")
+    names = [f"{'self_attn' if len(role) == 1 else 'mlp'}.{role}_proj" for role in roles]
+    inside: dict[str, tuple[int, ...]] = dict(zip(names, block_shapes(width, mlp), strict=True))
+    inside |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
+    outside: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, width),
+        "lm_head.weight": (VOCABULARY, width),
+        "model.norm.weight": (width,),
+    }
+    files = [
+        outside,
+        *(
+            {f"model.layers.{index}.{name}.weight": shape for name, shape in inside.items()}
+            for index in range(blocks)
+        ),
+    ]
+    torch.manual_seed(0)
+    weight_map = {}
+    for number, tensors in enumerate(files):
+        file = f"model-{number:05}.safetensors"
+        made = {name: _initial(shape, device) for name, shape in tensors.items()}
+        save_file(made, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def _initial(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Of a matrix; the scale of a norm is 1."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02).cpu()

@@ -1,0 +1,85 @@
+"""How good a saved model is: its perplexity, and how far its predictions are from the dense model's."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.polynomial import Chebyshev
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+import secateurs
+from common import Record
+from secateurs.device import resolve_device
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All the tensors in a model's folder, by name."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def causal_model(folder: Path) -> Any:
+    """A saved model as transformers loads it, to be evaluated, on a GPU if there is one."""
+    disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(resolve_device(None))
+
+
+def perplexities(folder: Path, texts: dict[str, torch.Tensor], length: int) -> dict[str, float]:
+    """Of a saved folder on each text's tokens, as transformers loads it; all its numbers must be finite."""
+    for name, tensor in saved_tensors(folder).items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{folder}: {name} holds NaN or Inf")
+    model = causal_model(folder)
+    return {name: secateurs.perplexity(model, tokens, length=length) for name, tokens in texts.items()}
+
+
+def divergences(
+    dense: Path, pruned: Path, texts: dict[str, torch.Tensor], length: int, windows: int = 16
+) -> dict[str, float]:
+    """KL(dense || pruned) of saved models' predictions, nats, over the first windows of each text."""
+    models = [causal_model(folder) for folder in (dense, pruned)]
+    found = {}
+    for name, tokens in texts.items():
+        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows].to(models[0].device)
+        total = 0.0
+        with torch.no_grad():
+            for block in blocks:
+                wanted, given = (model(block).logits[0, :-1].float().log_softmax(dim=-1) for model in models)
+                total += float((wanted.exp() * (wanted - given)).sum(dim=-1).mean())
+        found[name] = total / len(blocks)
+    return found
+
+
+def tempered(
+    folder: Path, texts: dict[str, torch.Tensor], length: int, windows: int = 64
+) -> dict[str, Record]:
+    """The perplexity of each text's first windows at the temperature that suits them best, and that one.
+
+    A temperature divides the logits. Perplexity falls when a model that is too sure of itself becomes less
+    sure, whatever it has forgotten meanwhile. Compared at their best temperatures (Guo et al., arXiv
+    1706.04599), models differ by the rest. The loss is smooth in 1/temperature: the polynomial through it at
+    twelve points gives the minimum.
+    """
+    lowest, highest = 0.1, 1.6
+    inverses = (lowest + highest) / 2 + (highest - lowest) / 2 * np.cos(np.pi * (np.arange(12) + 0.5) / 12)
+    model = causal_model(folder)
+    found = {}
+    for name, tokens in texts.items():
+        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows].to(model.device)
+        losses = np.zeros(len(inverses))
+        with torch.no_grad():
+            for block in blocks:
+                logits = model(block).logits[0, :-1].float()
+                cross_entropy = (
+                    torch.nn.functional.cross_entropy(logits * inverse, block[0, 1:]) for inverse in inverses
+                )
+                losses += np.array([float(loss) for loss in cross_entropy]) / len(blocks)
+        curve = Chebyshev.fit(inverses, losses, len(inverses) - 1, domain=[lowest, highest])
+        fine = np.linspace(lowest, highest, 10_001)
+        best = int(curve(fine).argmin())
+        if best in (0, len(fine) - 1):
+            raise RuntimeError(f"{folder}: the best temperature for {name} is not between 0.6 and 10")
+        found[name] = {"temperature": float(1 / fine[best]), "perplexity": float(np.exp(curve(fine[best])))}
+    return found

@@ -1,0 +1,75 @@
+"""Compiles every Triton kernel for GPUs that need not be here: run by test_triton_compiles.py.
+
+A process of its own, because where there is no GPU the tests' has kernels that Triton interprets.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.language import bfloat16, float16, float32
+
+from secateurs.pruning.solvers import sweep_triton
+from secateurs.runtime import gpu
+
+NAMES = {float32: "fp32", float16: "fp16", bfloat16: "bf16"}
+PACKED = {"mask": "*i32", "offsets": "*i32", "rows": "i32", "columns": "i32", "row_words": "i32"}
+
+
+def compiled(kernel, pointers, constants, capability, warps=4):
+    """For arguments that are aligned, as the large ones are."""
+    signature = {
+        name: "constexpr" if name in constants else (PACKED | pointers).get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (number,): [["tt.divisibility", 16]]
+        for number, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in ("rows", "columns", "row_words", "outputs")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def of_a_tile(tile):
+    return {"ROWS": tile.rows, "BLOCK": tile.columns, "STAGES": tile.stages}
+
+
+def kernels(capability):
+    """Every kernel as it is launched: its name, and what was compiled."""
+    for factor, name in NAMES.items():
+        data = dict.fromkeys(("x", "values", "bias", "y"), f"*{name}")
+        together = gpu.TOGETHER_FLOAT32 if factor == float32 else gpu.TOGETHER
+        for tokens, tile in ((1, gpu.ALONE), (16, together)):
+            constants = {"HAS_BIAS": True, "FACTOR": factor, "TOKENS": tokens} | of_a_tile(tile)
+            made = compiled(gpu._linear_kernel, data, constants, capability, tile.warps)
+            yield f"linear, {tokens} tokens, {name}", made
+        data = dict.fromkeys(("values", "dense"), f"*{name}")
+        made = compiled(gpu._expand_kernel, data, of_a_tile(gpu.EXPANSION), capability, gpu.EXPANSION.warps)
+        yield f"expand, {name}", made
+    for m in (0, 4):
+        data = dict.fromkeys(("weight", "inverse", "keep"), "*fp32")
+        constants = {"M": m, "WIDTH": 128, "ROWS": sweep_triton.TILE // 128}
+        yield f"sweep, groups of {m}", compiled(sweep_triton._sweep, data, constants, capability)
+
+
+def bytes_on_the_stack(made):
+    """Of each thread: registers that did not suffice. Triton brings the tool along."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", used)[1])
+
+
+if __name__ == "__main__":
+    for target in map(int, sys.argv[1:]):
+        for described, made in kernels(target):
+            print(target, described, bytes_on_the_stack(made))
