@@ -242,7 +242,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     file = tmp_path / "x.json"
     write_json(file, {"version": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(f"secateurs.checkpoint.os.{step}", fail)
+        patch.setattr(f"secateurs.checkpoint.writing.os.{step}", fail)
         with pytest.raises(error):
             write_json(file, {"version": 2})
     assert read_json(file) == {"version": 1}
@@ -256,7 +256,7 @@ def test_a_full_disk_under_safetensors_is_an_os_error(
         file.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("secateurs.checkpoint.save_file", half)
+    monkeypatch.setattr("secateurs.checkpoint.writing.save_file", half)
     with pytest.raises(OSError, match=r"cannot write '.*x.safetensors': .*No space left"):
         write_tensors(tmp_path / "x.safetensors", TENSORS)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-import secateurs.checkpoint
+import secateurs.checkpoint.writing
 import secateurs.pruning.block.joint
 import secateurs.pruning.folder
 from families import FAMILIES, tokens
@@ -798,7 +798,7 @@ def test_the_space_that_is_asked_for_is_that_of_the_model(
 POINTS: tuple[tuple[Any, str], ...] = (
     (Path, "mkdir"),
     (Path, "write_text"),
-    (secateurs.checkpoint, "save_file"),
+    (secateurs.checkpoint.writing, "save_file"),
     (shutil, "copyfile"),
     (os, "fsync"),
     (os, "replace"),
