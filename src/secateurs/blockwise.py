@@ -153,7 +153,9 @@ class BlockwiseModel:
     def _put(self, name: str, tensor: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor)
+        setattr(
+            module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor
+        )
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, *, batch_size: int) -> list[Tensor]:

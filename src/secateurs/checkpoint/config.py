@@ -56,10 +56,14 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
 
 def causal_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """The class that AutoModelForCausalLM makes of a configuration, and the part of it that it makes it of."""
+    """What AutoModelForCausalLM makes of a configuration: the class, and the part that goes into it."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     text = config.get_text_config()
-    return kind, text if getattr(kind, "config_class", None) is type(text) else config
+    if text is config or getattr(kind, "config_class", None) is not type(text):
+        return kind, config
+    if getattr(config, "quantization_config", None) is not None:
+        text.quantization_config = config.quantization_config
+    return kind, text
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:

@@ -1,8 +1,8 @@
 """Names in the files, held against what the model has: nothing may be missing, whoever wrote the folder.
 
-transformers gives a random value to what it does not find and goes on. So it is asked beforehand: it loads the
-model from tensors without content, of the names and shapes that the files have, by all its own rules about
-old names, prefixes, fused experts and tied weights, and reports.
+transformers gives a random value to what it does not find and goes on. So it is asked beforehand: it loads
+the model from tensors without content, of the names and shapes that the files have, by all its own rules
+about old names, prefixes, fused experts and tied weights, and reports.
 """
 
 import re
@@ -36,8 +36,9 @@ def skeleton_of(checkpoint: Checkpoint) -> PreTrainedModel:
             shape; adapters are not merged.
     """
     config = read_config(checkpoint)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the dense model, whatever its layers are stored as
+    for setting in ("quantization_config", "transformers_weights"):
+        if hasattr(config, setting):
+            delattr(config, setting)  # the dense model, whatever its layers are stored as
     kind, config = causal_class(config)
     folder, behind = checkpoint.folder, ""
     try:
@@ -60,8 +61,8 @@ def skeleton_of(checkpoint: Checkpoint) -> PreTrainedModel:
         )
     if (folder / "adapter_config.json").exists():
         warnings.warn(
-            f"'{folder}' also holds adapters, which are left aside: merge them into the weights first if they "
-            "are not in them already",
+            f"'{folder}' also holds adapters, which are left aside: merge them into the weights first if "
+            "they are not in them already",
             stacklevel=2,
         )
     return model
@@ -71,11 +72,12 @@ def _load(
     kind: type[PreTrainedModel], config: Any, checkpoint: Checkpoint
 ) -> tuple[PreTrainedModel, list[str], list[tuple[str, torch.Size, torch.Size]]]:
     """A model of empty tensors; what it misses, and what has another shape in the files and in the model."""
-    layers = checkpoint.config["quantization_config"].get("layers") if is_compressed(checkpoint) else {}
-    shapes = checkpoint.shapes
-    if isinstance(layers, dict):
-        dense = {f"{name}.weight": entry for name, entry in layers.items() if isinstance(entry, dict)}
-        shapes = shapes | {name: dense[name].get("shape", ()) for name in shapes.keys() & dense.keys()}
+    shapes: dict[str, Any] = dict(checkpoint.shapes)
+    if is_compressed(checkpoint):  # what is packed is there as promised, or is refused where it is unpacked
+        layers = checkpoint.config["quantization_config"].get("layers")
+        for name, entry in layers.items() if isinstance(layers, dict) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("shape"), list):
+                shapes[f"{name}.weight"] = entry["shape"]
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with quiet():
         model, report = kind.from_pretrained(
@@ -128,7 +130,7 @@ def _rename(checkpoint: Checkpoint, model: PreTrainedModel, missing: str) -> str
     if rivals or len(set(renamed.values())) < len(renamed):
         several = " and ".join(f"'{p}'" for p in [prefix, *rivals])
         raise ValueError(
-            f"'{folder}' holds no tensor '{missing}', but more than one of such a name, also behind {several}: "
+            f"'{folder}' holds no tensor '{missing}', but more than one of such a name, behind {several}: "
             "save one model by its own names"
         )
     checkpoint.rename(renamed)

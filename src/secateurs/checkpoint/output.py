@@ -71,9 +71,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     partial = output.with_name(output.name + ".partial")
     mark, folder = partial / MARK, partial / "model"
     if partial.exists() and not mark.is_file() and not (partial.is_dir() and not any(partial.iterdir())):
-        raise ValueError(
-            f"'{partial}' holds another unfinished run: delete it or give another output folder"
-        )
+        raise ValueError(f"'{partial}' holds another unfinished run: delete it or give another output folder")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         mark.touch()

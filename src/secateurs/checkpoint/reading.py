@@ -21,7 +21,7 @@ class Checkpoint:
     """The tensors of a Hugging Face model folder.
 
     They go by the names that they have in the files, until `rename` gives them others. As in transformers a
-    single file comes before an index, and a shard's tensors are all read, whether or not the index lists them.
+    single file comes before an index, and a shard's tensors are all read, also those that no index lists.
 
     Args:
         folder: holds `config.json` and `model.safetensors`, or the shards that
@@ -157,7 +157,7 @@ class Checkpoint:
         return tensors
 
     def companions(self) -> list[Path]:
-        """The files directly in the folder that go with other weights; see `secateurs.checkpoint.companions`."""
+        """Those of `secateurs.checkpoint.companions` that lie directly in the folder."""
         return [self.folder / path for path in companions(self.folder) if len(path.parts) == 1]
 
     def identity(self) -> dict[str, Any]:

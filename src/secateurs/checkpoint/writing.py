@@ -24,11 +24,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_text(path: Path, content: str) -> None:
     """Write so that `path` is either absent, the old file, or the whole new one."""
-    _replace(
-        path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    )
+    _replace(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Like `write_text`, for JSON."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
