@@ -58,7 +58,8 @@ class BlockwiseModel:
         self._stored = self._names_in_files(skeleton)
         # Not of any tensor in the block: old GPT-2 and NeoX files hold boolean masks there.
         first = self.stored_name(f"{self.family.blocks}.0.{self.family.groups[0][0]}.weight")
-        self.dtype: torch.dtype = self.config.dtype or checkpoint.load([first])[first].dtype
+        named: Any = self.config.dtype
+        self.dtype: torch.dtype = named or checkpoint.load([first])[first].dtype
         # The buffers (rotary frequencies) are computed, not stored: they must be real from the start.
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(

@@ -60,6 +60,9 @@ def test_generate_shows_only_whole_characters(dense: Path, monkeypatch: pytest.M
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             return "é" * (len(ids) // 2) + "\ufffd" * (len(ids) % 2)
 
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return "half"
+
     monkeypatch.setattr("secateurs.runtime.generate.load_tokenizer", lambda folder: Halves())
     assert [piece for piece in generate(dense, "x", tokens=4, device="cpu") if piece] == ["é", "é"]
 

@@ -80,7 +80,8 @@ def _load(
                 shapes[f"{name}.weight"] = entry["shape"]
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with quiet():
-        model, report = kind.from_pretrained(
+        loader: Any = kind  # its types forget that it returns a pair here
+        model, report = loader.from_pretrained(
             None,
             config=config,
             state_dict=tensors,

@@ -188,7 +188,7 @@ def _survey(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> dict[str, Layo
             most, needed, whose = zeros, 1 - WORTH + overhead / layout.dense_bytes, name
     if not layouts:
         found = (
-            f"'{whose}' has the most zeros, {most:.1%}, and needs {needed:.0%}: prune the model first"
+            f"'{whose}' has the most zeros, {most:.1%}, where {needed:.0%} are needed: prune it first"
             if whose
             else "it has no linear layers in float32, bfloat16 or float16"
         )
