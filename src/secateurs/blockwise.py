@@ -75,19 +75,20 @@ class BlockwiseModel:
     def _names_in_files(self, skeleton: PreTrainedModel) -> dict[str, str]:
         """What is loaded under the base model, parameters and persistent buffers -> its name in the files.
 
-        The head is never run, so it is never read, unless the embedding is stored by its name. What the model
-        can do without and the files lack stays as the model computed it.
+        The head is never run, so it is never read, unless the embedding is stored by its name. A buffer that
+        the model can do without, and the files do, stays as the model computed it.
         """
         tied = dict(skeleton.all_tied_weights_keys)
         tied |= {source: target for target, source in tied.items()}
+        buffers = {name for name, _ in skeleton.named_buffers()}
         stored = {}
         for name in skeleton.state_dict():
             if name.startswith(self._prefix):
-                for candidate in (name, tied.get(name, name)):
-                    found = self._find(candidate)
-                    if found is not None:
-                        stored[name] = found
-                        break
+                found = self._find(name) or self._find(tied.get(name, name))
+                if found is not None:
+                    stored[name] = found
+                elif name not in buffers:
+                    raise ValueError(f"'{self.checkpoint.folder}' holds no tensor '{name}'")
         return stored
 
     def _find(self, name: str) -> str | None:

@@ -143,16 +143,16 @@ def pieces(
         return str(tokenizer.decode(prompt + new, skip_special_tokens=True))
 
     new: list[int] = []
-    shown = decode(new)
+    shown = text = decode(new)
     for token in tokens:
         new.append(token)
         finished = token in ends or len(new) == most
-        text = decode(new)
-        if not finished:
-            text = _certain(text, token, tokenizer)
-        if len(text) > len(shown):
-            yield text[len(shown) :]
-            shown = text
+        before, text = text, decode(new)
+        certain = text if finished else _certain(text, token, tokenizer)
+        # A special token adds no text, and so makes nothing certain either.
+        if len(certain) > len(shown) and (finished or text != before):
+            yield certain[len(shown) :]
+            shown = certain
         if finished:
             return
 
