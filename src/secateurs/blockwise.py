@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateurs.anatomy import UnsupportedArchitectureError, family_of
+from secateurs.anatomy import family_of
 from secateurs.checkpoint import Checkpoint
+from secateurs.checkpoint.config import read_config, refuse_quantised
+from secateurs.checkpoint.names import skeleton_of
 
 
 class Call(NamedTuple):
@@ -29,11 +31,15 @@ class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass t
 
 
 class BlockwiseModel:
-    """The skeleton of a checkpoint's model: parameters on the meta device until asked for.
+    """The skeleton of a checkpoint's model: weights on the meta device until asked for.
 
     Args:
-        checkpoint: the model's files.
+        checkpoint: the model's files. Names that a wrapper left prefixes in are put right there.
         device: where materialised parts live and run.
+
+    Attributes:
+        dtype: what is computed in: config.json's, or without one there that of the first block's weights,
+            whatever other tensors are stored in. Weights that transformers keeps in float32 are in float32.
 
     Raises:
         ValueError: the configuration is none that transformers knows, of no supported family, or the
@@ -44,52 +50,59 @@ class BlockwiseModel:
         from accelerate import init_empty_weights
 
         self.checkpoint, self.device = checkpoint, device
-        if checkpoint.config.get("quantization_config"):
-            raise ValueError(
-                f"'{checkpoint.folder}' holds quantised weights: prune the model before quantising"
+        refuse_quantised(checkpoint, compressed=True)
+        self.config = read_config(checkpoint)
+        self.family = family_of(self.config)
+        skeleton = skeleton_of(checkpoint)
+        self._prefix = skeleton.base_model_prefix + "."
+        self._stored = self._names_in_files(skeleton)
+        # Not of any tensor in the block: old GPT-2 and NeoX files hold boolean masks there.
+        first = self.stored_name(f"{self.family.blocks}.0.{self.family.groups[0][0]}.weight")
+        named: Any = self.config.dtype
+        self.dtype: torch.dtype = named or checkpoint.load([first])[first].dtype
+        # The buffers (rotary frequencies) are computed, not stored: they must be real from the start.
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(
+                self.config, dtype=self.dtype, trust_remote_code=False
             )
-        try:
-            self.config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-            self.family = family_of(self.config)
-            # The buffers (rotary frequencies) are computed, not stored: they must be real from the start.
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
-        except UnsupportedArchitectureError:
-            raise
-        except Exception as error:  # a wrong value comes out as whatever the model's code stumbles over
-            kind = checkpoint.config.get("model_type", "no model_type")
-            raise ValueError(
-                f"transformers cannot read '{checkpoint.folder / 'config.json'}' ({kind}): "
-                f"{' '.join(str(error).split()) or type(error).__name__}"
-            ) from error
         self.model.eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
-        self._prefix = self.model.base_model_prefix + "."
-        # Everything under the base model: the head is never run, so it is never read.
-        self._parameters = [
-            name for name, _ in self.model.named_parameters() if name.startswith(self._prefix)
-        ]
-        for name in self._parameters:
-            stored, shape = self.stored_name(name), tuple(self.model.get_parameter(name).shape)
-            if checkpoint.shapes[stored] != shape:
-                raise ValueError(
-                    f"'{stored}' has shape {checkpoint.shapes[stored]} in '{checkpoint.folder}', "
-                    f"its config.json asks for {shape}"
-                )
-        # Not of any tensor in the block: old GPT-2 and NeoX files hold boolean masks there.
-        first = self.stored_name(f"{self.family.blocks}.0.{self.family.groups[0][0]}.weight")
-        self.dtype: torch.dtype = self.config.dtype or checkpoint.load([first])[first].dtype
         self.calls: list[Call] = []
 
-    def stored_name(self, name: str) -> str:
-        """A parameter's name in the files, which may lack or add the base model's prefix (GPT-2, OPT)."""
+    def _names_in_files(self, skeleton: PreTrainedModel) -> dict[str, str]:
+        """What is loaded under the base model, parameters and persistent buffers -> its name in the files.
+
+        The head is never run, so it is never read, unless the embedding is stored by its name. A buffer that
+        the model can do without, and the files do, stays as the model computed it.
+        """
+        tied = dict(skeleton.all_tied_weights_keys)
+        tied |= {source: target for target, source in tied.items()}
+        buffers = {name for name, _ in skeleton.named_buffers()}
+        stored = {}
+        for name in skeleton.state_dict():
+            if name.startswith(self._prefix):
+                found = self._find(name) or self._find(tied.get(name, name))
+                if found is not None:
+                    stored[name] = found
+                elif name not in buffers:
+                    raise ValueError(f"'{self.checkpoint.folder}' holds no tensor '{name}'")
+        return stored
+
+    def _find(self, name: str) -> str | None:
         for candidate in (name, name.removeprefix(self._prefix), self._prefix + name):
             if candidate in self.checkpoint.file_of:
                 return candidate
-        raise ValueError(f"'{self.checkpoint.folder}' holds no tensor '{name}'")
+        return None
+
+    def stored_name(self, name: str) -> str:
+        """A parameter's name in the files, which may lack or add the base model's prefix (GPT-2, OPT)."""
+        found = self._stored.get(name) or self._find(name)
+        if found is None:
+            raise ValueError(f"'{self.checkpoint.folder}' holds no tensor '{name}'")
+        return found
 
     def block_tensors(self, index: int) -> list[str]:
         """Names in the files of all that is stored under a block, also what its code does not read."""
@@ -106,26 +119,45 @@ class BlockwiseModel:
             weights: its tensors by their names in the files; None reads them from the checkpoint.
         """
         path = f"{self.family.blocks}.{index}."
-        with self._materialised([name for name in self._parameters if name.startswith(path)], weights):
+        with self._materialised([name for name in self._stored if name.startswith(path)], weights):
             yield self.blocks[index]
 
     @contextmanager
     def _materialised(self, names: list[str], weights: dict[str, Tensor] | None = None) -> Iterator[None]:
-        stored = {name: self.stored_name(name) for name in names}
+        stored = {name: self._stored[name] for name in names}
         tensors = self.checkpoint.load(stored.values()) if weights is None else weights
+        before = {name: self._get(name) for name in names}
         for name in names:
             # A copy even where device and dtype are right: in a file tensors lie at any address, and by where
             # its operands lie a product may round differently. A resumed run must not depend on that.
-            self._put(name, tensors[stored[name]].to(self.device, self.dtype, copy=True))
+            self._put(name, tensors[stored[name]].to(self.device, self._dtype(name), copy=True))
         try:
             yield
         finally:
-            for name in names:
-                self._put(name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+            for name, tensor in before.items():
+                self._put(name, tensor)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """What a weight is computed in, as transformers has it: buffers and a few others in float32."""
+        present, half = self._get(name), self.dtype in (torch.float16, torch.bfloat16)
+        kept = set(self.model._keep_in_fp32_modules_strict or ()) if half else set()
+        if self.dtype == torch.float16:
+            kept |= set(self.model._keep_in_fp32_modules or ())
+        if any(part in kept for part in name.split(".")):
+            return torch.float32
+        return self.dtype if isinstance(present, nn.Parameter) else present.dtype
+
+    def _get(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        tensor: Tensor = getattr(self.model.get_submodule(owner), leaf)
+        return tensor
 
     def _put(self, name: str, tensor: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        module = self.model.get_submodule(owner)
+        setattr(
+            module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor
+        )
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, *, batch_size: int) -> list[Tensor]:
@@ -164,7 +196,7 @@ class BlockwiseModel:
                 for block in self.blocks:
                     del block.forward
 
-        outside = [name for name in self._parameters if not name.startswith(self.family.blocks + ".")]
+        outside = [name for name in self._stored if not name.startswith(self.family.blocks + ".")]
         with self._materialised(outside):
             run(tokens[:1], note)
             for batch in tokens.split(batch_size):

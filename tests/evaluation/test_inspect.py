@@ -179,7 +179,7 @@ def test_mistakes(tmp_path: Path) -> None:
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
     with pytest.raises(
-        ValueError, match=r"mlp.gate_proj.weight' in .* is \(80, 48\): config.json asks for \(96, 48\)"
+        ValueError, match=r"mlp.gate_proj.weight' has shape \(80, 48\) in .* asks for \(96, 48\)"
     ):
         inspect(other)
     quantised = {**config, "quantization_config": {"quant_method": "fp8"}}

@@ -261,16 +261,19 @@ def test_an_interrupted_command_leaves_nothing(
 
 def test_broken_files_are_refused_by_layer(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     _, compressed = folders["opt"]
+    broken = tmp_path / "broken"
+    broken.mkdir()
     name = "model.decoder.layers.0.fc1"
     good, config = weights(compressed), json.loads((compressed / "config.json").read_text())
 
     def refused(changed: dict[str, torch.Tensor], settings: dict[str, object], message: str) -> None:
-        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+        save_file(changed, broken / "model.safetensors", metadata={"format": "pt"})
+        (broken / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
         with pytest.raises(ValueError, match=message):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
+            AutoModelForCausalLM.from_pretrained(broken)
         with pytest.raises(ValueError, match=message):
-            decompress(tmp_path, tmp_path / "dense")
+            decompress(broken, tmp_path / "dense")
+        assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
     settings = config["quantization_config"]
     packed = good[f"{name}.weight"]

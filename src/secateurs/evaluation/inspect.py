@@ -4,7 +4,6 @@ Works on the files alone, one layer in memory at a time, so on any model folder,
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.checkpoint import Checkpoint, resolve
-from secateurs.evaluation.plot import grid, lines_by_kind, new_figure, percent, place, save
-from secateurs.runtime.convert import skeleton_of, unpacked
-from secateurs.runtime.quantizer import METHOD, SecateursConfig, module_name
+from secateurs.checkpoint.config import is_compressed
+from secateurs.checkpoint.names import skeleton_of
+from secateurs.evaluation.plot import place
+from secateurs.runtime.convert import unpacked
+from secateurs.runtime.format import Layout
+from secateurs.runtime.quantizer import SecateursConfig, matching_layers, module_name
 from secateurs.settings import takes
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
 LARGEST = (0.01, 0.1)
@@ -140,7 +141,7 @@ def inspect(model: str | Path, *, settings: InspectSettings) -> Inspection:
     Raises:
         ValueError: a folder is broken, of no supported family, quantised, or the two models differ in shape.
     """
-    against = settings.against
+    against, output = settings.against, settings.output
     pruned, dense = _Weights(model), None if against is None else _Weights(against)
     for name, shape in pruned.shapes.items():
         if dense is not None and dense.shapes.get(name) != shape:
@@ -155,8 +156,10 @@ def inspect(model: str | Path, *, settings: InspectSettings) -> Inspection:
             for name, kind in pruned.kinds.items()
         ],
     )
-    if settings.output is not None:
-        draw(inspection, Path(settings.output))
+    if output is not None:
+        from secateurs.evaluation.inspect_pictures import draw
+
+        draw(inspection, Path(output))
     return inspection
 
 
@@ -165,11 +168,12 @@ class _Weights:
 
     def __init__(self, model: str | Path) -> None:
         self._checkpoint = checkpoint = Checkpoint(resolve(model))
-        settings = checkpoint.config.get("quantization_config")
-        if settings and (not isinstance(settings, dict) or settings.get("quant_method") != METHOD):
-            raise ValueError(f"'{model}' holds quantised weights: inspect the model before quantising")
-        layouts = SecateursConfig.from_dict(settings).layers if settings else {}
         skeleton = skeleton_of(checkpoint)
+        self._layouts: dict[str, Layout] = {}
+        if is_compressed(checkpoint):
+            promised = SecateursConfig.from_dict(checkpoint.config["quantization_config"]).layers
+            files = [checkpoint.folder / file for file in checkpoint.files]
+            self._layouts = matching_layers(promised, skeleton, files)
         family = family_of(skeleton.config)
         self.kinds = {
             f"{family.blocks}.{index}.{layer.name}": layer.roles[0]
@@ -180,27 +184,15 @@ class _Weights:
             for layer in group
         }
         self._transposed = {name: isinstance(skeleton.get_submodule(name), Conv1D) for name in self.kinds}
-        self._layouts = {module_name(key, self.kinds, skeleton): layout for key, layout in layouts.items()}
         self._keys = {
             module_name(key.removesuffix(".weight"), self.kinds, skeleton): key
             for key in checkpoint.file_of
             if key.endswith(".weight")
         }
-        self.shapes: dict[str, tuple[int, ...]] = {}
         for name in self.kinds:
             if name not in self._keys:
                 raise ValueError(f"'{checkpoint.folder}' holds no tensor '{name}.weight'")
-            wanted = tuple(linear_weight(skeleton.get_submodule(name)).shape)
-            stored = checkpoint.shapes[self._keys[name]]
-            layout = self._layouts.get(name)
-            found = (
-                (layout.rows, layout.columns) if layout else stored[:: -1 if self._transposed[name] else 1]
-            )
-            if found != wanted:
-                raise ValueError(
-                    f"'{self._keys[name]}' in '{checkpoint.folder}' is {found}: config.json asks for {wanted}"
-                )
-            self.shapes[name] = found
+        self.shapes = {name: tuple(linear_weight(skeleton.get_submodule(name)).shape) for name in self.kinds}
 
     def read(self, name: str) -> Tensor:
         """A layer's weight, (out, in), float32."""
@@ -330,107 +322,3 @@ def _table(what: str, groups: dict[str, list[LayerInspection]]) -> "Table":
 def _mean(layers: list[LayerInspection], values: list[float]) -> float:
     """Of the layers' values, weighted by their sizes."""
     return float(np.average(values, weights=[layer.weights for layer in layers]))
-
-
-def draw(inspection: Inspection, folder: Path) -> list[Path]:
-    """Pictures of an inspection, each as PNG and SVG, in a folder that is made if need be.
-
-    Returns:
-        The files: `sparsity`, `structure`, `distribution` and, where there is a dense model, `largest`.
-    """
-    files = save(_draw_sparsity(inspection), folder, "sparsity")
-    files += save(_draw_structure(inspection), folder, "structure")
-    files += save(_draw_distribution(inspection), folder, "distribution")
-    if all(layer.largest_kept for layer in inspection.layers):
-        files += save(_draw_largest(inspection), folder, "largest")
-    return files
-
-
-def _draw_sparsity(inspection: Inspection) -> "Figure":
-    """A map of blocks and kinds."""
-    kinds, blocks = inspection.kinds, 1 + max(layer.block for layer in inspection.layers)
-    shares = np.full((blocks, len(kinds)), np.nan)
-    for column, layers in enumerate(kinds.values()):
-        for layer in layers:
-            shares[layer.block, column] = layer.sparsity
-    figure = new_figure(1.8 + 0.75 * len(kinds), 1.6 + 0.32 * blocks)
-    ax = figure.add_subplot()
-    image = ax.imshow(shares, aspect="auto", cmap="viridis")
-    middle = (np.nanmin(shares) + np.nanmax(shares)) / 2
-    for (block, column), share in np.ndenumerate(shares):
-        ax.text(
-            column,
-            block,
-            f"{share:.1%}",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="black" if share > middle else "white",
-        )
-    ax.set_xticks(range(len(kinds)), list(kinds), fontsize=9)
-    ax.set_yticks(range(blocks), [str(block) for block in range(blocks)], fontsize=8)
-    ax.set_ylabel("block", fontsize=9)
-    figure.colorbar(image, label="share of zeros", format="{x:.0%}")
-    figure.suptitle(f"{inspection.sparsity:.1%} zeros", fontsize=11)
-    return figure
-
-
-def _draw_structure(inspection: Inspection) -> "Figure":
-    """Dead rows and columns, and how unevenly zeros fall on the living ones, over the blocks."""
-    panels: dict[str, Callable[[LayerInspection], float]] = {
-        "dead rows": lambda layer: layer.rows.dead / layer.shape[0],
-        "dead columns": lambda layer: layer.columns.dead / layer.shape[1],
-        "sparsity of rows, most less least": lambda layer: layer.rows.most - layer.rows.least,
-        "sparsity of columns, most less least": lambda layer: layer.columns.most - layer.columns.least,
-    }
-    return _draw_over_blocks(inspection, panels, columns=2)
-
-
-def _draw_largest(inspection: Inspection) -> "Figure":
-    """How much of the dense model's largest weights is still there, over the blocks."""
-
-    def kept(index: int) -> Callable[[LayerInspection], float]:
-        return lambda layer: layer.largest_kept[index] if layer.largest_kept else math.nan
-
-    panels = {f"kept of the largest {share:.0%}": kept(index) for index, share in enumerate(LARGEST)}
-    return _draw_over_blocks(inspection, panels, columns=2)
-
-
-def _draw_over_blocks(
-    inspection: Inspection, panels: dict[str, Callable[[LayerInspection], float]], *, columns: int
-) -> "Figure":
-    figure, axes = grid(len(panels), columns=columns)
-    for ax, (title, value) in zip(axes, panels.items(), strict=True):
-        lines_by_kind(
-            ax,
-            {
-                kind: [(layer.block, value(layer)) for layer in layers]
-                for kind, layers in inspection.kinds.items()
-            },
-        )
-        ax.set_title(title, fontsize=9)
-        percent(ax)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    return figure
-
-
-def _draw_distribution(inspection: Inspection) -> "Figure":
-    """Histograms of the non-zero weights, before and after, of each kind of layer."""
-    edges = np.linspace(-REACH, REACH, BINS + 1)
-    kinds = inspection.kinds
-    figure, axes = grid(len(kinds))
-    for ax, (kind, layers) in zip(axes, kinds.items(), strict=True):
-        before = [layer.before.histogram for layer in layers if layer.before]
-        if before:
-            ax.stairs(np.sum(before, axis=0), edges, fill=True, color="0.82", label="before")
-        after = np.sum([layer.after.histogram for layer in layers], axis=0)
-        ax.stairs(after, edges, color="C0", linewidth=1.3, label="after")
-        ax.set_yscale("log")
-        ax.set_ylim(bottom=0.8)
-        ax.set_title(kind, fontsize=9)
-    figure.supxlabel("weight, in units of its layer's root mean square; zeros are left out", fontsize=9)
-    figure.supylabel("weights", fontsize=9)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8, frameon=False
-    )
-    return figure

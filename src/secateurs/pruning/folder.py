@@ -21,10 +21,10 @@ import transformers
 from torch import Tensor
 
 from secateurs.checkpoint import Checkpoint, copy_file, read_json, write_json
+from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.pattern import parse_pattern
 from secateurs.pruning.allocation.survey import Patterns
 from secateurs.pruning.record import RECORD, BlockReport, Report
-from secateurs.shards import Shards, Stored
 from secateurs.version import __version__
 
 MARGIN_BYTES = 16 * 2**20  # for the reports

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import resolve_device
 from secateurs.pattern import Pattern
 from secateurs.pruning.allocation.plan import Allocation, as_pattern
@@ -15,7 +16,6 @@ from secateurs.pruning.methods import Method, describe_method, parse_method
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.solvers.magnitude import Magnitude
 from secateurs.settings import InWindows, OnDevice
-from secateurs.shards import size_in_bytes
 
 REPAIR = 0.5
 """By default: whether none or all of it is better depends on the text and the sparsity."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint, resolve
+from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import home_of, resolve_device
 from secateurs.pattern import Pattern
 from secateurs.pruning.allocation.plan import describe_allocation, plan
@@ -26,7 +27,6 @@ from secateurs.pruning.folder import WorkFolder
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.settings import takes
-from secateurs.shards import size_in_bytes
 
 TOKENS_AT_ONCE = 2048
 

@@ -1,5 +1,6 @@
 """Continues a prompt, token by token, with a dense or a compressed model."""
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from secateurs.runtime.load import load_model
 from secateurs.runtime.settings import GenerateSettings
 from secateurs.settings import takes
 from secateurs.text import load_tokenizer
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token for a byte, in vocabularies of the sentencepiece kind."""
 
 
 @dataclass
@@ -108,21 +112,56 @@ def generate(model: str | Path, *, settings: GenerateSettings, pace: Pace | None
     check_positions(loaded, ids.numel() + settings.tokens)
     new_tokens = greedy_tokens(loaded, ids.to(loaded.device), pace or Pace())
     ends = loaded.generation_config.eos_token_id if loaded.generation_config is not None else None
-    return _pieces(new_tokens, settings.tokens, set(ends if isinstance(ends, list) else [ends]), tokenizer)
+    ends = set(ends if isinstance(ends, list) else [ends])
+    return pieces(ids[0].tolist(), new_tokens, settings.tokens, ends, tokenizer)
 
 
-def _pieces(
-    tokens: Iterator[int], most: int, ends: set[int | None], tokenizer: PreTrainedTokenizerBase
+def pieces(
+    prompt: list[int],
+    tokens: Iterator[int],
+    most: int,
+    ends: set[int | None],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[str]:
+    """What new tokens add to a prompt's text, in pieces that together are what decoding all at once gives.
+
+    Prompt and new tokens are decoded together: by themselves new tokens would begin a text, where tokenizers
+    of the sentencepiece kind leave out the space before the first word.
+
+    Args:
+        prompt: its tokens.
+        tokens: new ones, at least `most` unless one of `ends` comes before.
+        most: the number of new ones to take.
+        ends: tokens that end a text.
+        tokenizer: that made the prompt's tokens.
+    """
+
+    def decode(new: list[int]) -> str:
+        return str(tokenizer.decode(prompt + new, skip_special_tokens=True))
+
     new: list[int] = []
-    shown = ""
+    shown = text = decode(new)
     for token in tokens:
         new.append(token)
         finished = token in ends or len(new) == most
-        text = str(tokenizer.decode(new, skip_special_tokens=True))
-        # A character may take several tokens; until the last of them it decodes to a replacement character.
-        if finished or not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+        before, text = text, decode(new)
+        certain = text if finished else _certain(text, token, tokenizer)
+        # A special token adds no text, and so makes nothing certain either.
+        if len(certain) > len(shown) and (finished or text != before):
+            yield certain[len(shown) :]
+            shown = certain
         if finished:
             return
+
+
+def _certain(text: str, token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The beginning of a text, whose last token is given, that no further token can change."""
+    # A character may take several tokens; until the last of them it decodes to a replacement character. Where
+    # each byte is a token of its own, a byte that does not fit spoils those before it.
+    if text.endswith("\ufffd") or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
+        return ""
+    if getattr(
+        tokenizer, "clean_up_tokenization_spaces", False
+    ):  # a full stop takes away the space before it
+        return text.rpartition(" ")[0]
+    return text

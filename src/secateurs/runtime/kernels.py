@@ -64,13 +64,13 @@ def _linear(
         from secateurs.runtime import gpu
 
         if len(tokens) <= gpu.DIRECT_TOKENS:
-            return gpu.linear(tokens, mask_of(weight, layout), values_of(weight, layout), offsets, bias).view(
-                shape
+            return _shaped(
+                gpu.linear(tokens, mask_of(weight, layout), values_of(weight, layout), offsets, bias), shape
             )
     elif weight.device.type == "cpu" and len(tokens) <= DIRECT_TOKENS.get(x.dtype, 0):
         kernels = cpu_kernels()
         if kernels is not None:
-            return kernels.linear(tokens, weight, offsets, bias, layout).view(shape)
+            return _shaped(kernels.linear(tokens, weight, offsets, bias, layout), shape)
     wide = torch.promote_types(x.dtype, dtype)
     tokens = tokens.to(wide)
     y = x.new_empty(len(tokens), layout.rows)
@@ -78,7 +78,13 @@ def _linear(
         part = expand(weight, offsets, layout, first, last).to(wide)
         shift = None if bias is None else bias[first:last].to(wide)
         y[:, first:last] = torch.nn.functional.linear(tokens, part, shift)
-    return y.view(shape)
+    return _shaped(y, shape)
+
+
+def _shaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A view that autograd does not take for one: some models (Falcon) add to a layer's output in place."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, shape)
+    return shaped
 
 
 def _input_gradient(

@@ -4,33 +4,50 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from secateurs.checkpoint import Checkpoint
+from secateurs.checkpoint.config import causal_class, read_config, short
+from secateurs.checkpoint.names import skeleton_of
 from secateurs.device import resolve_device
 
 
 def load_model(folder: Path, device: str | None = None) -> PreTrainedModel:
-    """A model folder's model in the dtype it is stored in, in evaluation mode.
+    """A model folder's model in the dtype that its config.json names, or else is stored in, for evaluation.
 
     Args:
         folder: holds `config.json` and safetensors.
         device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
 
     Raises:
-        ValueError: the files are broken, or lack weights that the model has.
+        ValueError: the files are broken, quantised, or lack weights that the model has. Found before weights
+            are read, where that is possible.
     """
     where = resolve_device(device)
-    Checkpoint(folder)
-    auto: Any = AutoModelForCausalLM  # its types forget that it returns a pair here
+    checkpoint = Checkpoint(folder)
+    skeleton_of(checkpoint)
+    kind, config = causal_class(read_config(checkpoint))
     try:
-        model, report = auto.from_pretrained(
-            folder, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
+        # By themselves transformers would add adapters that lie in the folder, and not know prefixes.
+        if checkpoint.renamed or (folder / "adapter_config.json").exists():
+            model = _from_tensors(kind, config, checkpoint)
+        else:
+            model = kind.from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
     except (RuntimeError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"'{folder}' does not hold what its config.json describes ({reason})") from None
-    # transformers gives such weights random values and goes on.
-    if report["missing_keys"]:
-        raise ValueError(f"'{folder}' holds no tensor '{min(report['missing_keys'])}'")
+        raise ValueError(
+            f"'{folder}' does not hold what its config.json describes ({short(error)})"
+        ) from None
     return model.eval().to(where)
+
+
+def _from_tensors(
+    kind: type[PreTrainedModel], config: PretrainedConfig, checkpoint: Checkpoint
+) -> PreTrainedModel:
+    """The model from what the checkpoint gives, under the names by which it gives it."""
+    model: Any = kind.from_pretrained(
+        None, config=config, dtype="auto", state_dict=checkpoint.load(checkpoint.file_of)
+    )
+    model.config.name_or_path = str(checkpoint.folder)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model

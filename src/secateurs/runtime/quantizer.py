@@ -58,6 +58,23 @@ class SecateursConfig(QuantizationConfigMixin):
         return {"quant_method": self.quant_method, "version": self.version, "layers": layers}
 
 
+OWN_WORDS = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
+"""Linear layers whose classes write the same product in their own words."""
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes W x + b of its weight and bias, and nothing else."""
+    kind = type(module)
+    if kind is nn.Linear or (kind.__module__, kind.__name__) in OWN_WORDS:
+        return True
+    # torch's attention multiplies by the weight of such a layer without calling it.
+    return (
+        isinstance(module, nn.Linear)
+        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        and kind.forward is nn.Linear.forward
+    )
+
+
 def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Module name -> (rows, columns) of the linear layers that may be compressed.
 
@@ -68,7 +85,8 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if f"{name}.weight" in tied:
             continue
-        if type(module) is nn.Linear:
+        if is_plain_linear(module):
+            assert isinstance(module, nn.Linear)
             shapes[name] = (module.out_features, module.in_features)
         elif type(module) is Conv1D:
             shapes[name] = (module.nf, module.nx)

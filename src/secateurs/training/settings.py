@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.settings import OfText
-from secateurs.shards import size_in_bytes
 from secateurs.training.callback import Importance, Select, SparsityAcceleratedTraining
 
 ScheduleName = Literal["ladder", "constant", "linear", "cubic"]

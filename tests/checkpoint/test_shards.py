@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from secateurs.shards import BYTES, Shards, Stored, size_in_bytes
+from secateurs.checkpoint.shards import BYTES, Shards, Stored, size_in_bytes
 
 DTYPES = {
     "F64": torch.float64,

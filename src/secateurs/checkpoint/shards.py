@@ -16,7 +16,8 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from safetensors import safe_open
 
-from secateurs.checkpoint import INDEX, SINGLE, write_json
+from secateurs.checkpoint.reading import INDEX, SINGLE
+from secateurs.checkpoint.writing import write_json
 
 BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),

@@ -1,4 +1,4 @@
-"""Model folders: what is read and written, and what is refused in one line."""
+"""Model folders as files: what is read, and what is refused in one line."""
 
 import json
 import struct
@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from secateurs.checkpoint import Checkpoint, copy_file, read_json, resolve, write_json, write_tensors
+from secateurs.checkpoint import Checkpoint
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -181,16 +180,6 @@ def test_what_is_not_finite_is_named_when_it_is_read(single: Path, value: float,
         checkpoint.load(["a", "layer.weight"])
 
 
-def test_companions_are_what_makes_a_model_of_the_weights(sharded: Path) -> None:
-    kept = {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "merges.txt",
-        "chat_template.jinja", "LICENSE", "NOTICE.md",
-    }  # fmt: skip
-    for name in kept | {"pytorch_model.bin", "pytorch_model.bin.index.json", "training_args.pt", "code.py"}:
-        (sharded / name).write_text("{}")
-    assert {path.name for path in Checkpoint(sharded).companions()} == kept
-
-
 def test_identity_changes_with_what_is_in_the_folder(single: Path) -> None:
     identity = Checkpoint(single).identity()
     assert Checkpoint(single).identity() == identity
@@ -201,69 +190,41 @@ def test_identity_changes_with_what_is_in_the_folder(single: Path) -> None:
     assert Checkpoint(single).identity() not in (identity, edited)
 
 
-def test_a_model_that_is_nowhere_is_refused_without_asking_the_hub(tmp_path: Path) -> None:
-    assert resolve(tmp_path) == tmp_path
-    for name in (tmp_path / "missing", "./missing", "../missing", "~/missing", "some/deep/missing"):
-        with pytest.raises(ValueError, match=r"\Ano model folder at '"):
-            resolve(name)
+def test_what_a_shard_holds_and_the_index_does_not_list_is_read(sharded: Path) -> None:
+    index({"a": "one.safetensors", "b": "two.safetensors"}, sharded)
+    assert_same(Checkpoint(sharded).load(["a", "b", "c"]), TENSORS)
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def unreachable(*args: object, **kwargs: object) -> str:
-        raise LocalEntryNotFoundError("no network\nand much more to say")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(ValueError, match=r"\A'owner/model' is not a folder here .*\(no network\).*\Z"):
-        resolve("owner/model")
+def test_a_single_file_comes_before_an_index(sharded: Path) -> None:
+    save_file({"d": TENSORS["a"]}, sharded / "model.safetensors")
+    checkpoint = Checkpoint(sharded)
+    assert checkpoint.files == ["model.safetensors"]
+    assert_same(checkpoint.load(checkpoint.file_of), {"d": TENSORS["a"]})
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"ü": [1, None]})
-    assert read_json(tmp_path / "x.json") == {"ü": [1, None]}
-    transposed = {"t": torch.arange(6.0).reshape(2, 3).T}  # GPT-2's weights are views like this
-    write_tensors(tmp_path / "x.safetensors", transposed)
-    assert_same(load_file(tmp_path / "x.safetensors"), transposed)
-    copy_file(tmp_path / "x.json", tmp_path / "y.json")
-    assert read_json(tmp_path / "y.json") == {"ü": [1, None]}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.safetensors", "y.json"]
+def test_renamed_tensors_are_the_same_tensors(sharded: Path) -> None:
+    checkpoint = Checkpoint(sharded)
+    assert not checkpoint.renamed
+    checkpoint.rename({"a": "x"})
+    checkpoint.rename({"x": "y", "b": "a"})
+    assert checkpoint.renamed
+    assert checkpoint.file_of == {"y": "one.safetensors", "a": "two.safetensors", "c": "two.safetensors"}
+    assert checkpoint.shapes["y"] == (2, 3)
+    assert checkpoint.dtypes == {"y": "F32", "a": "BF16", "c": "U8"}
+    expected = {"y": TENSORS["a"], "a": TENSORS["b"], "c": TENSORS["c"]}
+    assert_same(checkpoint.load(["y", "a", "c"]), expected)
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, step: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: object) -> None:
-        raise error
-
-    file = tmp_path / "x.json"
-    write_json(file, {"version": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(f"secateurs.checkpoint.os.{step}", fail)
-        with pytest.raises(error):
-            write_json(file, {"version": 2})
-    assert read_json(file) == {"version": 1}
-    assert list(tmp_path.iterdir()) == [file]
+def test_adapters_without_a_model_are_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file(TENSORS, tmp_path / "adapter_model.safetensors")
+    refuse(tmp_path, "holds adapters and no model: merge them")
 
 
-def test_a_full_disk_under_safetensors_is_an_os_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def half(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-        file.write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("secateurs.checkpoint.save_file", half)
-    with pytest.raises(OSError, match=r"cannot write '.*x.safetensors': .*No space left"):
-        write_tensors(tmp_path / "x.safetensors", TENSORS)
-    assert not list(tmp_path.iterdir())
-
-
-def test_files_are_readable_to_whom_the_user_allows(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    (tmp_path / "x.safetensors.tmp").touch(mode=0o600)  # left by a run that was killed
-    write_tensors(tmp_path / "x.safetensors", TENSORS)
-    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("model-q4.gguf", "llama.cpp"), ("consolidated.safetensors", "nothing says what belongs")],
+)
+def test_what_stands_there_instead_is_named(single: Path, name: str, hint: str) -> None:
+    (single / "model.safetensors").rename(single / name)
+    refuse(single, f"'{name}'", hint)

@@ -1,0 +1,136 @@
+"""What `config.json` says, as transformers understands it, or one line that says why it does not.
+
+Every place that reads a configuration reads it here, so that all verbs take and refuse the same folders.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
+from transformers.utils import logging
+
+from secateurs.checkpoint.reading import Checkpoint
+
+COMPRESSED = "secateurs"
+"""What `quantization_config` calls this library's own format, whose values are not quantised."""
+
+PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".bitmask", ".SCB", ".absmax", ".scales")
+"""Ends of the names of what stands beside or for a quantised weight."""
+
+LONGEST = 160
+"""Characters that are kept of an error of transformers, some of which list every model that there is."""
+
+
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The configuration of a causal model, dense or compressed, ready to build it from.
+
+    An attention implementation that has to be installed first, FlashAttention say, is what the model was
+    trained with and not what it is: it is left to transformers to choose one (sdpa, or eager).
+
+    Raises:
+        ValueError: transformers cannot read it, it is of no causal language model, or of quantised weights.
+    """
+    refuse_quantised(checkpoint)
+    where = f"'{checkpoint.folder / 'config.json'}'"
+    kind = checkpoint.config.get("model_type")
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # a wrong value comes out as whatever the model's code stumbles over
+        if checkpoint.config.get("auto_map") and "trust_remote_code" in str(error):
+            reason = "it comes with code of its own, which is not run"
+        elif not isinstance(kind, str):
+            reason = "it has to name the model_type"
+        elif f"model type `{kind}`" in str(error):
+            reason = f"version {transformers_version} does not know it"
+        else:
+            reason = short(error)
+        raise ValueError(f"transformers cannot read {where} ({kind}): {reason}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{where} does not describe a causal language model ({kind})")
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
+    return config
+
+
+def causal_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """What AutoModelForCausalLM makes of a configuration: the class, and the part that goes into it."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    text = config.get_text_config()
+    if text is config or getattr(kind, "config_class", None) is not type(text):
+        return kind, config
+    if getattr(config, "quantization_config", None) is not None:
+        text.quantization_config = config.quantization_config
+    return kind, text
+
+
+def is_compressed(checkpoint: Checkpoint) -> bool:
+    """Whether the folder is in this library's own format."""
+    settings = checkpoint.config.get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") == COMPRESSED
+
+
+def refuse_quantised(checkpoint: Checkpoint, *, compressed: bool = False) -> None:
+    """Quantised weights are no weights to prune, inspect, train or measure by.
+
+    Args:
+        checkpoint: the model's files.
+        compressed: refuse this library's own format too.
+
+    Raises:
+        ValueError: the configuration or the names of the tensors say that they are quantised, and how.
+    """
+    folder, config = checkpoint.folder, checkpoint.config
+    if is_compressed(checkpoint):
+        if compressed:
+            raise ValueError(
+                f"'{folder}' is compressed: secateurs decompress makes an ordinary folder of it first"
+            )
+        return
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if part.get(key):
+                raise ValueError(
+                    f"'{folder}' holds quantised weights ({_method(part[key])}): "
+                    "give the model as it was before quantising"
+                )
+    for name in checkpoint.file_of:
+        if name.endswith(PACKED):
+            raise ValueError(
+                f"'{folder}' holds quantised weights ('{name}'): give the model as it was before quantising"
+            )
+
+
+def _method(settings: Any) -> str:
+    """A quantisation's name in words."""
+    if not isinstance(settings, dict):
+        return "by a method that it does not name"
+    names = [settings.get("quant_method"), settings.get("quant_type"), settings.get("format")]
+    sparse = settings.get("sparsity_config")
+    names.append(sparse.get("format") if isinstance(sparse, dict) else None)
+    bits = settings.get("bits") or settings.get("w_bit")
+    names.append(f"{bits} bits" if isinstance(bits, int) else None)
+    return ", ".join(str(name) for name in names if isinstance(name, str)) or "by a method without a name"
+
+
+def short(error: BaseException) -> str:
+    """An error's first sentence or so, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else text[:LONGEST].rsplit(" ", 1)[0] + " ..."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' reports and bars stay silent: what is wrong is said in one line of our own."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

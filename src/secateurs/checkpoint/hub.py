@@ -1,0 +1,34 @@
+"""Where a model is: a folder here, or a name on the Hugging Face hub."""
+
+from pathlib import Path
+
+from secateurs.checkpoint.companions import ADAPTERS, FOREIGN, PICKLED
+
+# All but weights that are never read: of other formats, Mistral's second copy, and those in sub-folders.
+IGNORED = [*PICKLED, *FOREIGN, *ADAPTERS, "consolidated*.safetensors", "*/*.safetensors", "original/*"]
+
+
+def resolve(model: str | Path) -> Path:
+    """The local folder of a model given as a folder or as a name on the Hugging Face hub.
+
+    Raises:
+        ValueError: neither a folder here nor a model that the hub gives.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ValueError(f"'{model}' is a file: give the model folder that holds it")
+    if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise ValueError(f"no model folder at '{model}'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), ignore_patterns=IGNORED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"'{model}' is not a folder here and could not be fetched from the Hugging Face hub ({reason}); "
+            "pass the path of a model folder"
+        ) from None

@@ -1,0 +1,85 @@
+"""The folder that a run is to make: what would stop it, found before the work."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from secateurs.checkpoint.companions import bytes_of_companions
+from secateurs.checkpoint.reading import Checkpoint
+
+MARGIN_BYTES = 16 * 2**20
+"""For records, cards and indices."""
+
+MARK = "secateurs-unfinished"
+"""The file in `OUTPUT.partial` that says that what lies there may be deleted."""
+
+
+def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> None:
+    """Find what would stop a run from making its output folder. Leaves nothing behind.
+
+    Args:
+        output: must not exist, or be an empty folder.
+        checkpoint: the model that is read, whose companions are copied too.
+        needed_bytes: of the weights that are still to be written.
+
+    Raises:
+        ValueError: the output exists, is or lies in the model's folder, is a mount point, or cannot be made.
+        OSError: the disk has too little space.
+    """
+    place, source = output.resolve(), checkpoint.folder.resolve()
+    if place == source:
+        raise ValueError(f"'{output}' is the model's own folder: give another output folder")
+    if source in place.parents:
+        raise ValueError(f"'{output}' lies in the model's own folder: give another output folder")
+    if place.is_mount():
+        raise ValueError(
+            f"'{output}' is a mount point, which cannot be made in one step: give a folder in it"
+        )
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ValueError(f"'{output}' exists already: give another output folder")
+    parent = next(folder for folder in place.parents if os.path.lexists(folder))
+    # Only trying tells: /proc can be written by root as far as its mode says, and names may be too long.
+    probe = parent / (place.relative_to(parent).parts[0] + ".partial")
+    try:
+        if not probe.exists():
+            probe.mkdir()
+            probe.rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"'{output}' cannot be made in '{parent}' ({error.strerror}): give another output folder"
+        ) from None
+    needed = needed_bytes + bytes_of_companions(checkpoint.folder) + MARGIN_BYTES
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(
+            f"the output needs {needed / 1e9:.2f} GB, the disk of '{parent}' has {free / 1e9:.2f} GB free"
+        )
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` by one rename when the block ends well, and else is deleted.
+
+    It is in `OUTPUT.partial`, beside a mark. What a killed run left there is deleted, if it bears the mark.
+
+    Raises:
+        ValueError: `OUTPUT.partial` holds something else.
+    """
+    output = output.resolve()
+    partial = output.with_name(output.name + ".partial")
+    mark, folder = partial / MARK, partial / "model"
+    if partial.exists() and not mark.is_file() and not (partial.is_dir() and not any(partial.iterdir())):
+        raise ValueError(f"'{partial}' holds another unfinished run: delete it or give another output folder")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+        os.replace(folder, output)
+    finally:
+        # The mark last of all: until then what is left is known for ours.
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
