@@ -1,9 +1,9 @@
-"""LoRA on a pruned model: what the adapters would add to a zero of the base is not there, from the first step.
+"""LoRA on a pruned model: what adapters would add to the base's zeros is not there, from the first step on.
 
-Merged, adapters of a pruned model may not fill its zeros. Trained as if the base were dense, they lean on what
-the merge then drops. So a layer's forward pass adds `x (M * BA)^T` for `x (BA)^T`, where M is 1 where the base
-is not zero: what is trained is what is saved. It costs what full fine-tuning does, one product of the layer's
-own size for each of output, input's gradient and weight's gradient; no product of B and A outlives the call.
+Merged, adapters may not fill the zeros of a pruned model. Trained as if it were dense, they lean on what the
+merge then drops. So a layer's forward pass adds `x (M * BA)^T` for `x (BA)^T`, where M is 1 where the base is
+not zero: what is trained is what is saved. The price is a product of the layer's own size where plain LoRA
+has two thin ones: two in the backward pass, one forward. The product of B and A does not outlive the call.
 """
 
 from typing import Any
@@ -84,7 +84,7 @@ def mask_layer(layer: nn.Module) -> None:
         kind = adapters.lora_variant.get(name)
         if kind is not None and not isinstance(kind, MaskedLora):
             raise ValueError(
-                f"the adapter '{name}' is more than plain LoRA ({type(kind).__name__}), which cannot keep the "
-                "zeros of a pruned model"
+                f"the adapter '{name}' is no plain LoRA ({type(kind).__name__}): the zeros of a pruned model "
+                "can be kept under plain LoRA only"
             )
         adapters.lora_variant[name] = MaskedLora()
