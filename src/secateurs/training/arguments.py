@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.integrations.liger import apply_liger_kernel
 
 from secateurs.device import resolve_device
 from secateurs.settings import fitted, read_yaml
@@ -101,7 +102,8 @@ def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
 
 def _fitted(value: Any, annotation: Any) -> Any:
     """A value as a field of Trainer's wants it; where that may be a list or a table, Trainer judges."""
-    kinds = get_args(annotation) or (annotation,)
+    several = get_origin(annotation) in (Union, types.UnionType)
+    kinds = get_args(annotation) if several else (annotation,)
     if not {bool, int, float, str, types.NoneType}.issuperset(kinds):
         return value
     if isinstance(value, str) and str not in kinds:  # a number in quotes
@@ -193,6 +195,8 @@ def _rehearse(arguments: TrainingArguments) -> None:
         trainer = Trainer(LlamaForCausalLM(config), others, train_dataset=[row], eval_dataset=[row])
         trainer.create_optimizer_and_scheduler(num_training_steps=10)
         trainer.get_train_dataloader()
+        if arguments.use_liger_kernel:
+            apply_liger_kernel(trainer.model, arguments.liger_kernel_config)
         if arguments.torch_compile:  # which needs a compiler
             mode, backend = arguments.torch_compile_mode, arguments.torch_compile_backend
             compiled = torch.compile(torch.sin, mode=mode, backend=backend or "inductor")

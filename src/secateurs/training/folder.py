@@ -84,6 +84,9 @@ class TrainingFolder:
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / "run.json", {"run": self.run})
         shutil.rmtree(self.model, ignore_errors=True)
+        self._clear_cut_off()
+
+    def _clear_cut_off(self) -> None:
         for path in self.checkpoints.glob("checkpoint-*"):
             if not (path / CLOCK).is_file():
                 shutil.rmtree(path, ignore_errors=True)
@@ -102,6 +105,7 @@ class TrainingFolder:
             reason = _of_disk(error)
             if reason is None:
                 raise
+            self._clear_cut_off()
             last = self.last_checkpoint()
             whole = f"goes on from '{last.name}'" if last else "starts again"
             raise OSError(

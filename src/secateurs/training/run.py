@@ -160,7 +160,8 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
     work.check_room(checkpoints + checkpoint.tensor_bytes + companions)
 
     # Bfloat16 would round most updates away; adapters come in float32 by themselves.
-    loaded = load_model(checkpoint.folder, "cpu", None if lora else torch.float32)
+    with _quiet():
+        loaded = load_model(checkpoint.folder, "cpu", None if lora else torch.float32)
     weights = StoredWeights(loaded, checkpoint)
     pruned = _is_pruned(loaded)
     set_seed(arguments.seed)
@@ -232,7 +233,8 @@ def _finished(
     report = TrainingReport.read(work.output)
     if validation is None or (report.validation or {}).get("sha256") == validation["sha256"]:
         return report
-    loaded = load_model(work.output, "cpu", None if lora else torch.float32)
+    with _quiet():
+        loaded = load_model(work.output, "cpu", None if lora else torch.float32)
     with _quiet(), _for_training(loaded), set_aside(arguments) as others:
         run = data.trainer(model=loaded, args=others, processing_class=tokenizer)
         run.remove_callback(PrinterCallback)
