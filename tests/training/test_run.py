@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
         ("learning_rat: 1", "no setting 'learning_rat'; did you mean 'learning_rate'"),
         ("output_dir: here", "'output_dir' is not for this file to say, but for --output"),
         ("learning_rate: [", "is not YAML"),
-        ("- 3", "does not hold Trainer's settings by name"),
+        ("- 3", "does not hold settings by name"),
         ("lr_scheduler_type: zigzag", "Trainer's settings: .*zigzag"),
         ("per_device_train_batch_size: 0", "per_device_train_batch_size is at least 1, not 0"),
         ("eval_strategy: epoch", "needs validation data"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -12,12 +13,13 @@ from secateurs.checkpoint.names import skeleton_of
 from secateurs.device import resolve_device
 
 
-def load_model(folder: Path, device: str | None = None) -> PreTrainedModel:
-    """A model folder's model in the dtype that its config.json names, or else is stored in, for evaluation.
+def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model folder's model, in evaluation mode.
 
     Args:
         folder: holds `config.json` and safetensors.
         device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
+        dtype: of its parameters; by default what its config.json names, or else the one that it is stored in.
 
     Raises:
         ValueError: the files are broken, quantised, or lack weights that the model has. Found before weights
@@ -30,9 +32,9 @@ def load_model(folder: Path, device: str | None = None) -> PreTrainedModel:
     try:
         # By themselves transformers would add adapters that lie in the folder, and not know prefixes.
         if checkpoint.renamed or (folder / "adapter_config.json").exists():
-            model = _from_tensors(kind, config, checkpoint)
+            model = _from_tensors(kind, config, checkpoint, dtype)
         else:
-            model = kind.from_pretrained(folder, config=config, dtype="auto", use_safetensors=True)
+            model = kind.from_pretrained(folder, config=config, dtype=dtype or "auto", use_safetensors=True)
     except (RuntimeError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(
             f"'{folder}' does not hold what its config.json describes ({short(error)})"
@@ -41,11 +43,14 @@ def load_model(folder: Path, device: str | None = None) -> PreTrainedModel:
 
 
 def _from_tensors(
-    kind: type[PreTrainedModel], config: PretrainedConfig, checkpoint: Checkpoint
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     """The model from what the checkpoint gives, under the names by which it gives it."""
     model: Any = kind.from_pretrained(
-        None, config=config, dtype="auto", state_dict=checkpoint.load(checkpoint.file_of)
+        None, config=config, dtype=dtype or "auto", state_dict=checkpoint.load(checkpoint.file_of)
     )
     model.config.name_or_path = str(checkpoint.folder)
     if (checkpoint.folder / "generation_config.json").is_file():

@@ -1,16 +1,23 @@
 """Trainer's settings: our defaults, a YAML file, and what is wrong with them as one line before the work."""
 
+import contextlib
+import copy
 import dataclasses
 import difflib
+import tempfile
+import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
-from transformers import TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.integrations.liger import apply_liger_kernel
 
 from secateurs.device import resolve_device
+from secateurs.settings import fitted, read_yaml
 
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0,
@@ -35,12 +42,26 @@ TAKEN = {
     "max_length": "--length",
     "use_cpu": "--device",
 }
+# What it may not ask for, and why.
+SCRIPTS = "parameters are held whole here: use the callback in a script of your own (docs/training.md)"
+FOLDERS = "that is a matter of the model's folder"
+ABSENT = {
+    **dict.fromkeys(("deepspeed", "fsdp", "parallelism_config"), SCRIPTS),
+    **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), FOLDERS),
+    **dict.fromkeys(("packing", "eval_packing", "padding_free"), "a row is one conversation"),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "the loss is always the answers'"),
+    "push_to_hub": "upload the output folder when it is there (hf upload)",
+}
 LEAST = {
     "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "learning_rate": 0,
-    "num_train_epochs": 0,
 }
+ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps")
+METRICS = ("loss", "mean_token_accuracy", "entropy")
+OPTIONAL = {"max_steps": -1, "save_total_limit": None}
+"""At least 1, or what stands for none."""
 
 
 def arguments_kind(chat: bool) -> type[TrainingArguments]:
@@ -57,25 +78,40 @@ def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
     """Trainer's settings by name from a YAML file.
 
     Raises:
-        ValueError: the file cannot be read, or says what is no setting of `kind`, or not for it to say.
+        ValueError: the file cannot be read, or says what is no setting of `kind`, or not for it to say, or a
+            value of another type.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read '{path}': {error.strerror or error}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"'{path}' is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' does not hold Trainer's settings by name")
+    content = read_yaml(path)
+    hints = get_type_hints(kind)
     known = {field.name for field in dataclasses.fields(kind) if field.init}
-    for name in content:
+    for name, value in content.items():
         if name in TAKEN:
             raise ValueError(f"'{path}': '{name}' is not for this file to say, but for {TAKEN[name]}")
+        if name in ABSENT and value:
+            raise ValueError(f"'{path}': there is no '{name}' here: {ABSENT[name]}")
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise ValueError(f"'{path}': Trainer has no setting '{name}'{hint}")
+        try:
+            content[name] = _fitted(value, hints[name])
+        except TypeError as error:
+            raise ValueError(f"'{path}': '{name}' is {error}") from None
     return content
+
+
+def _fitted(value: Any, annotation: Any) -> Any:
+    """A value as a field of Trainer's wants it; where that may be a list or a table, Trainer judges."""
+    several = get_origin(annotation) in (Union, types.UnionType)
+    kinds = get_args(annotation) if several else (annotation,)
+    if not {bool, int, float, str, types.NoneType}.issuperset(kinds):
+        return value
+    if isinstance(value, str) and str not in kinds:  # a number in quotes
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, float) and value.is_integer() and float not in kinds:
+        value = int(value)
+    return fitted(value, annotation)
 
 
 def hardware(device: str | None) -> dict[str, Any]:
@@ -96,25 +132,72 @@ def trainer_arguments(kind: type[TrainingArguments], settings: dict[str, Any]) -
     """Settings as Trainer takes them.
 
     Raises:
-        ValueError: Trainer objects to one, or would at its first step.
+        ValueError: Trainer objects to one, or would in training.
     """
     from transformers.integrations import get_available_reporting_integrations
 
     try:
+        _check_numbers(settings)
         with warnings.catch_warnings():
             # Its name depends on the version, which is not the user's to mend.
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             arguments = kind(disable_tqdm=True, logging_nan_inf_filter=False, **settings)
-        for name, least in LEAST.items():
-            if getattr(arguments, name) < least:
-                raise ValueError(f"{name} is at least {least}, not {getattr(arguments, name)}")
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ValueError(f"Trainer's settings: {' '.join(str(error).split())}") from None
-    available = get_available_reporting_integrations()
-    for logger in arguments.report_to or []:
-        if logger not in available:
-            raise ValueError(
-                f"'{logger}' is not installed, or no logger that Trainer knows; installed: "
-                f"{', '.join(available) or 'none'}"
-            )
+        available = get_available_reporting_integrations()
+        for logger in arguments.report_to or []:
+            if logger not in available:
+                raise ValueError(
+                    f"'{logger}' is not installed, or no logger that Trainer knows; installed: "
+                    f"{', '.join(available) or 'none'}"
+                )
+        _rehearse(arguments)
+    except Exception as error:  # of whatever kind: nothing but the settings can be at fault yet
+        raise ValueError(f"Trainer's settings: {' '.join(str(error).split())}") from error
     return arguments
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    """Raises ValueError for numbers that Trainer takes and then fails at, or takes for others."""
+    for name, least in LEAST.items():
+        if not settings.get(name, 1) >= least:
+            raise ValueError(f"{name} is at least {least}, not {settings[name]}")
+    for name in ABOVE_ZERO:
+        if not settings.get(name, 1) > 0:
+            raise ValueError(f"{name} is above 0, not {settings[name]}")
+    for name, none in OPTIONAL.items():
+        if settings.get(name, none) != none and settings[name] < 1:
+            raise ValueError(f"{name} is at least 1, not {settings[name]}")
+    metric = str(settings.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    if metric not in METRICS:
+        raise ValueError(f"metric_for_best_model is one of {', '.join(METRICS)}, not {metric}")
+
+
+@contextmanager
+def set_aside(arguments: TrainingArguments) -> Iterator[TrainingArguments]:
+    """Arguments for a Trainer that leaves nothing behind and tells no logger."""
+    with tempfile.TemporaryDirectory() as folder:
+        other = copy.copy(arguments)
+        other.output_dir, other.report_to = folder, []
+        yield other
+
+
+def _rehearse(arguments: TrainingArguments) -> None:
+    """Make all that a Trainer makes of its settings, for a model of no size: it objects only then."""
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    row = {"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.zeros(2, dtype=torch.int64)}
+    with set_aside(arguments) as others, torch.random.fork_rng(devices=[]):
+        trainer = Trainer(LlamaForCausalLM(config), others, train_dataset=[row], eval_dataset=[row])
+        trainer.create_optimizer_and_scheduler(num_training_steps=10)
+        trainer.get_train_dataloader()
+        if arguments.use_liger_kernel:
+            apply_liger_kernel(trainer.model, arguments.liger_kernel_config)
+        if arguments.torch_compile:  # which needs a compiler
+            mode, backend = arguments.torch_compile_mode, arguments.torch_compile_backend
+            compiled = torch.compile(torch.sin, mode=mode, backend=backend or "inductor")
+            compiled(torch.zeros(8, device=arguments.device))

@@ -4,18 +4,29 @@
 one rename when all of it is there.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from secateurs.checkpoint import read_json, write_json
+from safetensors import SafetensorError
+from transformers import TrainingArguments
+
+from secateurs.checkpoint import Checkpoint, read_json, write_json
 from secateurs.pruning.record import RECORD
 
-# The last file that Trainer writes into a checkpoint: one without it was cut off.
-STATE = "trainer_state.json"
+CLOCK = "secateurs.json"
+"""The last file that is written into a checkpoint, with the time it took to get there: one without it was cut
+off."""
+
+STATELESS = ("adafactor", "sgd")
+"""Optimisers that keep next to nothing of each weight; of the others it is taken to be two numbers."""
 
 
 class TrainingFolder:
@@ -23,7 +34,7 @@ class TrainingFolder:
 
     Args:
         output: the folder that the run is to make.
-        identity: all that decides the resulting weights.
+        identity: all that decides the resulting folder.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any]) -> None:
@@ -51,23 +62,105 @@ class TrainingFolder:
         mark = self.partial / "run.json"
         if self.partial.exists() and (not mark.is_file() or read_json(mark).get("run") != self.run):
             raise ValueError(
-                f"'{self.partial}' holds an unfinished run with other settings, model or versions: "
+                f"'{self.partial}' holds an unfinished run with other settings, data, model or versions: "
                 "delete it or give another output folder"
             )
         return False
 
+    def check_room(self, needed_bytes: int) -> None:
+        """Raises OSError if the disk has too little for what a run keeps at once."""
+        held = sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
+        parent = next(folder for folder in self.output.parents if folder.exists())
+        free, needed = shutil.disk_usage(parent).free, needed_bytes - held
+        if free < needed:
+            raise OSError(
+                f"checkpoints and the output need {needed / 1e9:.2f} GB, the disk of '{parent}' has "
+                f"{free / 1e9:.2f} GB free: make room, or say save_total_limit: 1 or save_strategy: no in "
+                "--settings"
+            )
+
     def begin(self) -> None:
-        """Mark the working folder as this run's."""
+        """Mark the working folder as this run's, and clear it of what was cut off."""
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / "run.json", {"run": self.run})
+        shutil.rmtree(self.model, ignore_errors=True)
+        self._clear_cut_off()
+
+    def _clear_cut_off(self) -> None:
+        for path in self.checkpoints.glob("checkpoint-*"):
+            if not (path / CLOCK).is_file():
+                shutil.rmtree(path, ignore_errors=True)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole."""
-        whole = [path for path in self.checkpoints.glob("checkpoint-*") if (path / STATE).is_file()]
-        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        """The newest checkpoint."""
+        found = [path for path in self.checkpoints.glob("checkpoint-*") if (path / CLOCK).is_file()]
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Turns what fails while checkpoints are written, in whatever words, into one OSError."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = _of_disk(error)
+            if reason is None:
+                raise
+            self._clear_cut_off()
+            last = self.last_checkpoint()
+            whole = f"goes on from '{last.name}'" if last else "starts again"
+            raise OSError(
+                f"cannot write a checkpoint in '{self.checkpoints}' ({reason}): make room, then the same "
+                f"command {whole}"
+            ) from error
 
     def finish(self, record: dict[str, Any]) -> None:
         """Turn `model`, which is complete but for its record, into the output."""
         write_json(self.model / RECORD, {"run": self.run, **record})
         os.replace(self.model, self.output)
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def amend(self, entries: dict[str, Any]) -> None:
+        """Write entries into the record of the output."""
+        write_json(self.output / RECORD, {**read_json(self.output / RECORD), **entries})
+
+
+def _of_disk(error: Exception) -> str | None:
+    """What a disk that could not be written to said, if that is what went wrong."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return error.strerror or text if error.errno in full else None
+    if isinstance(error, SafetensorError):
+        return text if "os error" in text else None
+    # torch.save's; of its own words only the file's name would be of use.
+    return "writing failed" if "PytorchStreamWriter" in text or "inline_container" in text else None
+
+
+def bytes_at_once(
+    checkpoint: Checkpoint, arguments: TrainingArguments, *, rows: int, lora: int | None
+) -> int:
+    """The most that checkpoints take on the disk at one time.
+
+    Args:
+        checkpoint: the model.
+        arguments: Trainer's.
+        rows: sequences to train on.
+        lora: the rank of adapters, if those are what is trained.
+    """
+    if arguments.save_strategy == "no":
+        return 0
+    shapes = checkpoint.shapes.values()
+    if lora is None:
+        trained = sum(math.prod(shape) for shape in shapes)
+    else:
+        trained = sum(lora * sum(shape) for shape in shapes if len(shape) == 2)
+    states = 0 if arguments.save_only_model or arguments.optim in STATELESS else 2
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps = arguments.max_steps
+    if steps < 1:
+        steps = math.ceil(arguments.num_train_epochs * math.ceil(rows / batch))
+    every = arguments.save_steps if arguments.save_steps >= 1 else math.ceil(arguments.save_steps * steps)
+    saved = math.ceil(arguments.num_train_epochs) if arguments.save_strategy == "epoch" else steps / every
+    # The oldest is deleted once the newest is there.
+    count = min(math.ceil(saved), (arguments.save_total_limit or math.inf) + 1)
+    return int(count) * 4 * trained * (1 + states)

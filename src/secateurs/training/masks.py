@@ -37,7 +37,8 @@ class Masks:
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        self._parameters = dict(unwrapped(model).named_parameters())
+        self._model = unwrapped(model)
+        self._parameters = dict(self._model.named_parameters())
         self._held: dict[str, Tensor] = {}  # true where zero, of what this process has of the parameter
         self._hooks: list[Any] = []
         self.set(masks)
@@ -88,7 +89,14 @@ class Masks:
             local(parameter).masked_fill_(kept_part(parameter, held), 0)
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Hold the zeros through every step of an optimiser, torch's or accelerate's wrapping of one."""
+        """Hold the zeros through every step of an optimiser, torch's or accelerate's wrapping of one.
+
+        Of PEFT's LoRA layers the base is frozen; their adapters are masked from here on (see `mask_lora`).
+
+        Raises:
+            ValueError: see `mask_lora`.
+        """
+        self.mask_lora()
         inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._hooks.append(inner.register_step_post_hook(lambda *_: self.apply()))
         for name, parameter in self._parameters.items():
@@ -102,10 +110,28 @@ class Masks:
             hook.remove()
         self._hooks.clear()
 
+    def mask_lora(self) -> None:
+        """Let PEFT's LoRA layers add nothing to held weights, in forward passes as in the merge.
+
+        For adapters that were trained so; what `attach` does before training. It lasts until they are merged:
+        adapters are saved and loaded as plain LoRA, which knows nothing of it.
+
+        Raises:
+            ValueError: adapters of another kind than plain LoRA (DoRA, say) are on a held weight.
+        """
+        layers = [module for module in self._model.modules() if hasattr(module, "lora_A")]
+        if layers:
+            from secateurs.training.lora import mask_layer
+
+            held = {id(self._parameters[name]) for name in self._held}
+            for layer in layers:
+                if id(getattr(layer.base_layer, "weight", None)) in held:
+                    mask_layer(layer)
+
     def merge_lora(self, model: Any) -> nn.Module:
         """Merge PEFT's LoRA into the weights it adapts without filling their zeros.
 
-        What the adapters would add to a held weight is dropped.
+        What adapters that are not masked would add to a held weight is dropped.
 
         Args:
             model: the `PeftModel` that the masks were made of.

@@ -355,9 +355,20 @@ _ABSENT = object()
 def _gathered_forward(
     layer: nn.Linear | Conv1D, dim: int, index: Tensor, slice_bias: bool, x: Tensor
 ) -> Tensor:
-    weight: Tensor = Gather.apply(layer.weight, dim, index)
+    weight = running_weight(layer)
     bias = Gather.apply(layer.bias, 0, index) if slice_bias else layer.bias
     return functional.linear(x, weight.T if isinstance(layer, Conv1D) else weight, bias)
+
+
+def running_weight(layer: Any) -> Tensor:
+    """What of a linear layer's weight its forward pass uses now: that of the neurons that run."""
+    forward = vars(layer).get("forward")
+    if isinstance(forward, partial) and forward.func is _gathered_forward:
+        _, dim, index, _ = forward.args
+        gathered: Tensor = Gather.apply(layer.weight, dim, index)
+        return gathered
+    weight: Tensor = layer.weight
+    return weight
 
 
 def _reshape(parameter: nn.Parameter, data: Tensor, piece: Slice | None) -> None:

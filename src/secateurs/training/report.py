@@ -30,6 +30,8 @@ class TrainingReport:
     train_loss: float
     """Mean over the last tenth of the steps."""
     validation_loss: float | None
+    validation: dict[str, str] | None = None
+    """Where the data for it came from, and its SHA-256."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -40,9 +42,9 @@ class TrainingReport:
         """The report of a trained model's folder; ValueError if it has none."""
         content = read_json(folder / RECORD)
         names = {field.name for field in dataclasses.fields(cls)} - {"output"}
-        if not names <= content.keys():
+        if not names - {"validation"} <= content.keys():
             raise ValueError(f"'{folder / RECORD}' is not the record of a training run")
-        return cls(output=folder, **{name: content[name] for name in names})
+        return cls(output=folder, **{name: content[name] for name in names & content.keys()})
 
     def __str__(self) -> str:
         lines = [
@@ -56,4 +58,5 @@ class TrainingReport:
         losses = f"train loss {self.train_loss:.4f}"
         if self.validation_loss is not None:
             losses += f", validation loss {self.validation_loss:.4f}"
+            losses += f" on {self.validation['data']}" if self.validation else ""
         return "\n".join([*lines, losses])

@@ -5,28 +5,33 @@ a pruned model's zeros, and one that shows the progress. The output is an ordina
 when it is complete; until then the same command resumes from the last checkpoint.
 """
 
+import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
 
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.checkpoint import Checkpoint, copy_file, resolve
-from secateurs.finite import all_finite
+from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
 from secateurs.text import load_tokenizer
@@ -37,16 +42,18 @@ from secateurs.training.arguments import (
     arguments_kind,
     hardware,
     read_settings,
+    set_aside,
     trainer_arguments,
 )
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
-from secateurs.training.folder import TrainingFolder
+from secateurs.training.folder import TrainingFolder, bytes_at_once
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.model import read_config, sequence_length
 from secateurs.training.omission import units_of
 from secateurs.training.report import TrainingReport
 from secateurs.training.settings import TrainSettings
 from secateurs.training.watch import Watch
+from secateurs.training.weights import StoredWeights
 from secateurs.version import __version__
 
 PRUNED = 0.01  # share of zeros in a layer from which on they are meant
@@ -76,13 +83,17 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
     """
     chat, lora = settings.chat is not None, settings.lora
     kind = arguments_kind(chat)
+    told = {
+        **({} if settings.settings is None else read_settings(Path(settings.settings), kind)),
+        **settings.trainer,
+    }
     trainer = {
         **DEFAULTS,
         **(LORA_DEFAULTS if lora else {}),
         **(CHAT_DEFAULTS if chat else {}),
-        **({} if settings.settings is None else read_settings(Path(settings.settings), kind)),
-        **settings.trainer,
         **hardware(settings.device),
+        **({"bf16": False} if told.get("fp16") else {}),
+        **told,
     }
     sparse = settings.callback(seed=trainer["seed"])
     checkpoint = Checkpoint(resolve(model))
@@ -101,9 +112,15 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         )
     length = sequence_length(settings.length, config)
     tokenizer = load_tokenizer(checkpoint.folder)
+    has_template = tokenizer.chat_template is not None
     data = _read(settings, length, tokenizer)
-    if data.validation is None and trainer.get("eval_strategy", "no") != "no":
+    evaluated = trainer.get("eval_strategy", "no") != "no" or bool(trainer.get("eval_on_start"))
+    if data.validation is None and evaluated:
         raise ValueError("the settings ask for evaluation during training, which needs validation data")
+    validation = None
+    if data.validation is not None:
+        held_out: Any = data.validation
+        validation = {"data": str(settings.validation), "sha256": replace(data, train=held_out).digest}
     chosen = {
         "model": str(model),
         "text": None if settings.text is None else str(settings.text),
@@ -116,34 +133,49 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         "select": settings.select,
         "length": length,
         "lora": lora,
+        "max_shard_size": size_in_bytes(settings.max_shard_size),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "trainer": {name: value for name, value in trainer.items() if name != "report_to"},
     }
-    versions = {
-        "secateurs": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+    used = ["torch", "transformers", "accelerate", *(["trl"] if chat else []), *(["peft"] if lora else [])]
+    versions = {"secateurs": __version__, **{name: version(name) for name in used}}
+    identity = {
+        "settings": chosen,
+        "versions": versions,
+        "model": checkpoint.identity(),
+        "beside": {path.name: _digest(path) for path in checkpoint.companions()},
+        # Where it is looked at in training it may decide which weights are best.
+        "validation": validation and validation["sha256"] if evaluated else None,
     }
-    work = TrainingFolder(
-        Path(settings.output), {"settings": chosen, "versions": versions, "model": checkpoint.identity()}
-    )
+    work = TrainingFolder(Path(settings.output), identity)
     trainer["output_dir"] = str(work.checkpoints)
-    arguments = trainer_arguments(kind, {**trainer, **data.settings})
+    with _quiet():
+        arguments = trainer_arguments(kind, {**trainer, **data.settings})
+    if settings.omission and arguments.n_gpu > 1:
+        raise ValueError("several GPUs, one process: start training with torchrun, or choose one GPU")
     if work.finished():
-        return TrainingReport.read(work.output)
+        return _finished(work, data, tokenizer, arguments, validation, lora=lora)
+    companions = sum(path.stat().st_size for path in checkpoint.companions())
+    checkpoints = bytes_at_once(checkpoint, arguments, rows=len(data.train), lora=lora)
+    work.check_room(checkpoints + checkpoint.tensor_bytes + companions)
 
-    loaded = load_model(checkpoint.folder, "cpu")
-    stored = loaded.dtype
+    # Bfloat16 would round most updates away; adapters come in float32 by themselves.
+    with _quiet():
+        loaded = load_model(checkpoint.folder, "cpu", None if lora else torch.float32)
+    weights = StoredWeights(loaded, checkpoint)
     pruned = _is_pruned(loaded)
     set_seed(arguments.seed)
-    # Bfloat16 would round most updates away; adapters come in float32 by themselves.
-    adapted: Any = _with_adapters(loaded, lora) if lora else loaded.float()
+    adapted: Any = _with_adapters(loaded, lora) if lora else loaded
     masks = Masks.of_zeros(adapted) if pruned else None
     callbacks: list[TrainerCallback] = [KeepZeros(masks)] if masks else []
     if settings.omission:
         callbacks.append(sparse)
-    watch = Watch(sparse if settings.omission else None, shown=progress)
-    work.begin()
-    with _quiet(), _without_cache(loaded):
+    watch = Watch(sparse if settings.omission else None, keep=arguments.save_total_limit, shown=progress)
+    arguments.save_total_limit = None
+    with arguments.main_process_first(local=False):
+        if arguments.should_save:
+            work.begin()
+    with _quiet(), _for_training(loaded):
         run = data.trainer(
             model=adapted,
             args=arguments,
@@ -155,13 +187,13 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         if last is not None:
             watch.resume(last)
         try:
-            run.train(resume_from_checkpoint=str(last) if last else None)
+            with work.saving():
+                run.train(resume_from_checkpoint=str(last) if last else None)
         finally:
             watch.close()
-        whole: Any = loaded
         if lora:
-            whole = masks.merge_lora(adapted) if masks else adapted.merge_and_unload()
-        _round(whole, stored)
+            (masks.merge_lora if masks else _merge)(adapted)
+        weights.round()
         loss = None if data.validation is None else run.evaluate()["eval_loss"]
     if arguments.should_save:
         record = {
@@ -175,16 +207,50 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
             "dense_flops": sparse.training.flops_dense if settings.omission else None,
             "train_loss": _recent_loss(run.state),
             "validation_loss": loss,
+            "validation": validation,
         }
-        with _quiet():
-            whole.to(stored).save_pretrained(work.model)
-            tokenizer.save_pretrained(work.model)
+        work.model.mkdir()
         for file in checkpoint.companions():
-            if file.name.startswith(("LICENSE", "NOTICE")):
-                copy_file(file, work.model / file.name)
+            copy_file(file, work.model / file.name)
+        if chat and not has_template:
+            (work.model / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        weights.write(work.model, most=size_in_bytes(settings.max_shard_size))
         work.finish(record)
     run.accelerator.wait_for_everyone()
     return TrainingReport.read(work.output)
+
+
+def _finished(
+    work: TrainingFolder,
+    data: TextData | ChatData,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TrainingArguments,
+    validation: dict[str, str] | None,
+    *,
+    lora: int | None,
+) -> TrainingReport:
+    """The report of a run that is done, measured anew if the data to validate on are others."""
+    report = TrainingReport.read(work.output)
+    if validation is None or (report.validation or {}).get("sha256") == validation["sha256"]:
+        return report
+    with _quiet():
+        loaded = load_model(work.output, "cpu", None if lora else torch.float32)
+    with _quiet(), _for_training(loaded), set_aside(arguments) as others:
+        run = data.trainer(model=loaded, args=others, processing_class=tokenizer)
+        run.remove_callback(PrinterCallback)
+        loss = run.evaluate()["eval_loss"]
+    if arguments.should_save:
+        work.amend({"validation_loss": loss, "validation": validation})
+    run.accelerator.wait_for_everyone()
+    return TrainingReport.read(work.output)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _merge(model: Any) -> Any:
+    return model.merge_and_unload()
 
 
 def _read(settings: TrainSettings, length: int, tokenizer: PreTrainedTokenizerBase) -> TextData | ChatData:
@@ -229,14 +295,15 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> Any:
 
 
 @contextmanager
-def _without_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Nothing is generated in training, so keys and values need not be kept."""
-    before = model.config.use_cache
-    model.config.use_cache = False
+def _for_training(model: PreTrainedModel) -> Iterator[None]:
+    """Nothing is generated in training: keys and values need not be kept, and how to generate is set aside,
+    for Trainer's checkpoints would be refused for what does not go together there."""
+    before = model.config.use_cache, model.generation_config
+    model.config.use_cache, model.generation_config = False, GenerationConfig()
     try:
         yield
     finally:
-        model.config.use_cache = before
+        model.config.use_cache, model.generation_config = before
 
 
 @contextmanager
@@ -253,15 +320,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-@torch.no_grad()
-def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the weights the values that they will be stored with, so that those are what is validated."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(parameter.to(dtype))
-        if not all_finite(parameter):
-            raise FloatingPointError(f"'{name}' has values that {dtype} cannot hold: train at a smaller rate")
 
 
 def _recent_loss(state: TrainerState) -> float:

@@ -8,18 +8,25 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from secateurs.checkpoint import read_json, write_json
 from secateurs.training.callback import SparsityAcceleratedTraining
-
-CLOCK = "secateurs.json"  # in a checkpoint: the time it took to get there
+from secateurs.training.folder import CLOCK
 
 
 class Watch(TrainerCallback):
-    """Keeps the time and shows the progress; stops a run whose loss is not finite before that is saved."""
+    """Keeps the time and shows the progress; stops a run whose loss is not finite before that is saved.
 
-    def __init__(self, sparse: SparsityAcceleratedTraining | None, *, shown: bool) -> None:
-        self.sparse = sparse
+    Args:
+        sparse: whose omission rate is shown.
+        keep: how many checkpoints. Trainer itself must keep all: it deletes one for a newer one that is not
+            marked as whole yet.
+        shown: whether there is a progress bar.
+    """
+
+    def __init__(self, sparse: SparsityAcceleratedTraining | None, *, keep: int | None, shown: bool) -> None:
+        self.sparse, self.keep = sparse, keep
         self.seconds = 0.0
         self.start = 0.0
         self.bar = Progress(
@@ -95,8 +102,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            write_json(
-                Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / CLOCK,
-                {"seconds": self.seconds},
-            )
+            folder = Path(str(args.output_dir))
+            write_json(folder / f"checkpoint-{state.global_step}" / CLOCK, {"seconds": self.seconds})
+            rotate_checkpoints(str(folder), self.keep, state.best_model_checkpoint)
         self.start = time.monotonic()

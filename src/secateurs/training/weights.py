@@ -1,0 +1,100 @@
+"""Trained weights under the names, dtypes and shapes of the files that they came from.
+
+A trained model is the folder it came from with other weights: what reads the one reads the other. So its
+tensors go back where they were read, each in the dtype it had there; and what training left as it was, or
+what the model does not know (old files hold masks and rotary frequencies), is what the file holds.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from secateurs.checkpoint import Checkpoint
+from secateurs.checkpoint.shards import Shards, Stored
+from secateurs.finite import all_finite
+
+
+class StoredWeights:
+    """The tensors of a model, by their names in its checkpoint.
+
+    Args:
+        model: as it was loaded, before anything wraps it. Its parameters are kept hold of.
+        checkpoint: that it was loaded from.
+
+    Raises:
+        ValueError: the files hold the model's tensors in another form, or a tensor holds NaN or Inf.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._model: dict[str, Tensor] = {}  # by name in the files
+        prefix = model.base_model_prefix + "."
+        own = model.state_dict(keep_vars=True)
+        named = revert_weight_conversion(model, dict(own))  # old names, where the files have them
+        homes: set[int] = set()
+        for name, tensor in named.items():
+            for stored in (name, name.removeprefix(prefix), prefix + name):
+                if checkpoint.shapes.get(stored) == tuple(tensor.shape):
+                    self._model[stored] = tensor
+                    homes.add(id(tensor))
+                    break
+        for name, tensor in own.items():
+            if id(tensor) not in homes:  # not even for one that it is tied to
+                raise ValueError(
+                    f"'{checkpoint.folder}' does not hold '{name}' in the form in which the model has it, "
+                    "so it cannot be put back there"
+                )
+            if tensor.is_floating_point() and not all_finite(tensor.detach()):
+                raise ValueError(f"'{name}' in '{checkpoint.folder}' holds NaN or Inf")
+        self._check_others()
+
+    def _check_others(self) -> None:
+        for name in self.checkpoint.file_of.keys() - self._model.keys():
+            self.checkpoint.load([name])  # names what is not finite, which must not turn up after training
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Give the model the values that it will be stored with.
+
+        Raises:
+            FloatingPointError: one of them is beyond the range of its dtype.
+        """
+        for name, tensor in self._tensors():
+            if name in self._model:
+                if tensor.is_floating_point() and not all_finite(tensor):
+                    raise FloatingPointError(
+                        f"'{name}' has values that {tensor.dtype} cannot hold: train at a smaller rate"
+                    )
+                self._model[name].copy_(tensor)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is to be stored, one by one."""
+        for name in self.checkpoint.file_of:
+            before = self.checkpoint.load([name])[name]
+            trained = self._model.get(name)
+            if trained is None:
+                yield name, before
+                continue
+            now = trained.detach().cpu()
+            # A file may hold more bits than were loaded: they stay where training had nothing to change.
+            yield name, before if torch.equal(before.to(now.dtype), now) else now.to(before.dtype)
+
+    def write(self, folder: Path, *, most: int) -> None:
+        """Write weight files into an existing folder.
+
+        Args:
+            folder: without weight files.
+            most: bytes of tensors in one file.
+        """
+        checkpoint = self.checkpoint
+        layout = {
+            name: Stored(checkpoint.dtypes[name], checkpoint.shapes[name]) for name in checkpoint.file_of
+        }
+        shards = Shards(folder, layout, most=most)
+        shards.lay_out()
+        shards.write(self._tensors())
+        shards.finish()
