@@ -55,6 +55,11 @@ class InWindows(OfText):
     figures: no, where the tokenizer puts one only at the front of the whole text; but yes for Gemma's models,
     which cannot do without."""
 
+    @property
+    def asked_bos(self) -> bool | None:
+        """What `bos` asks for; None leaves it to the model."""
+        return {"yes": True, "no": False}.get(self.bos)
+
 
 def takes(kind: type[Any]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Let a function that takes `settings` be called with them, with single fields as keywords, or with both.

@@ -11,7 +11,8 @@ from filelock import FileLock, Timeout
 def output_lock(output: Path) -> Iterator[None]:
     """Hold `OUTPUT.lock`, which the system lets go of when the process ends, however it ends.
 
-    The file is removed afterwards. Where it stays it is harmless: the lock is on it, not in it.
+    The file is removed afterwards, and folders that were made for it and stay empty. Where it stays it is
+    harmless: the lock is on it, not in it.
 
     Raises:
         ValueError: another run holds it, or it cannot be made.
@@ -19,6 +20,7 @@ def output_lock(output: Path) -> Iterator[None]:
     output = output.resolve()
     file = output.with_name(output.name + ".lock")
     lock = FileLock(file)
+    made = [folder for folder in file.parents if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -36,3 +38,6 @@ def output_lock(output: Path) -> Iterator[None]:
         with suppress(OSError):  # while it is held: after that it may be another run's
             file.unlink()
         lock.release()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()

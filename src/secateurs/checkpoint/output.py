@@ -28,11 +28,8 @@ def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> Non
         ValueError: the output exists, is or lies in the model's folder, is a mount point, or cannot be made.
         OSError: the disk has too little space.
     """
-    place, source = output.resolve(), checkpoint.folder.resolve()
-    if place == source:
-        raise ValueError(f"'{output}' is the model's own folder: give another output folder")
-    if source in place.parents:
-        raise ValueError(f"'{output}' lies in the model's own folder: give another output folder")
+    refuse_inside(output, checkpoint)
+    place = output.resolve()
     if place.is_mount():
         raise ValueError(
             f"'{output}' is a mount point, which cannot be made in one step: give a folder in it"
@@ -56,6 +53,15 @@ def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> Non
         raise OSError(
             f"the output needs {needed / 1e9:.2f} GB, the disk of '{parent}' has {free / 1e9:.2f} GB free"
         )
+
+
+def refuse_inside(output: Path, checkpoint: Checkpoint) -> None:
+    """Raises ValueError if an output folder is, or lies in, the folder of the model that is read."""
+    place, source = output.resolve(), checkpoint.folder.resolve()
+    if place == source:
+        raise ValueError(f"'{output}' is the model's own folder: give another output folder")
+    if source in place.parents:
+        raise ValueError(f"'{output}' lies in the model's own folder: give another output folder")
 
 
 @contextmanager

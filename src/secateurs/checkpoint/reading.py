@@ -156,13 +156,13 @@ class Checkpoint:
                         raise ValueError(f"'{name}' in '{self.folder / file}' holds NaN or Inf")
         return tensors
 
-    def companions(self) -> list[Path]:
-        """Those of `secateurs.checkpoint.companions` that lie directly in the folder."""
-        return [self.folder / path for path in companions(self.folder) if len(path.parts) == 1]
-
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from an edited or another one: config, and files with size and time."""
-        stats = {file: (self.folder / file).stat() for file in self.files}
+        """What tells this checkpoint from an edited or another one: config, and files with size and time.
+
+        The files beside the weights count, for they are in the output too.
+        """
+        beside = (path.as_posix() for path in companions(self.folder))
+        stats = {file: (self.folder / file).stat() for file in [*self.files, *beside]}
         return {
             "config": self.config,
             "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},

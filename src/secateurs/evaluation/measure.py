@@ -11,7 +11,7 @@ from secateurs.evaluation.perplexity import perplexity
 from secateurs.evaluation.tasks import evaluate_tasks
 from secateurs.runtime.load import load_model
 from secateurs.settings import InWindows, OnDevice, takes
-from secateurs.text import evaluation_tokens, load_tokenizer
+from secateurs.text import bos_id, evaluation_tokens, load_tokenizer, wants_bos
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,17 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
     folder = resolve(model)
     loaded = load_model(folder, settings.device)
     tokenizer = load_tokenizer(folder)
+    bos = bos_id(tokenizer) if wants_bos(loaded.config.model_type, settings.asked_bos) else None
     for source in [settings.text] if isinstance(settings.text, str | Path) else settings.text:
         start = time.perf_counter()
         tokens = evaluation_tokens(source, tokenizer, field=settings.field)
         value = perplexity(
-            loaded, tokens, length=settings.length, batch_size=settings.batch_size, progress=True
+            loaded,
+            tokens,
+            length=settings.length,
+            bos=bos,
+            batch_size=settings.batch_size,
+            progress=True,
         )
         yield Measurement(str(source), "perplexity", value, time.perf_counter() - start)
     if settings.tasks:

@@ -15,7 +15,7 @@ from secateurs.evaluation.perplexity import perplexity
 from secateurs.runtime.generate import Pace, check_positions, greedy_tokens, memory_bytes
 from secateurs.runtime.load import load_model
 from secateurs.settings import OnDevice, takes
-from secateurs.text import evaluation_tokens, load_tokenizer
+from secateurs.text import bos_id, evaluation_tokens, load_tokenizer, wants_bos
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
@@ -80,10 +80,12 @@ def bench(model: str | Path, *, settings: BenchSettings) -> list[Cost]:
 
 def _cost(name: str, text: str | Path | None, device: str | None) -> Cost:
     folder, where = resolve(name), resolve_device(device)
-    tokens = None if text is None else evaluation_tokens(text, load_tokenizer(folder))
+    tokenizer = None if text is None else load_tokenizer(folder)
+    tokens = None if text is None or tokenizer is None else evaluation_tokens(text, tokenizer)
     before = memory_bytes(where)
     model = load_model(folder, device)
     check_positions(model, PROMPT_TOKENS + NEW_TOKENS)
+    bos = bos_id(tokenizer) if tokenizer is not None and wants_bos(model.config.model_type) else None
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(where)
@@ -97,7 +99,7 @@ def _cost(name: str, text: str | Path | None, device: str | None) -> Cost:
         memory_bytes=memory,
         seconds_to_first_token=statistics.median(pace.seconds_to_first for pace in paces),
         tokens_per_second=statistics.median(pace.tokens_per_second for pace in paces),
-        perplexity=None if tokens is None else perplexity(model, tokens),
+        perplexity=None if tokens is None else perplexity(model, tokens, bos=bos),
     )
 
 

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from secateurs.checkpoint import Checkpoint, copy_file, read_json, write_json
+from secateurs.blockwise import BlockwiseModel
+from secateurs.checkpoint import check_output, copy_companions, read_json, write_json
+from secateurs.checkpoint.card import write_card
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.pattern import parse_pattern
 from secateurs.pruning.allocation.survey import Patterns
 from secateurs.pruning.record import RECORD, BlockReport, Report
 from secateurs.version import __version__
-
-MARGIN_BYTES = 16 * 2**20  # for the reports
 
 FORMAT = 3
 """Of what the folder holds: a run does not go on in another."""
@@ -38,8 +38,7 @@ class WorkFolder:
 
     Args:
         output: the folder that the run is to make.
-        checkpoint: the model that it prunes.
-        blocks: for each of its blocks, the names in the files of its tensors.
+        model: that it prunes.
         settings: all that decides the result.
         most: bytes in one weight file.
 
@@ -51,18 +50,15 @@ class WorkFolder:
     def __init__(
         self,
         output: Path,
-        checkpoint: Checkpoint,
-        blocks: list[list[str]],
+        model: BlockwiseModel,
         settings: dict[str, Any],
         *,
         most: int,
     ) -> None:
+        checkpoint = model.checkpoint
+        blocks = [model.block_tensors(index) for index in range(len(model.blocks))]
         # Through links: the last step is a rename, which would replace or trip over a link itself.
         self.output, self.checkpoint, self.settings = output.resolve(), checkpoint, settings
-        if self.output.is_mount():
-            raise ValueError(
-                f"'{output}' is a mount point, which cannot be made in one step: give a folder in it"
-            )
         self.versions = {
             "secateurs": __version__,
             "torch": torch.__version__,
@@ -121,14 +117,7 @@ class WorkFolder:
                 f"'{self.partial}' holds an unfinished run with other settings, model or versions: "
                 "delete it or give another output folder"
             )
-        parent = next(folder for folder in self.output.parents if folder.exists())
-        beside = sum(path.stat().st_size for path in self.checkpoint.companions())
-        needed = self.shards.missing_bytes + beside + MARGIN_BYTES
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise OSError(
-                f"the output needs {needed / 1e9:.2f} GB, the disk of '{parent}' has {free / 1e9:.2f} GB free"
-            )
+        check_output(self.output, self.checkpoint, self.shards.missing_bytes)
         self.model.mkdir(parents=True, exist_ok=True)
         if not self.mark.is_file():
             # The mark makes the folder ours, so it must be there before any other file is.
@@ -185,8 +174,7 @@ class WorkFolder:
             seconds: what the run took beside its blocks.
         """
         with self.clock("write"):
-            for companion in self.checkpoint.companions():
-                copy_file(companion, self.model / companion.name)
+            copy_companions(self.checkpoint.folder, self.model, replaced={"README.md"})
             self.shards.finish()
         blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
         counted = [self.phases, *(block["phases"] for block in blocks)]
@@ -202,9 +190,19 @@ class WorkFolder:
             },
         }
         write_json(self.model / RECORD, record)
+        report = Report.read(self.model)
+        write_card(
+            self.model,
+            self.checkpoint.folder,
+            self.settings["model"],
+            title=f"pruned to {report.sparsity:.0%} zeros",
+            facts=report.facts,
+            usage="",
+            tags=["pruned", "sparse"],
+        )
         os.replace(self.model, self.output)
         self._clear()
-        return Report.read(self.output)
+        return replace(report, output=self.output)
 
     def _clear(self) -> None:
         """Delete the folder, its mark last of all files: until then what is left is known for this run's."""

@@ -107,6 +107,23 @@ class Report:
         return cls(output=folder, layers=layers, mlps=mlps, refinements=refinements, **shared)
 
     @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What a model card says of the run."""
+        settings = self.settings
+        method, calibration = settings["method"], settings["calibration"]
+        inner = method.get("solver")
+        facts = [
+            ("Method", f"{method['name']} ({inner['name']} inside)" if inner else method["name"]),
+            ("Pattern", settings["pattern"]),
+            ("Zeros", f"{self.sparsity:.2%} of the weights of {len(self.layers)} linear layers"),
+            ("Mean relative error of the layers' outputs", f"{self.error:.4f}"),
+        ]
+        if calibration is not None:
+            text = f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}"
+            facts.append(("Calibration", " ".join(Path(part).name for part in text.split(" "))))
+        return [*facts, ("secateurs", self.versions["secateurs"])]
+
+    @property
     def sparsity(self) -> float:
         """Share of zeros in all pruned layers together."""
         return sum(x.sparsity * x.weights for x in self.layers) / sum(x.weights for x in self.layers)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from secateurs.blockwise import BlockwiseModel
-from secateurs.checkpoint import Checkpoint, resolve
+from secateurs.checkpoint import Checkpoint, output_lock, resolve
+from secateurs.checkpoint.output import refuse_inside
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import home_of, resolve_device
 from secateurs.pattern import Pattern
@@ -27,6 +28,7 @@ from secateurs.pruning.folder import WorkFolder
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.settings import takes
+from secateurs.text import calibration_blocks, check_tokens, load_tokenizer, wants_bos
 
 TOKENS_AT_ONCE = 2048
 
@@ -55,39 +57,34 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     """
     start = time.monotonic()
     checkpoint = Checkpoint(resolve(model))
-    if Path(settings.output).resolve() == checkpoint.folder.resolve():
-        raise ValueError(f"'{settings.output}' is the model's own folder: give another output folder")
+    refuse_inside(Path(settings.output), checkpoint)
     blockwise = BlockwiseModel(checkpoint, resolve_device(settings.device))
     planned = plan(settings.allocation, settings.budget, layer_shapes(blockwise))
     if settings.calibration is None and isinstance(planned, Sensitivity):
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
-    tokens = _tokens(settings, blockwise)
+    tokens = _tokens(settings, blockwise, progress)
     batch_size = _batch_size(settings, tokens)
-    work = WorkFolder(
-        Path(settings.output),
-        checkpoint,
-        [blockwise.block_tensors(index) for index in range(len(blockwise.blocks))],
-        {
-            "model": str(model),
-            "allocation": describe_allocation(planned, settings.budget),
-            "calibration": _describe_tokens(settings, tokens),
-            "batch_size": batch_size,
-            "device": blockwise.device.type,
-            **settings.record(),
-        },
-        most=size_in_bytes(settings.max_shard_size),
-    )
-    if work.finished:
-        return Report.read(work.output)
-    with work.clock("write"):
-        work.write_outside()
-    patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
-    with _progress_bar(len(patterns), shown=progress) as advance:
-        in_blocks = _walk(blockwise, settings.pruner, patterns, tokens, batch_size, work, advance)
-    return work.finish(time.monotonic() - start - in_blocks)
+    run = {
+        "model": str(model),
+        "allocation": describe_allocation(planned, settings.budget),
+        "calibration": _describe_tokens(settings, tokens, blockwise),
+        "batch_size": batch_size,
+        "device": blockwise.device.type,
+        **settings.record(),
+    }
+    with output_lock(Path(settings.output)):
+        work = WorkFolder(Path(settings.output), blockwise, run, most=size_in_bytes(settings.max_shard_size))
+        if work.finished:
+            return Report.read(work.output)
+        with work.clock("write"):
+            work.write_outside()
+        patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
+        with _progress_bar(len(patterns), shown=progress) as advance:
+            in_blocks = _walk(blockwise, settings.pruner, patterns, tokens, batch_size, work, advance)
+        return work.finish(time.monotonic() - start - in_blocks)
 
 
-def _tokens(settings: PruneSettings, model: BlockwiseModel) -> Tensor | None:
+def _tokens(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> Tensor | None:
     """(samples, length) ids to calibrate on."""
     calibration = settings.calibration
     if calibration is None:
@@ -103,8 +100,6 @@ def _tokens(settings: PruneSettings, model: BlockwiseModel) -> Tensor | None:
     if limit is not None and length > limit:
         raise ValueError(f"length {length} is more than the {limit} positions that the model was made for")
     if not isinstance(calibration, Tensor):
-        from secateurs.text import calibration_blocks, load_tokenizer
-
         tokens = calibration_blocks(
             calibration,
             load_tokenizer(model.checkpoint.folder),
@@ -112,10 +107,10 @@ def _tokens(settings: PruneSettings, model: BlockwiseModel) -> Tensor | None:
             length=length,
             seed=settings.seed,
             field=settings.field,
+            bos=wants_bos(model.config.model_type, settings.asked_bos),
+            progress=progress,
         )
-    for token in (int(tokens.min()), int(tokens.max())):
-        if not 0 <= token < model.config.vocab_size:
-            raise ValueError(f"token {token} is outside the model's vocabulary of {model.config.vocab_size}")
+    check_tokens(tokens, model.config.vocab_size)
     if settings.passes and len(tokens) < 2:
         raise ValueError("refinement holds a calibration sequence out: give two or more (or refine 0)")
     return tokens
@@ -127,7 +122,9 @@ def _batch_size(settings: PruneSettings, tokens: Tensor | None) -> int | None:
     return settings.batch_size or max(1, TOKENS_AT_ONCE // tokens.shape[1])
 
 
-def _describe_tokens(settings: PruneSettings, tokens: Tensor | None) -> dict[str, Any] | None:
+def _describe_tokens(
+    settings: PruneSettings, tokens: Tensor | None, model: BlockwiseModel
+) -> dict[str, Any] | None:
     """What the record says of the calibration tokens."""
     if tokens is None:
         return None
@@ -135,6 +132,7 @@ def _describe_tokens(settings: PruneSettings, tokens: Tensor | None) -> dict[str
     return {
         "source": "token ids" if isinstance(given, Tensor) else str(given),
         "field": settings.field,
+        "bos": not isinstance(given, Tensor) and wants_bos(model.config.model_type, settings.asked_bos),
         "samples": tokens.shape[0],
         "length": tokens.shape[1],
         "seed": settings.seed,

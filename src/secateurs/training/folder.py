@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from secateurs.checkpoint import Checkpoint, read_json, write_json
+from secateurs.checkpoint.card import write_card
 from secateurs.pruning.record import RECORD
+from secateurs.training.report import TrainingReport
 
 CLOCK = "secateurs.json"
 """The last file that is written into a checkpoint, with the time it took to get there: one without it was cut
@@ -113,9 +115,19 @@ class TrainingFolder:
                 f"command {whole}"
             ) from error
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """Turn `model`, which is complete but for its record, into the output."""
+    def finish(self, record: dict[str, Any], checkpoint: Checkpoint) -> None:
+        """Turn `model`, which is complete but for its record and its card, into the output."""
         write_json(self.model / RECORD, {"run": self.run, **record})
+        report = TrainingReport.read(self.model)
+        write_card(
+            self.model,
+            checkpoint.folder,
+            record["settings"]["model"],
+            title="trained",
+            facts=report.facts,
+            usage="",
+            tags=["trained"],
+        )
         os.replace(self.model, self.output)
         shutil.rmtree(self.partial, ignore_errors=True)
 

@@ -1,9 +1,10 @@
 """What a model's configuration says before its weights are loaded."""
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from secateurs.anatomy import family_of
 from secateurs.checkpoint import Checkpoint
+from secateurs.checkpoint.config import read_config as read_causal_config
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
@@ -12,13 +13,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         ValueError: transformers cannot read it, or the family has no anatomy.
     """
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except Exception as error:  # a wrong value comes out as whatever the model's code stumbles over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"transformers cannot read '{checkpoint.folder / 'config.json'}': {reason}"
-        ) from error
+    config = read_causal_config(checkpoint)
     family_of(config)
     return config
 

@@ -37,6 +37,22 @@ class TrainingReport:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What a model card says of the run."""
+        settings = self.settings
+        facts = [
+            ("Trained on", Path(settings["text"] or settings["chat"]).name),
+            ("Steps", f"{self.steps}, {self.tokens} tokens"),
+            ("Omission", f"up to {settings['omission']:.0%} of heads and channels ({settings['schedule']})"),
+            ("Training loss", f"{self.train_loss:.4f}"),
+        ]
+        if settings["lora"]:
+            facts.append(("LoRA", f"rank {settings['lora']}, merged"))
+        if self.validation_loss is not None:
+            facts.append(("Validation loss", f"{self.validation_loss:.4f}"))
+        return [*facts, ("secateurs", self.versions["secateurs"])]
+
     @classmethod
     def read(cls, folder: Path) -> "TrainingReport":
         """The report of a trained model's folder; ValueError if it has none."""

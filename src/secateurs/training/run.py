@@ -5,12 +5,11 @@ a pruned model's zeros, and one that shows the progress. The output is an ordina
 when it is complete; until then the same command resumes from the last checkpoint.
 """
 
-import hashlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +29,11 @@ from transformers import (
 from transformers.utils import logging
 
 from secateurs.anatomy import family_of, linear_weight
-from secateurs.checkpoint import Checkpoint, copy_file, resolve
+from secateurs.checkpoint import Checkpoint, copy_companions, resolve
+from secateurs.checkpoint.companions import bytes_of_companions
+from secateurs.checkpoint.config import refuse_quantised
+from secateurs.checkpoint.names import skeleton_of
+from secateurs.checkpoint.output import refuse_inside
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
@@ -81,6 +84,14 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         FloatingPointError: the loss is not finite any more; the last checkpoint stays.
         OSError: the disk is too small or fails. What is done stays, and the same call continues.
     """
+    checkpoint = Checkpoint(resolve(model))
+    refuse_inside(Path(settings.output), checkpoint)
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes of one run
+    with output_lock(Path(settings.output)) if first else nullcontext():
+        return _train(str(model), checkpoint, settings, progress)
+
+
+def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress: bool) -> TrainingReport:
     chat, lora = settings.chat is not None, settings.lora
     kind = arguments_kind(chat)
     told = {
@@ -96,15 +107,9 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         **told,
     }
     sparse = settings.callback(seed=trainer["seed"])
-    checkpoint = Checkpoint(resolve(model))
-    if Path(settings.output).resolve() == checkpoint.folder.resolve():
-        raise ValueError(f"'{settings.output}' is the model's own folder: give another output folder")
-    if checkpoint.config.get("quantization_config"):
-        raise ValueError(
-            f"'{checkpoint.folder}' holds quantised or compressed weights, which cannot be trained: "
-            "secateurs decompress makes a compressed model dense again"
-        )
+    refuse_quantised(checkpoint, compressed=True)
     config = read_config(checkpoint)
+    skeleton_of(checkpoint)
     heads = units_of(family_of(config).sizes(config))["attention"].size
     if round(settings.omission * heads) == heads:
         raise ValueError(
@@ -122,7 +127,7 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         held_out: Any = data.validation
         validation = {"data": str(settings.validation), "sha256": replace(data, train=held_out).digest}
     chosen = {
-        "model": str(model),
+        "model": model,
         "text": None if settings.text is None else str(settings.text),
         "chat": None if settings.chat is None else str(settings.chat),
         "field": settings.field,
@@ -143,7 +148,6 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         "settings": chosen,
         "versions": versions,
         "model": checkpoint.identity(),
-        "beside": {path.name: _digest(path) for path in checkpoint.companions()},
         # Where it is looked at in training it may decide which weights are best.
         "validation": validation and validation["sha256"] if evaluated else None,
     }
@@ -155,9 +159,9 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         raise ValueError("several GPUs, one process: start training with torchrun, or choose one GPU")
     if work.finished():
         return _finished(work, data, tokenizer, arguments, validation, lora=lora)
-    companions = sum(path.stat().st_size for path in checkpoint.companions())
     checkpoints = bytes_at_once(checkpoint, arguments, rows=len(data.train), lora=lora)
-    work.check_room(checkpoints + checkpoint.tensor_bytes + companions)
+    beside = bytes_of_companions(checkpoint.folder)
+    work.check_room(checkpoints + checkpoint.tensor_bytes + beside)
 
     # Bfloat16 would round most updates away; adapters come in float32 by themselves.
     with _quiet():
@@ -210,12 +214,11 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
             "validation": validation,
         }
         work.model.mkdir()
-        for file in checkpoint.companions():
-            copy_file(file, work.model / file.name)
+        copy_companions(checkpoint.folder, work.model, replaced={"README.md"})
         if chat and not has_template:
             (work.model / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         weights.write(work.model, most=size_in_bytes(settings.max_shard_size))
-        work.finish(record)
+        work.finish(record, checkpoint)
     run.accelerator.wait_for_everyone()
     return TrainingReport.read(work.output)
 
@@ -245,10 +248,6 @@ def _finished(
     return TrainingReport.read(work.output)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _merge(model: Any) -> Any:
     return model.merge_and_unload()
 
@@ -267,7 +266,7 @@ def _read(settings: TrainSettings, length: int, tokenizer: PreTrainedTokenizerBa
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     data = ChatData(
         load_conversations(settings.chat),
-        None if validation is None else load_conversations(validation),
+        None if validation is None else load_conversations(validation, split="evaluation"),
         length,
     )
     data.check_template(tokenizer)
