@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from secateurs.anatomy import family_of, linear_weight
-from secateurs.checkpoint import Checkpoint, copy_companions, resolve
+from secateurs.checkpoint import Checkpoint, copy_companions, output_lock, resolve
 from secateurs.checkpoint.companions import bytes_of_companions
 from secateurs.checkpoint.config import refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
