@@ -317,6 +317,7 @@ def test_the_folder_is_a_model_with_all_that_belongs_to_it(tmp_path: Path) -> No
     assert {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "config.json"} < companions
     assert {path.name for path in output.iterdir()} == {
         *companions,
+        "README.md",
         "model.safetensors",
         "secateurs.json",
     }
@@ -749,8 +750,8 @@ def test_mistakes_in_python(llama: Path, tmp_path: Path) -> None:
     run("int64 tensor", calibration=tokens().float())
     run("int64 tensor", calibration=tokens()[0])
     run("int64 tensor", calibration=tokens()[:0])
-    run("token 128 is outside the model's vocabulary of 128", calibration=tokens() + 128 - tokens().max())
-    run("token -1 is outside the model's vocabulary of 128", calibration=tokens() - tokens().min() - 1)
+    run("token 128 is outside of the model's vocabulary of 128", calibration=tokens() + 128 - tokens().max())
+    run("token -1 is outside of the model's vocabulary of 128", calibration=tokens() - tokens().min() - 1)
     run("length 65 is more than the 64 positions", calibration=tokens(1, 65))
     run("batch_size is a number of sequences, not 0", calibration=tokens(), batch_size=0)
     run("outside", calibration=tokens(), pattern=1.5)

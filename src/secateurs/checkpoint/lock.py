@@ -1,5 +1,6 @@
 """One run at a time writes an output folder."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ def output_lock(output: Path) -> Iterator[None]:
             f"another run is writing '{output}': wait for it or give another output folder"
         ) from None
     except OSError as error:
+        if error.errno == errno.ENOSPC:  # not the name's fault
+            raise
         raise ValueError(
             f"'{output}' cannot be made ({error.strerror or error}): give another output folder"
         ) from None

@@ -1,5 +1,6 @@
 """The folder that a run is to make: what would stop it, found before the work."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> Non
             probe.mkdir()
             probe.rmdir()
     except OSError as error:
+        if error.errno == errno.ENOSPC:  # not the name's fault
+            raise
         raise ValueError(
             f"'{output}' cannot be made in '{parent}' ({error.strerror}): give another output folder"
         ) from None

@@ -78,9 +78,18 @@ def reading(shown: bool) -> Iterator[Callable[[int], None]]:
         TextColumn("reading text: {task.completed:,.0f} characters"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as line:
-        task = line.add_task("", total=None)
-        yield lambda characters: line.update(task, advance=characters)
+    line = Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
+    task = line.add_task("", total=None)
+
+    def advance(characters: int) -> None:
+        line.start()  # at the first of many: what is read at once is not worth a line
+        line.update(task, advance=characters)
+
+    try:
+        yield advance
+    finally:
+        if line.live.is_started:
+            line.stop()
 
 
 def chunked(pieces: Iterable[str], overlap: int) -> Iterator[str]:
