@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -52,7 +53,7 @@ from secateurs.training.model import read_config, sequence_length
 from secateurs.training.omission import units_of
 from secateurs.training.report import TrainingReport
 from secateurs.training.settings import TrainSettings
-from secateurs.training.watch import Watch
+from secateurs.training.watch import Over, Watch
 from secateurs.training.weights import StoredWeights
 from secateurs.version import __version__
 
@@ -188,7 +189,7 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
             watch.resume(last)
         try:
             with work.saving():
-                run.train(resume_from_checkpoint=str(last) if last else None)
+                _train(run, last)
         finally:
             watch.close()
         if lora:
@@ -218,6 +219,17 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         work.finish(record)
     run.accelerator.wait_for_everyone()
     return TrainingReport.read(work.output)
+
+
+def _train(run: Trainer, last: Path | None) -> None:
+    """Make the steps that are left."""
+    try:
+        run.train(resume_from_checkpoint=str(last) if last else None)
+    except Over:  # what Trainer does after the last one
+        if run.args.load_best_model_at_end and run.state.best_model_checkpoint:
+            run._load_best_model()
+        run.callback_handler.on_train_end(run.args, run.state, run.control)
+        run.is_in_train = False
 
 
 def _finished(
