@@ -1,8 +1,8 @@
 """Train a pretrained model on text or on conversations, with sparse steps: what `secateurs train` runs.
 
 Everything is Trainer's (for conversations TRL's SFTTrainer) with a callback for sparse steps, one that keeps
-a pruned model's zeros, and one that shows the progress. The output is an ordinary model folder, which appears
-when it is complete; until then the same command resumes from the last checkpoint.
+a pruned model's zeros, and one that shows the progress. The output is the input's folder with other weights,
+which appears when it is complete; until then the same command resumes from the last checkpoint.
 """
 
 import hashlib
@@ -66,8 +66,9 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
 
     Continual pre-training on a text, or supervised fine-tuning on the answers in conversations, by
     Sparsity-Accelerated Training (arXiv 2406.01392). Weights are trained in float32 (with LoRA: the
-    adapters), on a GPU under bfloat16 autocast, and saved in the dtype they came in. Zeros of a pruned model
-    stay zero. If the run is interrupted, the same call continues it.
+    adapters), on a GPU under bfloat16 autocast. Zeros of a pruned model stay zero. The output is the model's
+    folder with other weights, each tensor in the dtype it came in. If the run is interrupted, the same call
+    continues it. With other data to validate on, it measures the finished output.
 
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub. It is only read.
