@@ -190,7 +190,7 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
             watch.resume(last)
         try:
             with work.saving():
-                _train(run, last)
+                _make_steps(run, last)
         finally:
             watch.close()
         if lora:
@@ -222,7 +222,7 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
     return TrainingReport.read(work.output)
 
 
-def _train(run: Trainer, last: Path | None) -> None:
+def _make_steps(run: Trainer, last: Path | None) -> None:
     """Make the steps that are left."""
     try:
         run.train(resume_from_checkpoint=str(last) if last else None)
