@@ -1,22 +1,28 @@
 """Training a model folder: what comes out, and that an interrupted run ends like one that was not."""
 
+import errno
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import folders
 from secateurs import perplexity, prune
+from secateurs.training.arguments import read_settings
 from secateurs.training.data import CHAT_TEMPLATE, packed_blocks
 from secateurs.training.report import TrainingReport
 from secateurs.training.run import train
 from secateurs.training.watch import Watch
+from secateurs.training.weights import StoredWeights
 
 TEXT = "".join(f"It was the {number}th cold evening, and nobody had lit a fire. " for number in range(60))
 QUICK: dict[str, Any] = {"length": 32, "batch_size": 4, "learning_rate": 3e-3, "device": "cpu"}
@@ -124,6 +130,96 @@ def test_fine_tuning(model: Path, chat: Path, tmp_path: Path) -> None:
     assert report.validation_loss == pytest.approx(sum(losses) / len(losses), rel=0.02)
 
 
+def test_the_output_is_the_input_with_other_weights(model: Path, chat: Path, tmp_path: Path) -> None:
+    """As transformers 4 and others wrote it, and with what saving would refuse."""
+    config = json.loads((model / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    (model / "config.json").write_text(json.dumps({**config, "temperature": 0.7}))
+    (model / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    (model / "tokenizer.model").write_bytes(b"pieces")
+    (model / "LICENSE").write_text("Be kind.")
+    before = folders.bytes_of(model)
+    train(model, output=tmp_path / "out", chat=chat, steps=3, max_shard_size=50_000, **QUICK)
+    after = folders.bytes_of(tmp_path / "out")
+    assert {name: after[name] for name in before if not name.endswith(".safetensors")} == {
+        name: content for name, content in before.items() if not name.endswith(".safetensors")
+    }
+    shards = {name for name in after if name.endswith(".safetensors")}
+    assert len(shards) > 1
+    added = {"chat_template.jinja", "secateurs.json", "model.safetensors.index.json"}
+    assert after.keys() - before.keys() - shards - {"README.md"} == added
+    for tensor in folders.tensors_of(tmp_path / "out").values():
+        assert tensor.dtype == torch.float32
+
+
+def test_a_template_of_the_models_own_stays(model: Path, chat: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("User", "Reader")
+    tokenizer.save_pretrained(model)
+    before = folders.bytes_of(model)
+    train(model, output=tmp_path / "out", chat=chat, steps=2, **QUICK)
+    after = folders.bytes_of(tmp_path / "out")
+    assert after.keys() - {"README.md"} == before.keys() | {"secateurs.json"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_other_data_to_validate_on_are_measured_on_the_finished_output(
+    lora: int | None, model: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1])
+    arguments: dict[str, Any] = {"text": text, "steps": 3, "lora": lora, **QUICK}
+    train(model, output=tmp_path / "out", **arguments)
+    weights = folders.tensors_of(tmp_path / "out")
+    losses = {}
+    for name in (text, other, text):
+        report = train(model, output=tmp_path / "out", validation=name, **arguments)
+        assert report.validation is not None
+        assert report.validation["data"] == str(name)
+        assert str(report).endswith(f" on {name}")
+        assert report == TrainingReport.read(tmp_path / "out")
+        direct = train(model, output=tmp_path / name.stem, validation=name, **arguments)
+        assert report.validation_loss == direct.validation_loss
+        losses[name] = report.validation_loss
+    assert losses[text] != losses[other]
+    for name, tensor in folders.tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, weights[name])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_data_that_training_looks_at_are_part_of_the_run(model: Path, text: Path, tmp_path: Path) -> None:
+    other, settings = tmp_path / "other.txt", tmp_path / "settings.yaml"
+    other.write_text(TEXT[::-1])
+    settings.write_text("eval_strategy: steps\neval_steps: 1\n")
+    arguments: dict[str, Any] = {"text": text, "steps": 2, "settings": settings, **QUICK}
+    train(model, output=tmp_path / "out", validation=text, **arguments)
+    with pytest.raises(ValueError, match="exists and is not this run's"):
+        train(model, output=tmp_path / "out", validation=other, **arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: {"max_shard_size": "1MB"},
+        lambda folder: {"lora": 2},
+        lambda folder: (folder / "model" / "chat_template.jinja").write_text("{{ messages }}") and {},
+        lambda folder: (folder / "text.txt").write_text("Once. " + TEXT) and {},
+        lambda folder: (folder / "settings.yaml").write_text("weight_decay: 0.2") and {},
+    ],
+)
+def test_what_changes_the_output_makes_another_run(
+    change: Any, model: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("weight_decay: 0.1")
+    arguments: dict[str, Any] = {"text": text, "steps": 2, "settings": settings, **QUICK}
+    train(model, output=tmp_path / "out", **arguments)
+    with pytest.raises(ValueError, match="exists and is not this run's"):
+        train(model, output=tmp_path / "out", **(arguments | change(tmp_path)))
+
+
 def test_a_pruned_model_keeps_its_zeros(model: Path, text: Path, tmp_path: Path) -> None:
     prune(model, output=tmp_path / "sparse", method="magnitude", pattern="60%", device="cpu")
     zeros = {name: tensor == 0 for name, tensor in folders.tensors_of(tmp_path / "sparse").items()}
@@ -171,6 +267,111 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def _fails(kind: str, path: str) -> None:
+    """As each library fails at a disk that is full."""
+    if kind == "torch":
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    if kind == "safetensors":
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "whole"),
+    [
+        ("safetensors", "_save", "checkpoint-4"),
+        ("torch", "_save_optimizer_and_scheduler", "checkpoint-4"),
+        ("system", "_save_rng_state", "checkpoint-4"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    kind: str, what: str, whole: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"text": text, "steps": 20, **QUICK}
+    save = getattr(Trainer, what)
+
+    def fail(self: Trainer, folder: str, *rest: Any, **keywords: Any) -> Any:
+        if self.state.global_step == 6:
+            _fails(kind, folder)
+        return save(self, folder, *rest, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, what, fail)
+        with pytest.raises(OSError, match=rf"cannot write a checkpoint in .* goes on from '{whole}'$"):
+            train(model, output=tmp_path / "out", **arguments)
+    checkpoints = tmp_path / "out.partial" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    resumed = train(model, output=tmp_path / "out", **arguments)
+    straight = train(model, output=tmp_path / "straight", **arguments)
+    assert resumed.train_loss == pytest.approx(straight.train_loss, rel=1e-5)
+    one, other = folders.tensors_of(tmp_path / "out"), folders.tensors_of(tmp_path / "straight")
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_it_goes_on_after_its_last_step(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"text": text, "steps": 4, **QUICK}
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredWeights, "write", lambda *_, **__: _fails("system", "out"))
+        with pytest.raises(OSError, match="No space left"):
+            train(model, output=tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+    resumed = train(model, output=tmp_path / "out", **arguments)
+    straight = train(model, output=tmp_path / "straight", **arguments)
+    assert resumed.train_loss == straight.train_loss
+    assert resumed.flops == straight.flops
+    one, other = folders.tensors_of(tmp_path / "out"), folders.tensors_of(tmp_path / "straight")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_whole_checkpoints_alone_count_towards_the_limit(
+    limit: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"save_total_limit: {limit}\nsave_steps: 2")
+    arguments: dict[str, Any] = {"text": text, "steps": 10, "settings": settings, **QUICK}
+    on_save = Watch.on_save
+
+    def fail(self: Watch, args: Any, state: Any, *rest: Any, **keywords: Any) -> None:
+        if state.global_step == 8:  # all is there but what says so
+            raise _PowerFails
+        on_save(self, args, state, *rest, **keywords)
+
+    monkeypatch.setattr(Watch, "on_save", fail)
+    with pytest.raises(_PowerFails):
+        train(model, output=tmp_path / "out", **arguments)
+    checkpoints = tmp_path / "out.partial" / "checkpoints"
+    expected = {f"checkpoint-{step}" for step in (2, 4, 6)[-limit:]} | {"checkpoint-8"}
+    assert {path.name for path in checkpoints.iterdir()} == expected
+    started: list[int] = []
+
+    def note(_: Watch, args: Any, state: Any, *rest: Any, **keywords: Any) -> None:
+        started.append(state.global_step)
+        raise _PowerFails
+
+    monkeypatch.setattr(Watch, "on_train_begin", note)
+    with pytest.raises(_PowerFails):
+        train(model, output=tmp_path / "out", **arguments)
+    assert started == [6]
+    assert {path.name for path in checkpoints.iterdir()} == expected - {"checkpoint-8"}
+
+
+@pytest.mark.parametrize(("lora", "room"), [(None, 3), (2, 1)])
+def test_a_disk_that_is_too_small_is_found_before_the_work(
+    lora: int | None, room: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (model / "model.safetensors").stat().st_size
+    usage = shutil.disk_usage(tmp_path)._replace(free=size // 2 if lora else room * 3 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    before = folders.everything_in(tmp_path)
+    with pytest.raises(OSError, match=r"checkpoints and the output need .* GB free"):
+        train(model, output=tmp_path / "out", text=text, steps=20, lora=lora, **QUICK)
+    assert folders.everything_in(tmp_path) == before
+
+
 def test_repeated_it_changes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"output": tmp_path / "out", "text": text, "steps": 3, **QUICK}
     report = train(model, **arguments)
@@ -206,15 +407,39 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
         ("lr_scheduler_type: zigzag", "Trainer's settings: .*zigzag"),
         ("per_device_train_batch_size: 0", "per_device_train_batch_size is at least 1, not 0"),
         ("eval_strategy: epoch", "needs validation data"),
+        ("learning_rate: fast", "'learning_rate' is 'fast': expected number"),
+        ("learning_rate:", "'learning_rate' is None: expected number"),
+        ("max_steps: 2.5", r"'max_steps' is 2\.5: expected integer"),
+        ("bf16: maybe", "'bf16' is 'maybe': expected switch"),
+        ("max_steps: -5", "max_steps is at least 1, not -5"),
+        ("num_train_epochs: 0", "num_train_epochs is above 0, not 0"),
+        ("save_steps: 0", "save_steps is above 0, not 0"),
+        ("optim: paged_adamw_8bit", "Trainer's settings: .*bitsandbytes"),
+        ("lr_scheduler_type: cosine_with_min_lr", "min_lr"),
+        ("dataloader_num_workers: -1", "num_workers"),
+        ("adam_beta1: 2", "Invalid beta"),
+        ("use_liger_kernel: true", "liger-kernel"),
+        ("load_best_model_at_end: true", "requires the save and eval strategy to match"),
+        ("metric_for_best_model: accuracy", "metric_for_best_model is one of loss"),
+        ("deepspeed: ds.json", "no 'deepspeed' here: parameters are held whole"),
+        ("fsdp: full_shard", "no 'fsdp' here: parameters are held whole"),
+        ("push_to_hub: true", "no 'push_to_hub' here: upload the output folder"),
+        ("packing: true", "no 'packing' here"),
+        ("max_length: 99999", "'max_length' is not for this file to say, but for --length"),
         ("report_to: clay-tablets", "'clay-tablets' is not installed"),
     ],
 )
 def test_mistakes_in_the_settings(
-    content: str, message: str, model: Path, text: Path, tmp_path: Path
+    content: str, message: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text(content)
     before = folders.everything_in(tmp_path)
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("secateurs.training.run.load_model", load)
     with pytest.raises(ValueError, match=message):
         train(model, output=tmp_path / "out", text=text, settings=settings, length=32, device="cpu")
     assert folders.everything_in(tmp_path) == before
@@ -229,3 +454,29 @@ def test_settings_and_arguments_that_come_before_them(model: Path, text: Path, t
     assert report.steps == 2
     assert report.settings["trainer"]["learning_rate"] == 0.01
     assert report.settings["trainer"]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("learning_rate: 1e-4", 1e-4),
+        ('learning_rate: "1e-4"', 1e-4),
+        ("learning_rate: 1", 1.0),
+        ("max_steps: 1e3", 1000),
+        ('max_steps: "7"', 7),
+        ("bf16: yes", True),
+        ("bf16: off", False),
+        ("save_strategy: no", "no"),
+        ("save_strategy: 'no'", "no"),
+        ("neftune_noise_alpha: 5", 5.0),
+        ("save_total_limit: null", None),
+        ("report_to: [tensorboard]", ["tensorboard"]),
+        ("lr_scheduler_kwargs: {min_lr: 1e-6}", {"min_lr": 1e-6}),
+    ],
+)
+def test_settings_as_people_write_them(content: str, expected: Any, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(content)
+    [value] = read_settings(file, TrainingArguments).values()
+    assert value == expected
+    assert type(value) is type(expected)

@@ -1,8 +1,8 @@
 """Train a pretrained model on text or on conversations, with sparse steps: what `secateurs train` runs.
 
 Everything is Trainer's (for conversations TRL's SFTTrainer) with a callback for sparse steps, one that keeps
-a pruned model's zeros, and one that shows the progress. The output is an ordinary model folder, which appears
-when it is complete; until then the same command resumes from the last checkpoint.
+a pruned model's zeros, and one that shows the progress. The output is the input's folder with other weights,
+which appears when it is complete; until then the same command resumes from the last checkpoint.
 """
 
 import os
@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -55,7 +56,7 @@ from secateurs.training.model import read_config, sequence_length
 from secateurs.training.omission import units_of
 from secateurs.training.report import TrainingReport
 from secateurs.training.settings import TrainSettings
-from secateurs.training.watch import Watch
+from secateurs.training.watch import Over, Watch
 from secateurs.training.weights import StoredWeights
 from secateurs.version import __version__
 
@@ -68,8 +69,9 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
 
     Continual pre-training on a text, or supervised fine-tuning on the answers in conversations, by
     Sparsity-Accelerated Training (arXiv 2406.01392). Weights are trained in float32 (with LoRA: the
-    adapters), on a GPU under bfloat16 autocast, and saved in the dtype they came in. Zeros of a pruned model
-    stay zero. If the run is interrupted, the same call continues it.
+    adapters), on a GPU under bfloat16 autocast. Zeros of a pruned model stay zero. The output is the model's
+    folder with other weights, each tensor in the dtype it came in. If the run is interrupted, the same call
+    continues it. With other data to validate on, it measures the finished output.
 
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub. It is only read.
@@ -192,7 +194,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             watch.resume(last)
         try:
             with work.saving():
-                run.train(resume_from_checkpoint=str(last) if last else None)
+                _make_steps(run, last)
         finally:
             watch.close()
         if lora:
@@ -221,6 +223,17 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         work.finish(record, checkpoint)
     run.accelerator.wait_for_everyone()
     return TrainingReport.read(work.output)
+
+
+def _make_steps(run: Trainer, last: Path | None) -> None:
+    """Make the steps that are left."""
+    try:
+        run.train(resume_from_checkpoint=str(last) if last else None)
+    except Over:  # what Trainer does after the last one
+        if run.args.load_best_model_at_end and run.state.best_model_checkpoint:
+            run._load_best_model()
+        run.callback_handler.on_train_end(run.args, run.state, run.control)
+        run.is_in_train = False
 
 
 def _finished(

@@ -34,7 +34,8 @@ class TrainSettings(OfText):
     """What to fine-tune on instead: conversations (docs/text.md). The loss is that of the answers only."""
 
     validation: str | Path | None = None
-    """The same kind of data, for the loss on text that was not trained on."""
+    """The same kind of data, for the loss on text that was not trained on. Once the output is there, the same
+    command with other data measures it on those."""
 
     omission: float = 0.5
     """Highest share of heads and channels that a step skips, in [0, 1). 0 is plain training."""

@@ -15,6 +15,10 @@ from secateurs.training.callback import SparsityAcceleratedTraining
 from secateurs.training.folder import CLOCK
 
 
+class Over(Exception):  # noqa: N818 - nothing is wrong
+    """All steps were made when a run was resumed: Trainer would make one more."""
+
+
 class Watch(TrainerCallback):
     """Keeps the time and shows the progress; stops a run whose loss is not finite before that is saved.
 
@@ -57,6 +61,12 @@ class Watch(TrainerCallback):
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
         self.tokens, self.before = state.num_input_tokens_seen, self.seconds
         self.start = time.monotonic()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise Over
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
