@@ -30,8 +30,8 @@ from timing import in_turns, medians, speedup, timed
 Packed = tuple[Tensor, Tensor, Layout]
 
 TILES = {
-    "ALONE": ((1, 2, 4, 8), (512, 1024, 2048), (4, 8), (1, 3)),
-    "TOGETHER": ((16,), (128, 256, 512), (4, 8), (1, 3)),
+    "ALONE": ((1, 2, 4), (512, 1024, 2048), (4, 8), (1,)),
+    "TOGETHER": ((16,), (128, 256, 512), (4, 8), (1,)),
     "EXPANSION": ((1, 2, 4, 8), (512, 1024, 2048), (4, 8), (1,)),
 }
 """Rows, columns, warps and stages to try."""

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
     """How many blocks of columns are under way at once: their masks are fetched ahead."""
 
 
-ALONE = Tile(4, 256, 4)
+ALONE = Tile(1, 2048, 4)
 """For one token."""
 
 TOGETHER = Tile(16, 256, 4)
@@ -34,7 +34,7 @@ TOGETHER = Tile(16, 256, 4)
 TOGETHER_FLOAT32 = Tile(16, 64, 4)
 """For more, without tensor cores: what is multiplied stays in registers, where no more has room."""
 
-EXPANSION = Tile(4, 256, 4)
+EXPANSION = Tile(1, 2048, 4)
 
 # What the tensor cores multiply; Triton's interpreter has no bfloat16 there.
 FACTORS = {

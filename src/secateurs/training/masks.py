@@ -84,9 +84,9 @@ class Masks:
     @torch.no_grad()
     def apply(self) -> None:
         """Set to zero what is held."""
-        for name, held in self._held.items():
+        for name in self._held:
             parameter = self._parameters[name]
-            local(parameter).masked_fill_(kept_part(parameter, held), 0)
+            local(parameter).masked_fill_(kept_part(parameter, self._mask(name)), 0)
 
     def attach(self, optimizer: Optimizer) -> None:
         """Hold the zeros through every step of an optimiser, torch's or accelerate's wrapping of one.
@@ -144,9 +144,13 @@ class Masks:
         return merged
 
     def _mask_gradient(self, name: str, parameter: nn.Parameter) -> None:
-        held = self._held.get(name)
-        if held is not None and parameter.grad is not None:
-            local(parameter.grad).masked_fill_(kept_part(parameter, held), 0)
+        if name in self._held and parameter.grad is not None:
+            local(parameter.grad).masked_fill_(kept_part(parameter, self._mask(name)), 0)
+
+    def _mask(self, name: str) -> Tensor:
+        """What is held of a parameter, where the parameter is: Trainer moves models to GPUs."""
+        self._held[name] = self._held[name].to(self._parameters[name].device)
+        return self._held[name]
 
 
 class KeepZeros(TrainerCallback):

@@ -48,8 +48,8 @@ def test_equal_scores_are_settled_alike():
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), NM(2, 4)], ids=str)
 def test_a_whole_layer(pattern, monkeypatch):
-    weight = weight_of(20, 72)
-    statistics = Statistics.from_inputs(correlated_inputs(200, 72))
+    weight = weight_of(20, 72).to(DEVICE)
+    statistics = Statistics.from_inputs(correlated_inputs(200, 72).to(DEVICE))
     expected = sparsegpt.SparseGPT(block=32).solve(weight, statistics, pattern).weight
     monkeypatch.setattr(sparsegpt, "_sweep_for", lambda weight: sweep_triton.sweep)
     actual = sparsegpt.SparseGPT(block=32).solve(weight, statistics, pattern).weight
