@@ -25,6 +25,7 @@ from secateurs.pruning.allocation.owl import OWL
 from secateurs.pruning.allocation.sensitivity import Sensitivity
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.record import LayerReport, Report
+from secateurs.pruning.settings import PruneSettings
 from secateurs.pruning.solvers.admm import ADMM
 from secateurs.pruning.solvers.magnitude import Magnitude
 from secateurs.pruning.solvers.solver import Solution, Solver
@@ -39,6 +40,7 @@ from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.profile import profile
 from secateurs.training.report import TrainingReport
 from secateurs.training.run import train
+from secateurs.training.settings import TrainSettings
 from secateurs.training.sparse import SparseTraining
 from secateurs.version import __version__
 
@@ -55,6 +57,7 @@ __all__ = [
     "Masks",
     "Measurement",
     "Pattern",
+    "PruneSettings",
     "Report",
     "Sensitivity",
     "Solution",
@@ -64,6 +67,7 @@ __all__ = [
     "SparseTraining",
     "SparsityAcceleratedTraining",
     "Statistics",
+    "TrainSettings",
     "TrainingReport",
     "Unstructured",
     "UnsupportedArchitectureError",
