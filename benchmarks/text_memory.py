@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import RESULTS, Record, environment, peak_bytes, print_table, save
+from common import RESULTS, Record, environment, print_table, save
+from job import peak_bytes
 
 SRC = Path(__file__).parents[1] / "src"
 ROWS: dict[str, tuple[str, int, str, int, int]] = {

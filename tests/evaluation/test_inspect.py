@@ -13,7 +13,8 @@ from evaluation.test_plot import assert_pictures
 from families import tokens
 from folders import rewrite, save, tensors_of
 from secateurs import compress, inspect, prune
-from secateurs.evaluation.inspect import BINS, QUANTILES, REACH, LayerInspection, inspect_layer, print_tables
+from secateurs.evaluation.inspect import print_tables
+from secateurs.evaluation.inspection import BINS, QUANTILES, REACH, LayerInspection, inspect_layer
 from secateurs.pattern import NM, Unstructured
 
 

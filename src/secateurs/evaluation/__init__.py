@@ -1,6 +1,7 @@
 """What a model is worth: perplexity on text, accuracy on zero-shot tasks. And what became of its weights."""
 
-from secateurs.evaluation.inspect import Inspection, LayerInspection, inspect
+from secateurs.evaluation.inspect import inspect
+from secateurs.evaluation.inspection import Inspection, LayerInspection
 from secateurs.evaluation.measure import Measurement, evaluate
 from secateurs.evaluation.perplexity import perplexity
 from secateurs.evaluation.plot import plot

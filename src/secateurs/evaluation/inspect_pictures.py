@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from secateurs.evaluation.inspect import BINS, LARGEST, REACH, Inspection, LayerInspection
+from secateurs.evaluation.inspection import BINS, LARGEST, REACH, Inspection, LayerInspection
 from secateurs.evaluation.plot import grid, lines_by_kind, new_figure, percent, save
 
 if TYPE_CHECKING:
