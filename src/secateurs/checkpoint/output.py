@@ -17,27 +17,26 @@ MARK = "secateurs-unfinished"
 """The file in `OUTPUT.partial` that says that what lies there may be deleted."""
 
 
-def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> None:
-    """Find what would stop a run from making its output folder. Leaves nothing behind.
+def check_place(output: Path, checkpoint: Checkpoint) -> None:
+    """Find what speaks against a place for an output folder, whatever is there. Leaves nothing behind.
 
     Args:
-        output: must not exist, or be an empty folder.
-        checkpoint: the model that is read, whose companions are copied too.
-        needed_bytes: of the weights that are still to be written.
+        output: the folder that is to be made.
+        checkpoint: the model that is read.
 
     Raises:
-        ValueError: the output exists, is or lies in the model's folder, is a mount point, or cannot be made.
-        OSError: the disk has too little space.
+        ValueError: it is or lies in the model's folder, is a mount point, or cannot be made.
     """
-    refuse_inside(output, checkpoint)
-    place = output.resolve()
+    place, source = output.resolve(), checkpoint.folder.resolve()
+    if place == source:
+        raise ValueError(f"'{output}' is the model's own folder: give another output folder")
+    if source in place.parents:
+        raise ValueError(f"'{output}' lies in the model's own folder: give another output folder")
     if place.is_mount():
         raise ValueError(
             f"'{output}' is a mount point, which cannot be made in one step: give a folder in it"
         )
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise ValueError(f"'{output}' exists already: give another output folder")
-    parent = next(folder for folder in place.parents if os.path.lexists(folder))
+    parent = _parent(place)
     # Only trying tells: /proc can be written by root as far as its mode says, and names may be too long.
     probe = parent / (place.relative_to(parent).parts[0] + ".partial")
     try:
@@ -50,6 +49,25 @@ def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> Non
         raise ValueError(
             f"'{output}' cannot be made in '{parent}' ({error.strerror}): give another output folder"
         ) from None
+
+
+def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> None:
+    """Find what would stop a run from making its output folder. Leaves nothing behind.
+
+    Args:
+        output: must not exist, or be an empty folder.
+        checkpoint: the model that is read, whose companions are copied too.
+        needed_bytes: of the weights that are still to be written.
+
+    Raises:
+        ValueError: the output exists; or see `check_place`.
+        OSError: the disk has too little space.
+    """
+    check_place(output, checkpoint)
+    place = output.resolve()
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ValueError(f"'{output}' exists already: give another output folder")
+    parent = _parent(place)
     needed = needed_bytes + bytes_of_companions(checkpoint.folder) + MARGIN_BYTES
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -58,13 +76,9 @@ def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> Non
         )
 
 
-def refuse_inside(output: Path, checkpoint: Checkpoint) -> None:
-    """Raises ValueError if an output folder is, or lies in, the folder of the model that is read."""
-    place, source = output.resolve(), checkpoint.folder.resolve()
-    if place == source:
-        raise ValueError(f"'{output}' is the model's own folder: give another output folder")
-    if source in place.parents:
-        raise ValueError(f"'{output}' lies in the model's own folder: give another output folder")
+def _parent(place: Path) -> Path:
+    """The nearest folder above that exists."""
+    return next(folder for folder in place.parents if os.path.lexists(folder))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint, output_lock, resolve
-from secateurs.checkpoint.output import refuse_inside
+from secateurs.checkpoint.output import check_place
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import home_of, resolve_device
 from secateurs.pattern import Pattern
@@ -57,7 +57,7 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     """
     start = time.monotonic()
     checkpoint = Checkpoint(resolve(model))
-    refuse_inside(Path(settings.output), checkpoint)
+    check_place(Path(settings.output), checkpoint)
     blockwise = BlockwiseModel(checkpoint, resolve_device(settings.device))
     planned = plan(settings.allocation, settings.budget, layer_shapes(blockwise))
     if settings.calibration is None and isinstance(planned, Sensitivity):

@@ -52,10 +52,6 @@ class TrainingFolder:
         Raises:
             ValueError: the output folder, or an unfinished one, holds something else than this run's work.
         """
-        if self.output.is_mount():
-            raise ValueError(
-                f"'{self.output}' is a mount point, which cannot be made in one step: give a folder in it"
-            )
         if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
             record = self.output / RECORD
             if not record.is_file() or read_json(record).get("run") != self.run:

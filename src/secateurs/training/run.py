@@ -34,7 +34,7 @@ from secateurs.checkpoint import Checkpoint, copy_companions, output_lock, resol
 from secateurs.checkpoint.companions import bytes_of_companions
 from secateurs.checkpoint.config import refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
-from secateurs.checkpoint.output import refuse_inside
+from secateurs.checkpoint.output import check_place
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
@@ -87,7 +87,7 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         OSError: the disk is too small or fails. What is done stays, and the same call continues.
     """
     checkpoint = Checkpoint(resolve(model))
-    refuse_inside(Path(settings.output), checkpoint)
+    check_place(Path(settings.output), checkpoint)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of one run
     with output_lock(Path(settings.output)) if first else nullcontext():
         return _train(str(model), checkpoint, settings, progress)
