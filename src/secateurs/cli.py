@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 import tyro
 
 from secateurs.demo import DemoSettings, demo
@@ -147,6 +148,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        line = str(error).partition(". GPU")[0]
+        print(f"secateurs: {line}: make batch_size or length smaller, or use --device cpu", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"secateurs: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -170,7 +175,9 @@ def _run(arguments: list[str]) -> None:
 
 
 def _from_config(verb: Verb, arguments: list[str]) -> dict[str, Any]:
-    """What the file that `--config` names says, if there is one."""
+    """What the file that `--config` names says, if there is one; ValueError if there are several."""
+    if sum(argument.partition("=")[0] == "--config" for argument in arguments) > 1:
+        raise ValueError("--config names one file")
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         flag, _, file = argument.partition("=")
         if flag == "--config" and (file or following):

@@ -268,6 +268,8 @@ def read_config(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(known)}"
             raise ValueError(f"'{path}': there is no setting '{written}'; {hint}")
+        if name in values:
+            raise ValueError(f"'{path}': '{written}' is there twice")
         try:
             values[name] = fitted(value, known[name])
         except TypeError as error:

@@ -179,7 +179,7 @@ def size_in_bytes(text: str | int) -> int:
     """
     try:
         size = int(convert_file_size_to_int(int(text) if str(text).isdigit() else str(text).upper()))
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise ValueError(f"'{text}' is no size of a file: give 5GB, 500MB, or a number of bytes")

@@ -66,7 +66,8 @@ class WorkFolder:
         }
         identity = {
             "format": FORMAT,
-            "settings": settings,
+            # Not how the model was spelled, but what it is.
+            "settings": {name: value for name, value in settings.items() if name != "model"},
             "versions": self.versions,
             "checkpoint": checkpoint.identity(),
         }

@@ -97,6 +97,8 @@ class Report:
     def read(cls, folder: Path) -> "Report":
         """The report of a pruned model's folder; ValueError if it has none."""
         content = read_json(folder / RECORD)
+        if "layers" not in content:
+            raise ValueError(f"'{folder / RECORD}' is not the record of a pruning run")
         layers = [LayerReport(**layer) for layer in content["layers"]]
         mlps = [
             MLPReport(mlp["name"], [Iterate(**iterate) for iterate in mlp["iterates"]], mlp["kept"])

@@ -1,6 +1,7 @@
 """What `prune` can be told."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,9 @@ REPAIR = 0.5
 
 REFINE = 8
 """Passes over the calibration text by default, where there is something to refine towards."""
+
+OF_CALIBRATION = ("samples", "length", "seed", "field", "bos", "batch_size", "sequential")
+"""What says how calibration text is read and used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,8 @@ class PruneSettings(InWindows, OnDevice):
                 "calibration text is needed (a file, a folder or a dataset's name): only magnitude does "
                 "without"
             )
+        if self.samples < 1:
+            raise ValueError(f"samples are at least 1, not {self.samples}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is a number of sequences, not {self.batch_size}")
         for given, known in ((self.target, Target), (self.sequential, Sequential)):
@@ -118,6 +124,11 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError(f"refine is a number of passes, not {self.refine}")
         if self.passes and self.aim == "layer":
             raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
+        if self.calibration is None:
+            defaults = {field.name: field.default for field in fields(self)}
+            idle = [name for name in OF_CALIBRATION if getattr(self, name) != defaults[name]]
+            if idle:
+                warnings.warn(f"without calibration text nothing comes of {', '.join(idle)}", stacklevel=5)
         size_in_bytes(self.max_shard_size)
         resolve_device(self.device)
 
@@ -174,5 +185,5 @@ class PruneSettings(InWindows, OnDevice):
             "repair": self.share_repaired if self.aim == "dense" else None,
             "refine": self.passes,
             "sequential": self.seen,
-            "max_shard_size": self.max_shard_size,
+            "max_shard_size": size_in_bytes(self.max_shard_size),
         }

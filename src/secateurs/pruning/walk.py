@@ -25,6 +25,8 @@ from secateurs.pruning.allocation.sensitivity import Sensitivity
 from secateurs.pruning.allocation.survey import Allocator, Patterns, Survey, layer_shapes
 from secateurs.pruning.block.block import Advance, Block, BlockPruner, Streams
 from secateurs.pruning.folder import WorkFolder
+from secateurs.pruning.mlp.problem import HELD_OUT
+from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.settings import takes
@@ -111,6 +113,11 @@ def _tokens(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> T
             progress=progress,
         )
     check_tokens(tokens, model.config.vocab_size)
+    iterates = isinstance(settings.solver, SparseLLM) and settings.solver.iterations > 0
+    if iterates and tokens.numel() < HELD_OUT:
+        raise ValueError(
+            f"{tokens.numel()} calibration tokens are too few for SparseLLM's iterations: give {HELD_OUT} or more"
+        )
     if settings.passes and len(tokens) < 2:
         raise ValueError("refinement holds a calibration sequence out: give two or more (or refine 0)")
     return tokens

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import math
 import tempfile
 import types
 import warnings
@@ -50,6 +51,9 @@ ABSENT = {
     **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), FOLDERS),
     **dict.fromkeys(("packing", "eval_packing", "padding_free"), "a row is one conversation"),
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "the loss is always the answers'"),
+    **dict.fromkeys(("save_only_model", "ignore_data_skip"), "the same command could not go on from there"),
+    **dict.fromkeys(("label_names", "include_num_input_tokens_seen"), "that follows from the data"),
+    **dict.fromkeys(("disable_tqdm", "logging_nan_inf_filter"), "progress and losses are looked after"),
     "push_to_hub": "upload the output folder when it is there (hf upload)",
 }
 LEAST = {
@@ -160,6 +164,9 @@ def _check_numbers(settings: dict[str, Any]) -> None:
     for name, least in LEAST.items():
         if not settings.get(name, 1) >= least:
             raise ValueError(f"{name} is at least {least}, not {settings[name]}")
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is a finite number, not {value}")
     for name in ABOVE_ZERO:
         if not settings.get(name, 1) > 0:
             raise ValueError(f"{name} is above 0, not {settings[name]}")

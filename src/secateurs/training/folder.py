@@ -44,6 +44,7 @@ class TrainingFolder:
         self.output = output.resolve()
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.model, self.checkpoints = self.partial / "model", self.partial / "checkpoints"
+        self.mark = self.partial / "run.json"
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
     def finished(self) -> bool:
@@ -57,13 +58,25 @@ class TrainingFolder:
             if not record.is_file() or read_json(record).get("run") != self.run:
                 raise ValueError(f"'{self.output}' exists and is not this run's: give another output folder")
             return True
-        mark = self.partial / "run.json"
-        if self.partial.exists() and (not mark.is_file() or read_json(mark).get("run") != self.run):
+        empty = {self.mark.with_name(self.mark.name + ".tmp")}  # all that stands before the mark
+        taken = self.partial.exists() and not (
+            self.partial.is_dir() and empty.issuperset(self.partial.iterdir())
+        )
+        if taken and not self._is_marked():
             raise ValueError(
                 f"'{self.partial}' holds an unfinished run with other settings, data, model or versions: "
                 "delete it or give another output folder"
             )
         return False
+
+    def _is_marked(self) -> bool:
+        """Whether this run's mark is in the folder that it works in."""
+        return self.mark.is_file() and read_json(self.mark).get("run") == self.run
+
+    def clear(self) -> None:
+        """Delete what a run left that was stopped between its last two steps."""
+        if self._is_marked():
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def check_room(self, needed_bytes: int) -> None:
         """Raises OSError if the disk has too little for what a run keeps at once."""
@@ -80,7 +93,7 @@ class TrainingFolder:
     def begin(self) -> None:
         """Mark the working folder as this run's, and clear it of what was cut off."""
         self.partial.mkdir(parents=True, exist_ok=True)
-        write_json(self.partial / "run.json", {"run": self.run})
+        write_json(self.mark, {"run": self.run})
         shutil.rmtree(self.model, ignore_errors=True)
         self._clear_cut_off()
 
@@ -162,7 +175,7 @@ def bytes_at_once(
         trained = sum(math.prod(shape) for shape in shapes)
     else:
         trained = sum(lora * sum(shape) for shape in shapes if len(shape) == 2)
-    states = 0 if arguments.save_only_model or arguments.optim in STATELESS else 2
+    states = 0 if arguments.optim in STATELESS else 2
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     steps = arguments.max_steps
     if steps < 1:

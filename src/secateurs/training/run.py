@@ -27,12 +27,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging
 
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.checkpoint import Checkpoint, copy_companions, output_lock, resolve
 from secateurs.checkpoint.companions import bytes_of_companions
-from secateurs.checkpoint.config import refuse_quantised
+from secateurs.checkpoint.config import quiet, refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.output import check_place
 from secateurs.checkpoint.shards import size_in_bytes
@@ -106,6 +105,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         **(CHAT_DEFAULTS if chat else {}),
         **hardware(settings.device),
         **({"bf16": False} if told.get("fp16") else {}),
+        **({"per_device_eval_batch_size": settings.batch_size} if settings.batch_size else {}),
         **told,
     }
     sparse = settings.callback(seed=trainer["seed"])
@@ -132,7 +132,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         "model": model,
         "text": None if settings.text is None else str(settings.text),
         "chat": None if settings.chat is None else str(settings.chat),
-        "field": settings.field,
+        "field": None if chat else settings.field,
         "sha256": data.digest,
         "omission": settings.omission,
         "schedule": settings.schedule,
@@ -147,7 +147,8 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     used = ["torch", "transformers", "accelerate", *(["trl"] if chat else []), *(["peft"] if lora else [])]
     versions = {"secateurs": __version__, **{name: version(name) for name in used}}
     identity = {
-        "settings": chosen,
+        # Not how the model was spelled, but what it is.
+        "settings": {name: value for name, value in chosen.items() if name != "model"},
         "versions": versions,
         "model": checkpoint.identity(),
         # Where it is looked at in training it may decide which weights are best.
@@ -160,6 +161,8 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     if settings.omission and arguments.n_gpu > 1:
         raise ValueError("several GPUs, one process: start training with torchrun, or choose one GPU")
     if work.finished():
+        if arguments.should_save:
+            work.clear()
         return _finished(work, data, tokenizer, arguments, validation, lora=lora)
     checkpoints = bytes_at_once(checkpoint, arguments, rows=len(data.train), lora=lora)
     beside = bytes_of_companions(checkpoint.folder)
@@ -321,17 +324,9 @@ def _for_training(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Transformers and its bars stay silent beside our own."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what its version and PEFT's disagree on
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what its version and PEFT's disagree on
+        yield
 
 
 def _recent_loss(state: TrainerState) -> float:

@@ -94,6 +94,10 @@ class TrainSettings(OfText):
         """Raises ValueError for what does not suit, alone or together."""
         if (self.text is None) == (self.chat is None):
             raise ValueError("give either text to pre-train on or chat to fine-tune on")
+        if self.chat is not None and self.field != "text":
+            raise ValueError("field goes with text: conversations are found by their own fields")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
         if self.lora is not None:
             _need("peft")
             if self.lora < 1:
@@ -118,9 +122,8 @@ class TrainSettings(OfText):
         """What is given here of Trainer's settings, by their names there."""
         named = {
             "num_train_epochs": self.epochs,
-            "max_steps": self.steps,
+            "max_steps": -1 if self.epochs is not None else self.steps,
             "per_device_train_batch_size": self.batch_size,
-            "per_device_eval_batch_size": self.batch_size,
             "gradient_accumulation_steps": self.accumulation,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup,

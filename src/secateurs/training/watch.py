@@ -78,8 +78,8 @@ class Watch(TrainerCallback):
         self.bar.update(
             self.task, completed=state.global_step, state=f"{rate}{pace:,.0f} tokens/s{self.loss}"
         )
-        # A checkpoint must not be of a step whose loss nobody has looked at.
-        control.should_log |= control.should_save
+        # Neither a checkpoint nor the end may be of a step whose loss nobody has looked at.
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
