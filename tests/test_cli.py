@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from folders import bytes_of, everything_in, rewrite, save, tensors_of
 from secateurs import Solution, Statistics, Wanda, cli
+from secateurs.checkpoint import output_lock
 from secateurs.pattern import Pattern
 
 TEXT = "".join(f"It was the {number}th cold evening, and nobody had lit a fire. " for number in range(40))
@@ -314,6 +315,33 @@ def test_empty_text(place: Place, text: str) -> None:
 def test_too_little_text_says_how_much_there_is(place: Place) -> None:
     place.text.write_text(TEXT[:90])
     place.refuses("has 90 tokens, 4 samples of 24 need 97")
+
+
+def test_too_few_tokens_for_iterations_are_found_before_the_work(place: Place) -> None:
+    place.refuses("too few for SparseLLM's iterations", options=("--samples", "2", "--length", "2"))
+
+
+def test_what_is_idle_without_text_is_said(place: Place) -> None:
+    with pytest.warns(UserWarning, match="nothing comes of samples, length"):
+        result = place.prune("--calibration", "None", "--method", "magnitude")
+    assert result.status == 0
+
+
+def test_a_second_run_says_that_there_is_one(place: Place) -> None:
+    with output_lock(place.output):
+        result = place.prune()
+    assert result.status == 2
+    assert result.err == (
+        f"secateurs: another run is writing '{place.output}': wait for it or give another output folder\n"
+    )
+    assert place.prune("--method", "wanda").status == 0
+
+
+def test_a_record_of_another_kind_is_not_plotted(place: Place) -> None:
+    (place.model / "secateurs.json").write_text('{"steps": 3}')
+    result = place.run(["plot", str(place.model)])
+    assert result.status == 2
+    assert "is not the record of a pruning run" in result.err
 
 
 # Mistakes in the model.

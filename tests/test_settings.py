@@ -134,6 +134,7 @@ def test_yaml_as_people_write_it(text: str, value: dict[str, object], tmp_path: 
         ("by: boat", "'by' is 'boat': expected foot, rail"),
         ("home: maybe", "'home' is 'maybe': expected switch"),
         ("days: 1\ndays: 2", "'days' is there twice"),
+        ("map: a\nMAP: b", "there is no setting 'MAP'"),
         ("- a", "does not hold settings by name"),
         ("", "does not hold settings by name"),
         ("a: [", "is not YAML"),

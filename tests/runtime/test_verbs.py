@@ -113,7 +113,7 @@ def test_the_command_line(dense: Path, tmp_path: Path) -> None:
     assert "tokens per second" in done.stderr
     done = run("compress", tmp_path / "small", "--output", tmp_path / "smaller")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].endswith("is compressed or quantised already")
+    assert done.stderr.strip().splitlines()[-1].endswith("is compressed already")
 
 
 def test_serve_streams_to_an_http_client(compressed: Path) -> None:

@@ -445,6 +445,41 @@ def test_mistakes_in_the_settings(
     assert folders.everything_in(tmp_path) == before
 
 
+def test_a_loss_is_known_at_the_end_however_seldom_it_is_logged(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("logging_steps: 1000\nsave_strategy: no\n")
+    report = train(model, output=tmp_path / "out", text=text, steps=2, settings=file, **QUICK)
+    assert math.isfinite(report.train_loss)
+
+
+def test_epochs_asked_for_come_before_steps_in_the_file(model: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("max_steps: 1\n")
+    short = train(model, output=tmp_path / "short", text=text, settings=file, **QUICK)
+    whole = train(model, output=tmp_path / "whole", text=text, settings=file, epochs=1, **QUICK)
+    assert short.steps == 1
+    assert whole.steps == math.ceil(len(TEXT) // 32 / 4)
+    with pytest.raises(ValueError, match="give steps or epochs, not both"):
+        train(model, output=tmp_path / "both", text=text, epochs=1, steps=1, **QUICK)
+
+
+def test_what_was_left_at_the_last_moment_is_cleared(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()  # as a run leaves that was stopped before its first file
+    train(model, output=tmp_path / "out", text=text, steps=2, **QUICK)
+    partial.mkdir()  # and after its last step
+    record = json.loads((tmp_path / "out" / "secateurs.json").read_text())
+    (partial / "run.json").write_text(json.dumps({"run": record["run"]}))
+    (partial / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path)
+    train(Path("model"), output=tmp_path / "out", text=text, steps=2, **QUICK)  # the same, spelled otherwise
+    assert not partial.exists()
+
+
 def test_settings_and_arguments_that_come_before_them(model: Path, text: Path, tmp_path: Path) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text("learning_rate: 0.01\nmax_steps: 4\nweight_decay: 0.1\n")

@@ -7,7 +7,7 @@
 from secateurs.checkpoint.companions import companions, copy_companions
 from secateurs.checkpoint.hub import resolve
 from secateurs.checkpoint.lock import output_lock
-from secateurs.checkpoint.output import check_output, new_folder
+from secateurs.checkpoint.output import check_output, check_place, new_folder
 from secateurs.checkpoint.reading import INDEX, SINGLE, Checkpoint
 from secateurs.checkpoint.writing import as_object, copy_file, read_json, write_json, write_tensors
 
@@ -17,6 +17,7 @@ __all__ = [
     "Checkpoint",
     "as_object",
     "check_output",
+    "check_place",
     "companions",
     "copy_companions",
     "copy_file",

@@ -76,12 +76,16 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
         FloatingPointError: a loss is NaN or infinite.
     """
     folder = resolve(model)
-    loaded = load_model(folder, settings.device)
     tokenizer = load_tokenizer(folder)
-    bos = bos_id(tokenizer) if wants_bos(loaded.config.model_type, settings.asked_bos) else None
+    texts = []
     for source in [settings.text] if isinstance(settings.text, str | Path) else settings.text:
         start = time.perf_counter()
-        tokens = evaluation_tokens(source, tokenizer, field=settings.field)
+        tokens = evaluation_tokens(source, tokenizer, field=settings.field, progress=True)
+        texts.append((str(source), tokens, time.perf_counter() - start))
+    loaded = load_model(folder, settings.device)
+    bos = bos_id(tokenizer) if wants_bos(loaded.config.model_type, settings.asked_bos) else None
+    for source, tokens, seconds in texts:
+        start = time.perf_counter()
         value = perplexity(
             loaded,
             tokens,
@@ -90,7 +94,7 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
             batch_size=settings.batch_size,
             progress=True,
         )
-        yield Measurement(str(source), "perplexity", value, time.perf_counter() - start)
+        yield Measurement(source, "perplexity", value, seconds + time.perf_counter() - start)
     if settings.tasks:
         start = time.perf_counter()
         figures = evaluate_tasks(

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from secateurs.blockwise import BlockwiseModel
-from secateurs.checkpoint import Checkpoint, output_lock, resolve
-from secateurs.checkpoint.output import check_place
+from secateurs.checkpoint import Checkpoint, check_place, output_lock, resolve
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import home_of, resolve_device
 from secateurs.pattern import Pattern
@@ -116,7 +115,8 @@ def _tokens(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> T
     iterates = isinstance(settings.solver, SparseLLM) and settings.solver.iterations > 0
     if iterates and tokens.numel() < HELD_OUT:
         raise ValueError(
-            f"{tokens.numel()} calibration tokens are too few for SparseLLM's iterations: give {HELD_OUT} or more"
+            f"{tokens.numel()} calibration tokens are too few for SparseLLM's iterations: give {HELD_OUT} "
+            "or more"
         )
     if settings.passes and len(tokens) < 2:
         raise ValueError("refinement holds a calibration sequence out: give two or more (or refine 0)")

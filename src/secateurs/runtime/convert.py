@@ -14,6 +14,7 @@ from secateurs.checkpoint import (
     SINGLE,
     Checkpoint,
     check_output,
+    check_place,
     copy_companions,
     copy_file,
     new_folder,
@@ -86,7 +87,13 @@ def compress(model: str | Path, *, settings: CompressSettings) -> Compression:
     """
     checkpoint, output = Checkpoint(resolve(model)), Path(settings.output)
     if is_compressed(checkpoint):
-        raise ValueError(f"'{checkpoint.folder}' is compressed or quantised already")
+        raise ValueError(f"'{checkpoint.folder}' is compressed already")
+    check_place(output, checkpoint)
+    with output_lock(output):
+        return _compress(str(model), checkpoint, output)
+
+
+def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
     check_output(output, checkpoint, 0)
     skeleton = skeleton_of(checkpoint)
     layouts = _survey(checkpoint, skeleton)
@@ -101,7 +108,7 @@ def compress(model: str | Path, *, settings: CompressSettings) -> Compression:
     layers = {name: layout.to_json() for name, layout in layouts.items()}
     packing = {"quant_method": METHOD, "version": VERSION, "layers": layers}
     config = {**checkpoint.config, "quantization_config": packing, "transformers_weights": GUARD}
-    with output_lock(output), new_folder(output) as folder:
+    with new_folder(output) as folder:
         _rewrite(checkpoint, folder, packed, config)
         done = Compression(
             layers=len(layouts),
@@ -113,7 +120,7 @@ def compress(model: str | Path, *, settings: CompressSettings) -> Compression:
         write_card(
             folder,
             checkpoint.folder,
-            str(model),
+            model,
             title="compressed",
             facts=[("Compressed", str(done))],
             usage="import secateurs  # or transformers refuses the packed weights",
@@ -136,6 +143,12 @@ def decompress(model: str | Path, *, settings: DecompressSettings) -> None:
     checkpoint, output = Checkpoint(resolve(model)), Path(settings.output)
     if not is_compressed(checkpoint):
         raise ValueError(f"'{checkpoint.folder}' is not compressed")
+    check_place(output, checkpoint)
+    with output_lock(output):
+        _decompress(str(model), checkpoint, output)
+
+
+def _decompress(model: str, checkpoint: Checkpoint, output: Path) -> None:
     skeleton = skeleton_of(checkpoint)
     files = [checkpoint.folder / file for file in checkpoint.files]
     promised = SecateursConfig.from_dict(checkpoint.config["quantization_config"]).layers
@@ -149,12 +162,12 @@ def decompress(model: str | Path, *, settings: DecompressSettings) -> None:
 
     ours = ("quantization_config", "transformers_weights")
     config = {key: value for key, value in checkpoint.config.items() if key not in ours}
-    with output_lock(output), new_folder(output) as folder:
+    with new_folder(output) as folder:
         _rewrite(checkpoint, folder, dense, config)
         write_card(
             folder,
             checkpoint.folder,
-            str(model),
+            model,
             title="decompressed",
             facts=[("Decompressed", f"{len(layouts)} layers, which are dense again and keep their zeros")],
             usage="",

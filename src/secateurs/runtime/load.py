@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from secateurs.checkpoint import Checkpoint
-from secateurs.checkpoint.config import causal_class, read_config, short
+from secateurs.checkpoint.config import causal_class, quiet, read_config, short
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.device import resolve_device
 
@@ -31,10 +31,13 @@ def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | Non
     kind, config = causal_class(read_config(checkpoint))
     try:
         # By themselves transformers would add adapters that lie in the folder, and not know prefixes.
-        if checkpoint.renamed or (folder / "adapter_config.json").exists():
-            model = _from_tensors(kind, config, checkpoint, dtype)
-        else:
-            model = kind.from_pretrained(folder, config=config, dtype=dtype or "auto", use_safetensors=True)
+        with quiet():
+            if checkpoint.renamed or (folder / "adapter_config.json").exists():
+                model = _from_tensors(kind, config, checkpoint, dtype)
+            else:
+                model = kind.from_pretrained(
+                    folder, config=config, dtype=dtype or "auto", use_safetensors=True
+                )
     except (RuntimeError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(
             f"'{folder}' does not hold what its config.json describes ({short(error)})"

@@ -29,11 +29,10 @@ from transformers import (
 )
 
 from secateurs.anatomy import family_of, linear_weight
-from secateurs.checkpoint import Checkpoint, copy_companions, output_lock, resolve
+from secateurs.checkpoint import Checkpoint, check_place, copy_companions, output_lock, resolve
 from secateurs.checkpoint.companions import bytes_of_companions
 from secateurs.checkpoint.config import quiet, refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
-from secateurs.checkpoint.output import check_place
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
