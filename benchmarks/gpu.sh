@@ -53,7 +53,7 @@ tests+=(tests/pruning/test_on_gpu.py tests/training/test_training_on_gpu.py)
         --results "$out/gpu_tiles.json"
     part training 70 "$python" benchmarks/sat_step_time.py --rates 0.5 "${sat[@]}" \
         --results "$out/gpu_sat_step_time.json"
-    part pruning 230 "$python" benchmarks/prune_gpu.py "${prune[@]}" --results "$out/gpu_prune.json"
+    part pruning 210 "$python" benchmarks/prune_gpu.py "${prune[@]}" --results "$out/gpu_prune.json"
     if [ "$2" != rehearse ]; then # torch multiplies them on GPUs alone
         part 2:4 25 "$python" benchmarks/decode_gpu.py --sparsities --two-of-four 16 64 512 2048 \
             --results "$out/gpu_two_of_four.json"
