@@ -290,20 +290,24 @@ def test_a_gpu_that_is_not_there(place: Place, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "parts"),
     [
-        ["prune", "model"],  # no output
-        ["prune", "model", "--output", "out", "--samples", "many"],
-        ["prune", "model", "--output", "out", "--sequential", "sideways"],
-        ["prune", "model", "--output", "out", "--no-such-option", "1"],
-        ["graft"],
-        [],
+        (["prune", "model"], ["--output", "see secateurs prune --help"]),
+        (["prune", "model", "--output"], ["--output"]),
+        (["prune", "model", "--output", "out", "--samples", "many"], ["--samples", "'many'"]),
+        (["prune", "model", "--output", "out", "--sequential", "sideways"], ["'sideways'", "sublayer"]),
+        (["prune", "model", "--output", "out", "--no-such-option", "1"], ["--no-such-option"]),
+        (["prune", "model", "other", "--output", "out"], ["other"]),
+        (["graft"], ["graft", "see secateurs --help"]),
+        ([], ["prune", "demo"]),
     ],
 )
-def test_mistakes_in_the_command(place: Place, arguments: list[str]) -> None:
+def test_mistakes_in_the_command(place: Place, arguments: list[str], parts: list[str]) -> None:
     result = place.run(arguments)
     assert result.status == 2
-    assert "Traceback" not in result.err
+    [line] = result.err.splitlines()
+    assert line.startswith("secateurs: ")
+    assert all(part in line for part in parts), line
 
 
 @pytest.mark.parametrize("text", ["", " \n\n\t"])

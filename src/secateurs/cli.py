@@ -5,7 +5,10 @@ give as well. A user's mistake is one line on standard error and exit status 2. 
 130.
 """
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -162,16 +165,31 @@ def _run(arguments: list[str]) -> None:
     commands: dict[str, Callable[..., Any]] = {known: _summary(known, verb) for known, verb in VERBS.items()}
     if name in VERBS:
         commands[name] = _command(name, VERBS[name], _from_config(VERBS[name], arguments))
-    parsed = tyro.extras.subcommand_cli_from_dict(
-        commands,
-        prog="secateurs",
-        description="Prune, train and run sparse large language models. Start with: secateurs demo",
-        args=arguments,
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="secateurs",
+                description="Prune, train and run sparse large language models. Start with: secateurs demo",
+                args=arguments,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        see = f"secateurs {name} --help" if name in VERBS else "secateurs --help"
+        raise ValueError(f"{_unboxed(said.getvalue())} (see {see})") from None
     verb = VERBS[name]
     given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(verb.settings)}
     subject = [] if verb.subject is None else [getattr(parsed, verb.subject)]
     verb.run(*subject, settings=verb.settings(**given))
+
+
+def _unboxed(text: str) -> str:
+    """What tyro says in a box, as far as it says what is wrong, in a line."""
+    lines = [line.strip("│ ") for line in text.splitlines()[1:]]
+    told = itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)
+    return " ".join(" ".join(told).split())
 
 
 def _from_config(verb: Verb, arguments: list[str]) -> dict[str, Any]:
