@@ -121,8 +121,7 @@ def _default(field: "dataclasses.Field[Any]", without: Any = dataclasses.MISSING
 
 
 def documentation(kind: type[Any]) -> dict[str, str]:
-    """What the docstring below each field of a dataclass says, those of the classes it comes from
-    included."""
+    """What the docstring below each field of a dataclass says, inherited ones included."""
     told: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]

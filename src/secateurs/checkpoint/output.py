@@ -40,9 +40,10 @@ def check_place(output: Path, checkpoint: Checkpoint) -> None:
     # Only trying tells: /proc can be written by root as far as its mode says, and names may be too long.
     probe = parent / (place.relative_to(parent).parts[0] + ".partial")
     try:
-        if not probe.exists():
-            probe.mkdir()
-            probe.rmdir()
+        probe.mkdir()
+        probe.rmdir()
+    except FileExistsError:  # so it can be made: an earlier run, or one that is at the same point now, did
+        pass
     except OSError as error:
         if error.errno == errno.ENOSPC:  # not the name's fault
             raise

@@ -124,8 +124,7 @@ class Shards:
                     raise
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Put named tensors, of the dtypes and shapes that were promised, in their places; wait for the
-        disk."""
+        """Put named tensors in their places, with the dtypes and shapes promised, and wait for the disk."""
         with ExitStack() as stack:
             files: dict[str, IO[bytes]] = {}
             for name, tensor in tensors:

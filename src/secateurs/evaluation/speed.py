@@ -3,6 +3,7 @@
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,12 @@ def bench(model: str | Path, *, settings: BenchSettings) -> list[Cost]:
         Checkpoint(resolve(name))
     for name in names:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            costs.append(pool.submit(_cost, name, settings.text, settings.device).result())
+            try:
+                costs.append(pool.submit(_cost, name, settings.text, settings.device).result())
+            except BrokenProcessPool:
+                raise OSError(
+                    f"the process that measured '{name}' was ended, perhaps for want of memory"
+                ) from None
     return costs
 
 

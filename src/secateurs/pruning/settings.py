@@ -176,8 +176,10 @@ class PruneSettings(InWindows, OnDevice):
         return Local(solver, self.seen)
 
     def record(self) -> dict[str, Any]:
-        """What was chosen, defaults filled in, for `secateurs.json`; without text and allocation, which a run
-        describes as it finds them."""
+        """What was chosen, defaults filled in, for `secateurs.json`.
+
+        Text and allocation are left out: a run describes them as it finds them.
+        """
         return {
             "method": describe_method(self.solver),
             "pattern": str(self.budget),

@@ -85,8 +85,9 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         OSError: the disk is too small or fails. What is done stays, and the same call continues.
     """
     checkpoint = Checkpoint(resolve(model))
-    check_place(Path(settings.output), checkpoint)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes of one run
+    if first:
+        check_place(Path(settings.output), checkpoint)
     with output_lock(Path(settings.output)) if first else nullcontext():
         return _train(str(model), checkpoint, settings, progress)
 
