@@ -1,23 +1,19 @@
-"""Where a family of models keeps its blocks, attention heads and MLP channels."""
+"""A model as data: its blocks, the matrices in them, and what each of those is for."""
 
-from secateurs.anatomy.families import (
-    FAMILIES,
-    Family,
-    Projection,
-    Role,
-    Sizes,
-    UnsupportedArchitectureError,
-    family_of,
-    linear_weight,
-)
+from secateurs.anatomy.anatomy import Anatomy, anatomy_of, derive_anatomy
+from secateurs.anatomy.blocks import UnsupportedArchitectureError, skeleton
+from secateurs.anatomy.derive import MLP, BlockAnatomy, Heads, Role
+from secateurs.anatomy.matrix import Matrix
 
 __all__ = [
-    "FAMILIES",
-    "Family",
-    "Projection",
+    "MLP",
+    "Anatomy",
+    "BlockAnatomy",
+    "Heads",
+    "Matrix",
     "Role",
-    "Sizes",
     "UnsupportedArchitectureError",
-    "family_of",
-    "linear_weight",
+    "anatomy_of",
+    "derive_anatomy",
+    "skeleton",
 ]

@@ -1,0 +1,143 @@
+"""Where a model's blocks are, which of them are of one kind, and what each is called with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from secateurs.anatomy.trace import Call, Virtual
+from secateurs.checkpoint.config import causal_class, short
+
+
+class UnsupportedArchitectureError(ValueError):
+    """What the model's blocks do cannot be made out."""
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, its parameters and stored buffers on the meta device, float32.
+
+    Buffers that are computed and not stored (rotary frequencies) are real.
+    """
+    kind, config = causal_class(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
+    return with_computed_buffers(model).eval().requires_grad_(False)
+
+
+def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
+    """A model on the meta device, its buffers that are computed and not stored as transformers computes them."""
+    owners: dict[nn.Module, PreTrainedModel] = {}  # of models within models, whose own code computes them
+    for owner in model.modules():
+        if isinstance(owner, PreTrainedModel):
+            owners |= dict.fromkeys(owner.modules(), owner)
+    for module, owner in owners.items():
+        names = [
+            name
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set and buffer.is_meta
+        ]
+        for name in names:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if names:
+            owner._init_weights(module)
+    return model
+
+
+def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """A model's list of blocks, and its path within the model.
+
+    Raises:
+        UnsupportedArchitectureError: there is no one such list.
+    """
+    decoder: nn.Module = model.get_decoder()
+    config: Any = model.config
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in decoder.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
+            if any(parameter.ndim > 1 for parameter in module.parameters()):
+                found.append((name, module))
+    if len(found) != 1:
+        raise UnsupportedArchitectureError(
+            f"unsupported architecture: {config.model_type!r} ({type(model).__name__}) has "
+            f"{len(found) or 'no'} lists of {count} blocks"
+        )
+    [(name, blocks)] = found
+    return f"{prefix}.{name}".removeprefix("."), blocks
+
+
+Kind = tuple[Any, ...]
+
+
+def kind_of(block: nn.Module, call: Call) -> Kind:
+    """What two blocks have in common that do the same with other weights.
+
+    The settings of all of its modules count, whatever they are called, but for the block's own number.
+    """
+    parts: list[Any] = []
+    for name, module in block.named_modules():
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | None | tuple)
+            and key not in ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
+        }
+        parts.append((name, type(module), sorted((key, repr(value)) for key, value in settings.items())))
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
+    given = sorted((key, type(value).__name__) for key, value in call.kwargs.items())
+    return repr(parts), repr(shapes), repr(given)
+
+
+LENGTH = 24
+"""Tokens in the text that a block is traced on."""
+
+RESULTS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda states: states,
+    lambda states: (states,),
+    lambda states: (states, None),
+    lambda states: (states, None, None),
+)
+"""What blocks give, in the shapes that models unpack."""
+
+
+def note_calls(model: PreTrainedModel, blocks: nn.ModuleList) -> tuple[list[Call], int]:
+    """What a model calls each of its blocks with, and which of RESULTS it makes of their results.
+
+    Raises:
+        UnsupportedArchitectureError: its code does not run, or calls its blocks otherwise than one by one.
+    """
+    config: Any = model.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    reason = ""
+    for number, result in enumerate(RESULTS):
+        calls: list[Call] = []
+
+        def note(*args: Any, _result: Any = result, _calls: list[Call] = calls, **kwargs: Any) -> Any:
+            if not args:  # by keyword
+                args = (kwargs.pop("hidden_states"),)
+            _calls.append(Call(args, kwargs))
+            return _result(args[0])
+
+        for block in blocks:
+            block.forward = note
+        try:
+            with Virtual(torch.Generator().manual_seed(0)):
+                model.get_decoder()(input_ids=ids, use_cache=False)
+        except Exception as error:  # of whatever kind the model's code stumbles into
+            reason = reason or short(error)
+        finally:
+            for block in blocks:
+                del block.forward
+        if len(calls) == len(blocks):
+            shapes = {getattr(call.args[0], "shape", None) for call in calls}
+            if len(shapes) == 1 and None not in shapes:
+                return calls, number
+    raise UnsupportedArchitectureError(
+        f"unsupported architecture: {config.model_type!r} does not call its blocks one after the other"
+        + (f" ({reason})" if reason else "")
+    )

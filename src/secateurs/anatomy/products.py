@@ -1,0 +1,119 @@
+"""Products with a block's matrices, seen wherever its code makes them: in a module of its own or not.
+
+Blocks multiply by linear layers, by parameters of their own, and by single experts of parameters that hold many.
+What all of it comes to are a few of torch's functions.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class Place(NamedTuple):
+    """Where a matrix lies."""
+
+    weight: str
+    """The parameter."""
+    expert: int | None
+    """Which of those that the parameter holds; None if it holds one, or if all are multiplied by at once."""
+    transposed: bool
+    """Stored (in, out)."""
+
+
+class Multiplication(NamedTuple):
+    """A call of a function of torch that multiplies by a weight."""
+
+    given: Tensor
+    """(..., in), or (experts, tokens, in)."""
+    weight: Tensor
+    """(out, in), or (experts, out, in)."""
+    bias: Tensor | None
+
+
+def as_multiplication(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Multiplication | None:
+    """What a call of a function multiplies, if that is what it does."""
+    if func is functional.linear:
+        bound = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        return Multiplication(bound["input"], bound["weight"], bound.get("bias"))
+    if func is torch.addmm and len(args) == 3 and not kwargs:
+        return Multiplication(args[1], args[2].mT, args[0])
+    if func in _MULTIPLY and len(args) == 2 and args[1].ndim in (2, 3):
+        return Multiplication(args[0], args[1].mT, None)
+    return None
+
+
+_MULTIPLY = (
+    *(torch.matmul, torch.mm, torch.bmm),
+    *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__),
+)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that a tensor and its views share with no other."""
+    return tensor.untyped_storage()._cdata
+
+
+class Parameters:
+    """Finds which of some parameters a tensor is a view of.
+
+    Args:
+        named: the parameters.
+    """
+
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        self._named = named
+        self._by_storage = {storage_of(parameter): name for name, parameter in named.items()}
+
+    def place(self, weight: Tensor) -> Place | None:
+        """Where a weight (out, in), or (experts, out, in), lies, if it is a matrix of these parameters."""
+        name = self._by_storage.get(storage_of(weight))
+        if name is None or self._named[name].ndim not in (2, 3):
+            return None
+        parameter = self._named[name]
+        rows, columns = parameter.shape[-2:]
+        beyond = weight.storage_offset() - parameter.storage_offset()
+        expert = None
+        if weight.ndim == 2 and parameter.ndim == 3:
+            expert, beyond = divmod(beyond, rows * columns)
+        if beyond or weight.ndim != parameter.ndim - (expert is not None):
+            return None
+        layout = (tuple(weight.shape[-2:]), weight.stride()[-2:])
+        if layout == ((rows, columns), (columns, 1)):
+            return Place(name, expert, False)
+        if layout == ((columns, rows), (1, columns)):
+            return Place(name, expert, True)
+        return None
+
+
+class Watch(TorchFunctionMode):
+    """Shows the products with a block's matrices as it runs.
+
+    Args:
+        named: the block's parameters, as it runs with them.
+        tell: called with the parameter, the expert if there are several, what is multiplied (..., in), and
+            the product (..., out). What it raises ends the run.
+    """
+
+    def __init__(
+        self, named: Mapping[str, Tensor], tell: Callable[[str, int | None, Tensor, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._parameters, self._tell = Parameters(named), tell
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        multiplication = as_multiplication(func, args, kwargs or {})
+        place = None if multiplication is None else self._parameters.place(multiplication.weight)
+        if multiplication is not None and place is not None:
+            if place.expert is None and multiplication.weight.ndim == 3:
+                for expert, (given, product) in enumerate(zip(multiplication.given, result, strict=True)):
+                    self._tell(place.weight, expert, given, product)
+            else:
+                self._tell(place.weight, place.expert, multiplication.given, result)
+        return result
