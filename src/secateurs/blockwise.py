@@ -1,29 +1,66 @@
 """A decoder of which one block at a time holds weights.
 
 The model's own code embeds the tokens and makes each block's arguments (masks differ between layers with
-and without a sliding window), so that nothing here knows a family's masks or positions: the blocks'
-`forward` is replaced for a moment by one that writes down what it is called with.
+and without a sliding window, some models look up an embedding for each block), so that nothing here knows a
+family's masks or positions: the blocks' `forward` is replaced for a moment by one that writes down what it is
+called with.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.utils import _pytree as pytree
 
-from secateurs.anatomy import family_of
+from secateurs.anatomy import UnsupportedArchitectureError, derive_anatomy, skeleton
+from secateurs.anatomy.blocks import RESULTS, states_of
+from secateurs.anatomy.experts import use_experts_one_by_one
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.config import read_config, refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
+from secateurs.checkpoint.pieces import Piece, assemble, pieces_of, take_apart
 
 
-class Call(NamedTuple):
-    """What a block is called with beside its hidden states."""
+@dataclass
+class Batch:
+    """Calibration sequences on their way through the blocks."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    states: Tensor
+    """(sequences, length, hidden), what the next block is given."""
+    at: Sequence[int]
+    """Which of the calibration sequences these are."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What blocks have left for later ones (keys and values, where several blocks use the same)."""
+
+    def with_states(self, states: Tensor) -> "Batch":
+        return replace(self, states=states)
+
+    def split(self) -> list["Batch"]:
+        """Each sequence by itself."""
+
+        def one(i: int) -> Callable[[Any], Any]:
+            return lambda value: value[i : i + 1] if isinstance(value, Tensor) else value
+
+        return [
+            Batch(self.states[i : i + 1], [at], pytree.tree_map(one(i), self.shared))
+            for i, at in enumerate(self.at)
+        ]
+
+    @staticmethod
+    def joined(parts: Sequence["Batch"]) -> "Batch":
+        """The opposite of `split`."""
+        return Batch(
+            torch.cat([part.states for part in parts]),
+            [at for part in parts for at in part.at],
+            pytree.tree_map(_joined, *(part.shared for part in parts)),
+        )
+
+
+def _joined(first: Any, *rest: Any) -> Any:
+    return torch.cat([first, *rest]) if isinstance(first, Tensor) else first
 
 
 class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass that has shown what was wanted
@@ -38,99 +75,107 @@ class BlockwiseModel:
         device: where materialised parts live and run.
 
     Attributes:
+        anatomy: what its blocks are made of.
+        text_config: the configuration of the decoder, in a model of images and text a part of the whole.
+        pieces: what parameters and stored buffers are made of in the files, by their names in the model.
         dtype: what is computed in: config.json's, or without one there that of the first block's weights,
             whatever other tensors are stored in. Weights that transformers keeps in float32 are in float32.
 
     Raises:
-        ValueError: the configuration is none that transformers knows, of no supported family, or the
-            checkpoint lacks a tensor that the model has or holds it in another shape.
+        ValueError: the configuration is none that transformers knows, its blocks cannot be run one by one, or
+            the checkpoint lacks a tensor that the model has or holds it in another shape.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        from accelerate import init_empty_weights
-
         self.checkpoint, self.device = checkpoint, device
         refuse_quantised(checkpoint, compressed=True)
         self.config = read_config(checkpoint)
-        self.family = family_of(self.config)
-        skeleton = skeleton_of(checkpoint)
-        self._prefix = skeleton.base_model_prefix + "."
-        self._stored = self._names_in_files(skeleton)
+        self.text_config: Any = self.config.get_text_config(decoder=True)
+        whole = skeleton_of(checkpoint)
+        self.pieces = pieces_of(checkpoint, whole)
+        self.anatomy = derive_anatomy(skeleton(self.config))
+        self.path = self.anatomy.path
         # Not of any tensor in the block: old GPT-2 and NeoX files hold boolean masks there.
-        first = self.stored_name(f"{self.family.blocks}.0.{self.family.groups[0][0]}.weight")
-        named: Any = self.config.dtype
-        self.dtype: torch.dtype = named or checkpoint.load([first])[first].dtype
-        # The buffers (rotary frequencies) are computed, not stored: they must be real from the start.
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.dtype, trust_remote_code=False
+        first = next((group[0].weight for block in self.anatomy.blocks for group in block.groups), None)
+        if first is None:
+            raise UnsupportedArchitectureError(
+                f"'{checkpoint.folder}' ({self.config.model_type}) has no matrices that can be pruned"
             )
-        self.model.eval().requires_grad_(False)
+        index = next(i for i, block in enumerate(self.anatomy.blocks) if block.groups)
+        named: Any = self.text_config.dtype or self.config.dtype
+        self.dtype: torch.dtype = named or self.pieces[f"{self.path}.{index}.{first}"][0].dtype
+        self.model = skeleton(self.config, self.dtype)
+        use_experts_one_by_one(self.model)
+        decoder: Any = self.model.get_decoder()
+        self.decoder: nn.Module = decoder
+        prefix = next(name for name, module in self.model.named_modules() if module is decoder)
+        self._prefix = f"{prefix}." if prefix else ""
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
-        self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
-        self.calls: list[Call] = []
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(device))
+        for name, buffer in self.model.named_buffers():
+            if buffer.is_meta and name not in self.pieces:  # the model can do without, and the files do
+                self._put(name, torch.zeros_like(buffer, device=device))
+        blocks: Any = self.model.get_submodule(self.path)
+        self.blocks: nn.ModuleList = blocks
+        self._calls: list[_Calls] = []
 
-    def _names_in_files(self, skeleton: PreTrainedModel) -> dict[str, str]:
-        """What is loaded under the base model, parameters and persistent buffers -> its name in the files.
+    def parameters_of(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What a block holds, as it is stored: by its names within the block.
 
-        The head is never run, so it is never read, unless the embedding is stored by its name. A buffer that
-        the model can do without, and the files do, stays as the model computed it.
+        Args:
+            index: which block.
+            tensors: by their names in the files; those that are not among them are read from the checkpoint.
         """
-        tied = dict(skeleton.all_tied_weights_keys)
-        tied |= {source: target for target, source in tied.items()}
-        buffers = {name for name, _ in skeleton.named_buffers()}
-        stored = {}
-        for name in skeleton.state_dict():
-            if name.startswith(self._prefix):
-                found = self._find(name) or self._find(tied.get(name, name))
-                if found is not None:
-                    stored[name] = found
-                elif name not in buffers:
-                    raise ValueError(f"'{self.checkpoint.folder}' holds no tensor '{name}'")
+        inside = self._inside(index)
+        stored = {piece.stored for pieces in inside.values() for piece in pieces}
+        known = dict(tensors or {})
+        known |= self.checkpoint.load(sorted(stored - known.keys()))
+        return {name: assemble(pieces, known) for name, pieces in inside.items()}
+
+    def stored_form(self, index: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The opposite of `parameters_of`: tensors by their names in the files."""
+        stored: dict[str, Tensor] = {}
+        for name, pieces in self._inside(index).items():
+            take_apart(parameters[name].cpu(), pieces, stored)
         return stored
 
-    def _find(self, name: str) -> str | None:
-        for candidate in (name, name.removeprefix(self._prefix), self._prefix + name):
-            if candidate in self.checkpoint.file_of:
-                return candidate
-        return None
-
-    def stored_name(self, name: str) -> str:
-        """A parameter's name in the files, which may lack or add the base model's prefix (GPT-2, OPT)."""
-        found = self._stored.get(name) or self._find(name)
-        if found is None:
-            raise ValueError(f"'{self.checkpoint.folder}' holds no tensor '{name}'")
-        return found
+    def _inside(self, index: int) -> dict[str, tuple[Piece, ...]]:
+        path = f"{self.path}.{index}."
+        return {
+            name.removeprefix(path): pieces for name, pieces in self.pieces.items() if name.startswith(path)
+        }
 
     def block_tensors(self, index: int) -> list[str]:
         """Names in the files of all that is stored under a block, also what its code does not read."""
-        path = f"{self.family.blocks}.{index}."
-        prefixes = (path, path.removeprefix(self._prefix), self._prefix + path)
-        return sorted(name for name in self.checkpoint.file_of if name.startswith(prefixes))
+        path = f"{self.path}.{index}."
+        prefixes = tuple(path[dot:] for dot in (0, *(i + 1 for i, c in enumerate(self._prefix) if c == ".")))
+        read = {piece.stored for pieces in self._inside(index).values() for piece in pieces}
+        others = {name for pieces in self.pieces.values() for name in {piece.stored for piece in pieces}}
+        beside = {name for name in self.checkpoint.file_of if name.startswith(prefixes)} - others
+        return sorted(read | beside)
 
     @contextmanager
-    def block(self, index: int, weights: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
+    def block(self, index: int, parameters: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
         """Materialise a block for a while.
 
         Args:
             index: which block.
-            weights: its tensors by their names in the files; None reads them from the checkpoint.
+            parameters: what `parameters_of` gives; None reads them from the checkpoint.
         """
-        path = f"{self.family.blocks}.{index}."
-        with self._materialised([name for name in self._stored if name.startswith(path)], weights):
+        path = f"{self.path}.{index}."
+        held = self.parameters_of(index) if parameters is None else parameters
+        with self._materialised({path + name: tensor for name, tensor in held.items()}):
             yield self.blocks[index]
 
     @contextmanager
-    def _materialised(self, names: list[str], weights: dict[str, Tensor] | None = None) -> Iterator[None]:
-        stored = {name: self._stored[name] for name in names}
-        tensors = self.checkpoint.load(stored.values()) if weights is None else weights
-        before = {name: self._get(name) for name in names}
-        for name in names:
+    def _materialised(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        before = {name: self._get(name) for name in tensors}
+        for name, tensor in tensors.items():
             # A copy even where device and dtype are right: in a file tensors lie at any address, and by where
             # its operands lie a product may round differently. A resumed run must not depend on that.
-            self._put(name, tensors[stored[name]].to(self.device, self._dtype(name), copy=True))
+            self._put(name, tensor.to(self.device, self._dtype(name), copy=True))
         try:
             yield
         finally:
@@ -160,57 +205,129 @@ class BlockwiseModel:
         )
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor, *, batch_size: int) -> list[Tensor]:
-        """Run the model up to its first block, and note in `calls` what each block is called with.
+    def embed(self, tokens: Tensor, *, batch_size: int) -> list[Batch]:
+        """Run the model up to its first block, and note what each block is called with for each sequence.
 
         Args:
-            tokens: (samples, length) ids; all of one length and unpadded, so that a block's arguments are
-                the same for every batch.
+            tokens: (samples, length) ids; all of one length and unpadded.
             batch_size: sequences run at once.
 
         Returns:
-            The first block's input, a (batch, length, hidden) tensor on the device for each batch.
+            The first block's input, on the device.
+
+        Raises:
+            UnsupportedArchitectureError: with more sequences the blocks' arguments take shapes in which they
+                cannot be put together.
         """
-        self.calls = []
-        hidden: list[Tensor] = []
+        outside = [
+            name
+            for name in self.pieces
+            if name.startswith(self._prefix) and not name.startswith(f"{self.path}.")
+        ]
+        stored = {piece.stored for name in outside for piece in self.pieces[name]}
+        tensors = self.checkpoint.load(sorted(stored))
+        batches: list[Batch] = []
+        with self._materialised({name: assemble(self.pieces[name], tensors) for name in outside}):
+            del tensors
+            self._calls = [_Calls(args, kwargs) for args, kwargs in self._note(tokens[:1])]
+            for i in range(1, len(tokens)):
+                for calls, (args, kwargs) in zip(self._calls, self._note(tokens[i : i + 1]), strict=True):
+                    calls.add(args, kwargs)
+            if len(tokens) > 1:
+                for calls, (args, kwargs) in zip(self._calls, self._note(tokens[:2]), strict=True):
+                    calls.check_two(args, kwargs, self.config.model_type)
+            first = 0
+            for ids in tokens.split(batch_size):
+                batches.append(Batch(self._note(ids, blocks=1)[0][0][0], range(first, first + len(ids))))
+                first += len(ids)
+        return batches
 
-        def note(states: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-            self.calls.append(Call(args, kwargs))
-            if len(self.calls) == len(self.blocks):
+    def _note(self, ids: Tensor, *, blocks: int | None = None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What the first blocks, or all, are called with: hidden states first."""
+        noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = states_of(args, kwargs)
+            noted.append((args, kwargs))
+            if len(noted) == (blocks or len(self.blocks)):
                 raise _Enough
-            # A tuple suits a model that unpacks its blocks' output and one that passes it on alike.
-            return (states,)
+            return RESULTS[self.anatomy.result](args[0])
 
-        def keep(states: Tensor, *args: Any, **kwargs: Any) -> None:
-            hidden.append(states)
-            raise _Enough
-
-        def run(ids: Tensor, forward: Any) -> None:
+        for block in self.blocks:
+            block.forward = note
+        try:
+            self.decoder(input_ids=ids.to(self.device), use_cache=False)
+        except _Enough:
+            pass
+        finally:
             for block in self.blocks:
-                block.forward = forward
-            try:
-                self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
-            except _Enough:
-                pass
-            finally:
-                for block in self.blocks:
-                    del block.forward
-
-        outside = [name for name in self._stored if not name.startswith(self.family.blocks + ".")]
-        with self._materialised(outside):
-            run(tokens[:1], note)
-            for batch in tokens.split(batch_size):
-                run(batch, keep)
-        return hidden
+                del block.forward
+        return noted
 
     @torch.no_grad()
-    def run(self, index: int, states: Tensor) -> Tensor:
-        """A materialised block's output for (batch, length, hidden) states."""
-        output = self.blocks[index](states, *self.calls[index].args, **self.calls[index].kwargs)
-        return output[0] if isinstance(output, tuple) else output
+    def run(self, index: int, batch: Batch) -> Tensor:
+        """A materialised block's output for a batch, (sequences, length, hidden); the batch stays as it is."""
+        args, kwargs = self._calls[index].of(batch, dict(batch.shared))
+        return _states(self.blocks[index](batch.states.to(self.device), *args, **kwargs))
 
-    def run_with(self, index: int, states: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """The same with other parameters, by their names in the block; gradients flow to them."""
-        call = self.calls[index]
-        output = torch.func.functional_call(self.blocks[index], parameters, (states, *call.args), call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+    @torch.no_grad()
+    def push(self, index: int, batch: Batch) -> None:
+        """Replace a batch's states by a materialised block's output, where they were."""
+        args, kwargs = self._calls[index].of(batch, batch.shared)
+        result = _states(self.blocks[index](batch.states.to(self.device), *args, **kwargs))
+        batch.states = result.to(batch.states.device)
+
+    def run_with(self, index: int, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
+        """What `run` gives with other parameters, by their names in the block; gradients flow to them."""
+        args, kwargs = self._calls[index].of(batch, dict(batch.shared))
+        return _states(
+            torch.func.functional_call(self.blocks[index], parameters, (batch.states, *args), kwargs)
+        )
+
+
+def _states(output: Any) -> Tensor:
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+class _Calls:
+    """What a block is called with beside its hidden states: once where it is the same for all sequences."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._leaves, self._form = pytree.tree_flatten((args[1:], kwargs))
+        self._varying: dict[int, list[Tensor]] = {}
+        self._count = 1
+        # Empty, for blocks to leave things in.
+        self._boards = [key for key, value in kwargs.items() if isinstance(value, dict) and not value]
+
+    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same call for the next sequence."""
+        leaves = pytree.tree_leaves((args[1:], kwargs))
+        for i, (first, leaf) in enumerate(zip(self._leaves, leaves, strict=True)):
+            if i not in self._varying and isinstance(leaf, Tensor) and not torch.equal(first, leaf):
+                self._varying[i] = [first] * self._count
+            if i in self._varying:
+                self._varying[i].append(leaf)
+        self._count += 1
+
+    def check_two(self, args: tuple[Any, ...], kwargs: dict[str, Any], architecture: str) -> None:
+        """See what becomes of arguments that two sequences share a batch in."""
+        leaves = pytree.tree_leaves((args[1:], kwargs))
+        for i, (first, leaf) in enumerate(zip(self._leaves, leaves, strict=True)):
+            if not isinstance(leaf, Tensor) or leaf.shape == first.shape:
+                continue
+            if leaf.shape != (2 * first.shape[0], *first.shape[1:]):
+                raise UnsupportedArchitectureError(
+                    f"unsupported architecture: {architecture!r} calls its blocks with arguments of "
+                    f"{tuple(first.shape)} for one sequence and {tuple(leaf.shape)} for two"
+                )
+            if first.shape[0] > 1 and i not in self._varying:
+                self._varying[i] = [first] * self._count
+
+    def of(self, batch: Batch, shared: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call for a batch. Blocks read from `shared` what earlier ones left there, and leave their own."""
+        leaves = list(self._leaves)
+        for i, values in self._varying.items():
+            leaves[i] = torch.cat([values[at] for at in batch.at])
+        args, kwargs = pytree.tree_unflatten(leaves, self._form)
+        return args, kwargs | {key: shared for key in self._boards}

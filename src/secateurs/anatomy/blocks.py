@@ -15,14 +15,14 @@ class UnsupportedArchitectureError(ValueError):
     """What the model's blocks do cannot be made out."""
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration, its parameters and stored buffers on the meta device, float32.
+def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a configuration, its parameters and stored buffers on the meta device.
 
     Buffers that are computed and not stored (rotary frequencies) are real.
     """
     kind, config = causal_class(config)
     with torch.device("meta"):
-        model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = kind._from_config(config, dtype=dtype)
     return with_computed_buffers(model).eval().requires_grad_(False)
 
 
@@ -104,6 +104,13 @@ RESULTS: tuple[Callable[[Tensor], Any], ...] = (
 """What blocks give, in the shapes that models unpack."""
 
 
+def states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments with the hidden states first, however they were given."""
+    if args:
+        return args, kwargs
+    return (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+
 def note_calls(model: PreTrainedModel, blocks: nn.ModuleList) -> tuple[list[Call], int]:
     """What a model calls each of its blocks with, and which of RESULTS it makes of their results.
 
@@ -118,8 +125,7 @@ def note_calls(model: PreTrainedModel, blocks: nn.ModuleList) -> tuple[list[Call
         calls: list[Call] = []
 
         def note(*args: Any, _result: Any = result, _calls: list[Call] = calls, **kwargs: Any) -> Any:
-            if not args:  # by keyword
-                args = (kwargs.pop("hidden_states"),)
+            args, kwargs = states_of(args, kwargs)
             _calls.append(Call(args, kwargs))
             return _result(args[0])
 

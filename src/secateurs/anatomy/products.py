@@ -13,6 +13,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
+Told = Callable[[str, int | None, Tensor], None]
+
+
 class Place(NamedTuple):
     """Where a matrix lies."""
 
@@ -94,26 +97,33 @@ class Watch(TorchFunctionMode):
 
     Args:
         named: the block's parameters, as it runs with them.
-        tell: called with the parameter, the expert if there are several, what is multiplied (..., in), and
-            the product (..., out). What it raises ends the run.
+        before: called with the parameter, the expert if there are several, and what is multiplied (..., in).
+            What it raises ends the run.
+        after: called with the same names and the product (..., out).
     """
 
-    def __init__(
-        self, named: Mapping[str, Tensor], tell: Callable[[str, int | None, Tensor, Tensor], None]
-    ) -> None:
+    def __init__(self, named: Mapping[str, Tensor], before: Told, after: Told) -> None:
         super().__init__()
-        self._parameters, self._tell = Parameters(named), tell
+        self._parameters, self._before, self._after = Parameters(named), before, after
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        multiplication = as_multiplication(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        multiplication = as_multiplication(func, args, kwargs)
         place = None if multiplication is None else self._parameters.place(multiplication.weight)
-        if multiplication is not None and place is not None:
-            if place.expert is None and multiplication.weight.ndim == 3:
-                for expert, (given, product) in enumerate(zip(multiplication.given, result, strict=True)):
-                    self._tell(place.weight, expert, given, product)
-            else:
-                self._tell(place.weight, place.expert, multiplication.given, result)
+        if multiplication is None or place is None:
+            return func(*args, **kwargs)
+        together = place.expert is None and multiplication.weight.ndim == 3
+        _tell(self._before, place, multiplication.given, together)
+        result = func(*args, **kwargs)
+        _tell(self._after, place, result, together)
         return result
+
+
+def _tell(told: Told, place: Place, tensor: Tensor, together: bool) -> None:
+    if not together:
+        told(place.weight, place.expert, tensor)
+        return
+    for expert, part in enumerate(tensor):
+        told(place.weight, expert, part)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +18,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PretrainedConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from secateurs.anatomy.experts import expert_linear, run_experts
+from secateurs.anatomy.experts import ONE_BY_ONE
 from secateurs.anatomy.matrix import Matrix
 from secateurs.anatomy.products import Multiplication, Parameters, Place, as_multiplication, storage_of
 
 TRACE = "secateurs_trace"
-"""What the implementations of attention and of experts that are run here are registered as."""
+"""What the implementation of attention that is run here is registered as."""
 
 
 @dataclass(eq=False)
@@ -259,7 +257,7 @@ def _recording(virtual: _Virtual) -> Iterator[None]:
 @contextmanager
 def implemented_here(model: nn.Module) -> Iterator[None]:
     """A model's attention and experts run by the implementations of this file."""
-    names = ("_attn_implementation_internal", "_experts_implementation_internal")
+    names = {"_attn_implementation_internal": TRACE, "_experts_implementation_internal": ONE_BY_ONE}
     configs = {
         id(module.config): module.config
         for module in model.modules()
@@ -267,7 +265,7 @@ def implemented_here(model: nn.Module) -> Iterator[None]:
     }
     before = [(config, name, getattr(config, name, None)) for config in configs.values() for name in names]
     for config, name, _ in before:
-        setattr(config, name, TRACE)
+        setattr(config, name, names[name])
     try:
         yield
     finally:
@@ -286,10 +284,5 @@ def _attention(
     return result, weights
 
 
-def _experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    return run_experts(module, hidden, index, weights, partial(expert_linear, module))
-
-
 ALL_ATTENTION_FUNCTIONS.register(TRACE, _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(TRACE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-ALL_EXPERTS_FUNCTIONS.register(TRACE, _experts)

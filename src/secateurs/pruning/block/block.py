@@ -1,16 +1,16 @@
 """A block that is being pruned: what the ways of pruning it share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateurs.anatomy import linear_weight
-from secateurs.blockwise import BlockwiseModel
+from secateurs.anatomy import BlockAnatomy, Matrix
+from secateurs.blockwise import Batch, BlockwiseModel
+from secateurs.pattern import Pattern
 from secateurs.pruning.allocation.survey import Patterns
-from secateurs.pruning.block.measure import Group
 from secateurs.pruning.mlp.linear import Linear, Pruned
 from secateurs.pruning.record import BlockReport, LayerReport
 
@@ -23,11 +23,11 @@ Clock = Callable[[str], AbstractContextManager[None]]
 
 @dataclass
 class Streams:
-    """The calibration activations before a block: a (batch, length, hidden) tensor for each batch."""
+    """The calibration activations before a block."""
 
-    pruned: list[Tensor]
+    pruned: list[Batch]
     """Of the model as it is pruned so far."""
-    dense: list[Tensor] | None
+    dense: list[Batch] | None
     """Of the dense model, where that is the target."""
 
 
@@ -39,49 +39,54 @@ class Block:
     index: int
     patterns: Patterns
     """Of all layers of the model."""
-    weights: dict[str, Tensor]
-    """The block's tensors as they will be stored."""
+    parameters: dict[str, Tensor]
+    """What the block holds as it will be stored, by the names within the block."""
 
     @property
     def path(self) -> str:
-        return f"{self.model.family.blocks}.{self.index}"
+        return f"{self.model.path}.{self.index}"
 
-    def names(self, *groups: Group) -> list[str]:
-        """Of layers, within the model."""
-        return [f"{self.path}.{name}" for group in groups for name in group]
+    @property
+    def anatomy(self) -> BlockAnatomy:
+        return self.model.anatomy.blocks[self.index]
 
-    def layer(self, name: str) -> nn.Module:
-        return self.model.model.get_submodule(name)
+    def name(self, matrix: Matrix) -> str:
+        """A matrix's name within the model."""
+        return f"{self.path}.{matrix.name}"
 
-    def linear(self, name: str) -> Linear:
-        """A layer as it is stored, in whatever dtype the model runs. `store` may change it."""
-        layer = self.layer(name)
-        tensors = self.stored(name)
-        for leaf, tensor in tensors.items():
-            own = layer.get_parameter(leaf)
-            # A copy, for the reason given in `BlockwiseModel`: in a file a tensor lies at any address.
-            tensors[leaf] = own if own.dtype == tensor.dtype else tensor.to(own.device, copy=True)
-        weight = tensors["weight"]
-        if linear_weight(layer) is not layer.weight:
-            weight = weight.T
-        return Linear(weight, tensors.get("bias"), self.patterns[name])
+    def pattern(self, matrix: Matrix) -> Pattern | None:
+        return self.patterns[self.name(matrix)]
 
-    def stored(self, name: str) -> dict[str, Tensor]:
-        """A layer's weight and, if it has one, bias as they stand in the files."""
-        parameters = dict(self.layer(name).named_parameters())
-        return {leaf: self.weights[self.model.stored_name(f"{name}.{leaf}")] for leaf in parameters}
+    def wanted(self, matrices: Iterable[Matrix]) -> bool:
+        """Whether any of them is to be pruned."""
+        return any(self.pattern(matrix) is not None for matrix in matrices)
 
-    def store(self, name: str, sparse: Tensor, bias: Tensor | None) -> None:
-        """Put a pruned layer, in the dtype of the files, where the model runs it and where it is saved."""
-        layer = self.layer(name)
-        weight = linear_weight(layer)
-        weight.copy_(sparse)
-        self.weights[self.model.stored_name(name + ".weight")] = (
-            sparse if weight is layer.weight else sparse.T
-        ).cpu()
+    def linear(self, matrix: Matrix) -> Linear:
+        """A matrix as it is stored, in whatever dtype the model runs. `store` may change it."""
+        weight = matrix.of(self._stored(matrix.weight))
+        bias = None if matrix.bias is None else matrix.bias_of(self._stored(matrix.bias))
+        return Linear(weight, bias, self.pattern(matrix))
+
+    def _stored(self, name: str) -> Tensor:
+        """A parameter in the dtype that it is stored in, on the device."""
+        running, stored = self.model.blocks[self.index].get_parameter(name), self.parameters[name]
+        # A copy, for the reason given in `BlockwiseModel`: in a file a tensor lies at any address.
+        return running if running.dtype == stored.dtype else stored.to(running.device, copy=True)
+
+    def store(self, matrix: Matrix, sparse: Tensor, bias: Tensor | None) -> None:
+        """Put a pruned matrix, in the dtype of the files, where the model runs it and where it is saved."""
+        self._put(matrix.weight, matrix.of, sparse)
         if bias is not None:
-            layer.get_parameter("bias").copy_(bias)
-            self.weights[self.model.stored_name(name + ".bias")] = bias.cpu()
+            assert matrix.bias is not None
+            self._put(matrix.bias, matrix.bias_of, bias)
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Put a whole parameter there, in the dtype of the files."""
+        self._put(name, lambda parameter: parameter, values)
+
+    def _put(self, name: str, part: Callable[[Tensor], Tensor], values: Tensor) -> None:
+        part(self.model.blocks[self.index].get_parameter(name)).copy_(values)
+        part(self.parameters[name]).copy_(values)
 
 
 class BlockPruner(Protocol):

@@ -1,26 +1,27 @@
-"""What the layers of a block see of the calibration text."""
+"""What the matrices of a block see of the calibration text."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateurs.anatomy import linear_weight
-from secateurs.blockwise import BlockwiseModel
+from secateurs.anatomy import Matrix
+from secateurs.anatomy.products import Watch
+from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.pruning.solvers.statistics import Statistics
 
-Group = tuple[str, ...]
-"""Names within a block of linear layers that share one input."""
+Group = tuple[Matrix, ...]
+"""Matrices of a block that share one input."""
 
 
 class Seen(NamedTuple):
     """What a block was seen to do with a batch."""
 
     inputs: dict[str, Tensor]
-    """What layers were given, (batch, length, in)."""
+    """What matrices were given, (..., in), by their names. An expert that no token goes to is given nothing."""
     outputs: dict[str, Tensor]
-    """What layers gave, (batch, length, out)."""
+    """What matrices gave, (..., out)."""
     result: Tensor | None
     """What the block gave, (batch, length, hidden), if it was run to its end."""
 
@@ -32,85 +33,88 @@ class _Enough(Exception):  # noqa: N818 - not an error: the rest of the block is
 def observe(
     model: BlockwiseModel,
     index: int,
-    hidden: list[Tensor],
+    hidden: list[Batch],
     *,
-    inputs: tuple[str, ...] = (),
-    outputs: tuple[str, ...] = (),
+    inputs: Collection[Matrix] = (),
+    outputs: Collection[Matrix] = (),
     whole: bool = False,
 ) -> Iterator[Seen]:
-    """Run a materialised block, as far as it takes, and show what some of its layers are given and give.
+    """Run a materialised block, as far as it takes, and show what some of its matrices are given and give.
 
     Args:
         model: whose block it is.
         index: of the block.
-        hidden: the block's input, a (batch, length, hidden) tensor for each batch.
-        inputs: names within the block of the layers whose inputs are wanted.
-        outputs: names of those whose outputs are.
+        hidden: the block's input.
+        inputs: the matrices whose inputs are wanted.
+        outputs: those whose outputs are.
         whole: run the block to its end, for its result.
     """
+    of_inputs = {(matrix.weight, matrix.expert): matrix.name for matrix in inputs}
+    of_outputs = {(matrix.weight, matrix.expert): matrix.name for matrix in outputs}
+    # Whether an expert is still to come is not known before the end.
+    to_end = whole or any(matrix.expert is not None for matrix in (*inputs, *outputs))
     seen = Seen({}, {}, None)
 
     def enough() -> None:
-        if not whole and len(seen.inputs) == len(inputs) and len(seen.outputs) == len(outputs):
+        if not to_end and len(seen.inputs) == len(of_inputs) and len(seen.outputs) == len(of_outputs):
             raise _Enough
 
-    def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen.inputs[name] = given[0]
+    def before(weight: str, expert: int | None, given: Tensor) -> None:
+        if (weight, expert) in of_inputs:
+            seen.inputs[of_inputs[weight, expert]] = given
             enough()
 
-        return note
-
-    def listen_after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def note(layer: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-            seen.outputs[name] = result
+    def after(weight: str, expert: int | None, product: Tensor) -> None:
+        if (weight, expert) in of_outputs:
+            seen.outputs[of_outputs[weight, expert]] = product
             enough()
 
-        return note
-
-    block = model.blocks[index]
-    for states in hidden:
-        handles = [block.get_submodule(name).register_forward_pre_hook(listen(name)) for name in inputs]
-        handles += [block.get_submodule(name).register_forward_hook(listen_after(name)) for name in outputs]
+    watch = Watch(dict(model.blocks[index].named_parameters()), before, after)
+    for batch in hidden:
         result = None
         try:
-            result = model.run(index, states.to(model.device))
+            with watch:
+                result = model.run(index, batch)
         except _Enough:
             pass
-        finally:
-            for handle in handles:
-                handle.remove()
         yield seen._replace(result=result)
         seen.inputs.clear()
         seen.outputs.clear()
 
 
 def measure(
-    model: BlockwiseModel, index: int, stage: tuple[Group, ...], hidden: list[Tensor]
+    model: BlockwiseModel, index: int, stage: tuple[Group, ...], hidden: list[Batch]
 ) -> dict[Group, Statistics]:
-    """Second moments of what groups of layers in a materialised block see.
+    """Second moments of what groups of matrices in a materialised block see.
 
     Args:
         model: whose block it is.
         index: of the block.
-        stage: the groups, in the order of the forward pass.
-        hidden: the block's input, a (batch, length, hidden) tensor for each batch; without any, every input
-            counts alike (H is the identity over its width).
+        stage: the groups, in the order of the forward pass; not of experts.
+        hidden: the block's input; without any, every input counts alike (H is the identity over its width).
 
     Raises:
-        FloatingPointError: the inputs hold NaN or Inf; names the layer.
+        FloatingPointError: the inputs hold NaN or Inf; names the matrix.
     """
-    width = {group: linear_weight(model.blocks[index].get_submodule(group[0])).shape[1] for group in stage}
     if not hidden:
-        return {
-            group: Statistics.from_inputs(torch.eye(width[group], device=model.device)) for group in stage
-        }
-    statistics = {group: Statistics(width[group], device=model.device) for group in stage}
-    for seen in observe(model, index, hidden, inputs=tuple(group[0] for group in stage)):
+        return {group: alike(group[0].shape[1], model.device) for group in stage}
+    statistics = {group: Statistics(group[0].shape[1], device=model.device) for group in stage}
+    if not stage:
+        return statistics
+    for seen in observe(model, index, hidden, inputs=[group[0] for group in stage]):
         for group, moments in statistics.items():
-            moments.update(seen.inputs[group[0]])
+            moments.update(seen.inputs[group[0].name])
     for group, moments in statistics.items():
-        if not moments.norms.isfinite().all():
-            name = f"{model.family.blocks}.{index}.{group[0]}"
-            raise FloatingPointError(f"the inputs of '{name}' hold NaN or Inf on the calibration text")
+        check_finite(moments, f"{model.path}.{index}.{group[0].name}")
     return statistics
+
+
+def alike(width: int, device: torch.device) -> Statistics:
+    """Of inputs that all count alike."""
+    return Statistics.from_inputs(torch.eye(width, device=device))
+
+
+def check_finite(moments: Statistics, name: str) -> None:
+    """Raises FloatingPointError, which names the matrix, if its inputs are not."""
+    if not moments.norms.isfinite().all():
+        raise FloatingPointError(f"the inputs of '{name}' hold NaN or Inf on the calibration text")
