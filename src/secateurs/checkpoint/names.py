@@ -8,9 +8,11 @@ about old names, prefixes, fused experts and tied weights, and reports.
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateurs.checkpoint.config import causal_class, is_compressed, quiet, read_config, short
@@ -68,28 +70,52 @@ def skeleton_of(checkpoint: Checkpoint) -> PreTrainedModel:
     return model
 
 
-def _load(
-    kind: type[PreTrainedModel], config: Any, checkpoint: Checkpoint
-) -> tuple[PreTrainedModel, list[str], list[tuple[str, torch.Size, torch.Size]]]:
-    """A model of empty tensors; what it misses, and what has another shape in the files and in the model."""
-    shapes: dict[str, Any] = dict(checkpoint.shapes)
-    if is_compressed(checkpoint):  # what is packed is there as promised, or is refused where it is unpacked
+def promised_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of the dense tensors, by their names in the files.
+
+    What is packed is there as promised, or is refused where it is unpacked.
+    """
+    shapes = dict(checkpoint.shapes)
+    if is_compressed(checkpoint):
         layers = checkpoint.config["quantization_config"].get("layers")
         for name, entry in layers.items() if isinstance(layers, dict) else ():
             if isinstance(entry, dict) and isinstance(entry.get("shape"), list):
-                shapes[f"{name}.weight"] = entry["shape"]
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+                shapes[f"{name}.weight"] = tuple(entry["shape"])
+    return shapes
+
+
+def load_empty(
+    kind: type[PreTrainedModel], config: Any, tensors: Mapping[str, Tensor]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of tensors without content, and transformers' report on which are missing or do not fit.
+
+    Args:
+        kind: the model's class.
+        config: of the dense model.
+        tensors: on the meta device, by the names in the files.
+    """
+    loader: Any = kind  # its types forget that it returns a pair here
     with quiet():
-        loader: Any = kind  # its types forget that it returns a pair here
         model, report = loader.from_pretrained(
             None,
             config=config,
-            state_dict=tensors,
+            state_dict=dict(tensors),
             dtype=torch.float32,
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    return model, report
+
+
+def _load(
+    kind: type[PreTrainedModel], config: Any, checkpoint: Checkpoint
+) -> tuple[PreTrainedModel, list[str], list[tuple[str, torch.Size, torch.Size]]]:
+    """A model of empty tensors; what it misses, and what has another shape in the files and in the model."""
+    shapes = promised_shapes(checkpoint)
+    model, report = load_empty(
+        kind, config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    )
     order = {name: i for i, name in enumerate(model.state_dict())}
     missing = sorted(report["missing_keys"], key=lambda name: order.get(name, -1))
     return model, missing, sorted(report["mismatched_keys"], key=lambda entry: order.get(entry[0], -1))
