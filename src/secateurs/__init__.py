@@ -8,7 +8,7 @@ for measurement in secateurs.evaluate("my-llama-70", text=["novel.txt"]):
 print(secateurs.train("my-llama-70", output="my-llama-70-tuned", chat="questions.jsonl"))
 """
 
-from secateurs.anatomy import UnsupportedArchitectureError, family_of
+from secateurs.anatomy import UnsupportedArchitectureError, anatomy_of
 from secateurs.checkpoint import Checkpoint
 from secateurs.evaluation import (
     Inspection,
@@ -73,13 +73,13 @@ __all__ = [
     "UnsupportedArchitectureError",
     "Wanda",
     "__version__",
+    "anatomy_of",
     "calibration_blocks",
     "compress",
     "decompress",
     "evaluate",
     "evaluate_tasks",
     "evaluation_tokens",
-    "family_of",
     "inspect",
     "parse_pattern",
     "perplexity",

@@ -242,7 +242,9 @@ class BlockwiseModel:
                 first += len(ids)
         return batches
 
-    def _note(self, ids: Tensor, *, blocks: int | None = None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _note(
+        self, ids: Tensor, *, blocks: int | None = None
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What the first blocks, or all, are called with: hidden states first."""
         noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -330,4 +332,4 @@ class _Calls:
         for i, values in self._varying.items():
             leaves[i] = torch.cat([values[at] for at in batch.at])
         args, kwargs = pytree.tree_unflatten(leaves, self._form)
-        return args, kwargs | {key: shared for key in self._boards}
+        return args, kwargs | dict.fromkeys(self._boards, shared)

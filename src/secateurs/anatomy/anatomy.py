@@ -1,8 +1,6 @@
 """The anatomy of a model, derived from its configuration: no weight is read, no architecture is known by name."""
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
@@ -66,7 +66,9 @@ class BlockAnatomy:
     heads: Heads | None
     """None where transformers' attention interface is not used, or heads are not apart."""
     factors: Mapping[str, float]
-    """For each matrix whose result is added to the stream as it is: what it is multiplied by."""
+    """For each matrix whose result is simply added to the stream: what it is multiplied by."""
+    residual: bool
+    """Whether the block's input goes into its result as it is."""
     adds: bool
     """Whether the block's result is its input, plus what these matrices give, and nothing else."""
     dense: Mapping[str, str]
@@ -117,18 +119,19 @@ class _Reading:
                 factors[product.matrix.name] = factor
         self.useful = self._useful([p for p in writers if self._is_wide(p)])
         for product in self.products:
-            if product.matrix.name in self.useful and self._before(product) and not self._reads_stream(product):
+            if (
+                product.matrix.name in self.useful
+                and self._before(product)
+                and not self._reads_stream(product)
+            ):
                 self._inner(product)
         for call in self.trace.attention:
             self._name_attention(call)
         dense = self._dense()
         left = [writer for writer in writers if writer.matrix.weight in dense]
-        adds = (
-            factor_of(self.trace.result, self.trace.given) == 1
-            and not left
-            and all(writer.matrix.name in factors for writer in writers)
-        )
-        return self._with_experts(dense, factors, adds)
+        residual = factor_of(self.trace.result, self.trace.given) == 1
+        adds = residual and not left and all(writer.matrix.name in factors for writer in writers)
+        return self._with_experts(dense, factors, residual, adds)
 
     def _before(self, product: Product) -> list[Product]:
         """The products that a product's input is made of."""
@@ -150,7 +153,9 @@ class _Reading:
                 continue
             useful.add(product.matrix.name)
             # What is as wide as the stream may be added to it before it is read.
-            waiting += [p for p in self._before(product) if not self._reads_stream(product) or self._is_wide(p)]
+            waiting += [
+                p for p in self._before(product) if not self._reads_stream(product) or self._is_wide(p)
+            ]
         return useful
 
     def _inner(self, product: Product) -> None:
@@ -199,7 +204,9 @@ class _Reading:
             if not any(module.children()) and all(p.ndim < 2 for p in module.parameters())
         ]
         owned.sort(key=lambda entry: -len(os.path.commonprefix([entry[0], down])))  # its own first
-        said = [str(value) for value in vars(self.config).values() if isinstance(value, str) and value in ACT2FN]
+        said = [
+            str(value) for value in vars(self.config).values() if isinstance(value, str) and value in ACT2FN
+        ]
         named = [(name, None) for name in dict.fromkeys([*said, *KNOWN])]
         for name, module in (*owned, *named):
             try:
@@ -246,7 +253,7 @@ class _Reading:
         return why
 
     def _with_experts(
-        self, dense: Mapping[str, str], factors: Mapping[str, float], adds: bool
+        self, dense: Mapping[str, str], factors: Mapping[str, float], residual: bool, adds: bool
     ) -> BlockAnatomy:
         """The anatomy, with all experts where one stood for them."""
         groups: dict[Any, list[Matrix]] = {}
@@ -286,6 +293,7 @@ class _Reading:
             mlps=mlps,
             heads=self._heads(),
             factors={name: factor for name, factor in factors.items() if name in names},
+            residual=residual,
             adds=adds,
             dense=dense,
         )

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-
 Told = Callable[[str, int | None, Tensor], None]
 
 

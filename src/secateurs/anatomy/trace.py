@@ -93,7 +93,9 @@ def trace_block(block: nn.Module, call: Call) -> Trace:
         call: as `note_calls` notes it.
     """
     convolutions = {
-        f"{name}.weight" for name, module in block.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
+        f"{name}.weight"
+        for name, module in block.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
     }
     real = {name for name, p in block.named_parameters() if p.ndim < 2 or name in convolutions}
     while True:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from secateurs.anatomy import family_of, linear_weight
+from secateurs.anatomy import anatomy_of
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.checkpoint.config import is_compressed
 from secateurs.checkpoint.names import skeleton_of
+from secateurs.checkpoint.pieces import assemble, pieces_of
 from secateurs.evaluation.inspect_pictures import draw
 from secateurs.evaluation.inspection import LARGEST, MEDIAN, Inspection, LayerInspection, inspect_layer
 from secateurs.runtime.convert import unpacked
 from secateurs.runtime.format import Layout
-from secateurs.runtime.quantizer import SecateursConfig, matching_layers, module_name
+from secateurs.runtime.quantizer import SecateursConfig, matching_layers
 from secateurs.settings import takes
 
 if TYPE_CHECKING:
@@ -85,34 +85,32 @@ class _Weights:
             promised = SecateursConfig.from_dict(checkpoint.config["quantization_config"]).layers
             files = [checkpoint.folder / file for file in checkpoint.files]
             self._layouts = matching_layers(promised, skeleton, files)
-        family = family_of(skeleton.config)
+        anatomy = anatomy_of(skeleton.config)
+        self._pieces = pieces_of(checkpoint, skeleton)
+        self._matrices = {
+            f"{anatomy.path}.{index}.{matrix.name}": (f"{anatomy.path}.{index}.{matrix.weight}", matrix)
+            for index, block in enumerate(anatomy.blocks)
+            for matrix in block.matrices.values()
+        }
+        roles = {
+            f"{anatomy.path}.{index}.{name}": own
+            for index, block in enumerate(anatomy.blocks)
+            for name, own in block.roles.items()
+        }
         self.kinds = {
-            f"{family.blocks}.{index}.{layer.name}": layer.roles[0]
-            if len(layer.roles) == 1
-            else layer.name.rpartition(".")[2]
-            for index in range(len(skeleton.get_submodule(family.blocks)))  # type: ignore[arg-type]
-            for group in family.attention + family.mlp
-            for layer in group
+            name: roles[name][0] if len(roles.get(name, ())) == 1 else name.rpartition(".")[2]
+            for name in self._matrices
         }
-        self._transposed = {name: isinstance(skeleton.get_submodule(name), Conv1D) for name in self.kinds}
-        self._keys = {
-            module_name(key.removesuffix(".weight"), self.kinds, skeleton): key
-            for key in checkpoint.file_of
-            if key.endswith(".weight")
-        }
-        for name in self.kinds:
-            if name not in self._keys:
-                raise ValueError(f"'{checkpoint.folder}' holds no tensor '{name}.weight'")
-        self.shapes = {name: tuple(linear_weight(skeleton.get_submodule(name)).shape) for name in self.kinds}
+        self.shapes = {name: matrix.shape for name, (_, matrix) in self._matrices.items()}
 
     def read(self, name: str) -> Tensor:
         """A layer's weight, (out, in), float32."""
-        weight = self._checkpoint.load([self._keys[name]])[self._keys[name]]
+        parameter, matrix = self._matrices[name]
+        pieces = self._pieces[parameter]
+        tensors = self._checkpoint.load([piece.stored for piece in pieces])
         if name in self._layouts:
-            weight = unpacked(name, weight, self._layouts[name])
-        elif self._transposed[name]:
-            weight = weight.T
-        return weight.float()
+            return unpacked(name, tensors[pieces[0].stored], self._layouts[name]).float()
+        return matrix.of(assemble(pieces, tensors)).float()
 
 
 def print_tables(inspection: Inspection) -> None:

@@ -56,9 +56,10 @@ class WorkFolder:
         most: int,
     ) -> None:
         checkpoint = model.checkpoint
-        blocks = [model.block_tensors(index) for index in range(len(model.blocks))]
+        blocks = _apart([model.block_tensors(index) for index in range(len(model.blocks))])
         # Through links: the last step is a rename, which would replace or trip over a link itself.
-        self.output, self.checkpoint, self.settings = output.resolve(), checkpoint, settings
+        self.output, self.blockwise, self.settings = output.resolve(), model, settings
+        self.checkpoint = checkpoint
         self.versions = {
             "secateurs": __version__,
             "torch": torch.__version__,
@@ -156,12 +157,21 @@ class WorkFolder:
     def write_block(
         self,
         index: int,
-        weights: dict[str, Tensor],
+        parameters: dict[str, Tensor],
         report: BlockReport,
         seconds: float,
     ) -> None:
-        """Record a block as done: its weights first, then the report that makes them count."""
-        self.shards.write(weights.items())
+        """Record a block as done: its weights first, then the report that makes them count.
+
+        Args:
+            index: which block.
+            parameters: what it holds as it is stored, by the names within the block.
+            report: of it.
+            seconds: that it took.
+        """
+        known = self.blockwise.stored_form(index, parameters)
+        beside = self.checkpoint.load([name for name in self.parts[index + 1] if name not in known])
+        self.shards.write((name, (known | beside)[name]) for name in self.parts[index + 1])
         write_json(self._report(index), {"seconds": seconds, "phases": self.phases, **asdict(report)})
         self.phases = dict.fromkeys(self.phases, 0.0)
 
@@ -213,3 +223,13 @@ class WorkFolder:
                 with suppress(OSError):
                     path.unlink()
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _apart(blocks: list[list[str]]) -> list[list[str]]:
+    """Each block's names without those of blocks before it, with which it may share weights."""
+    seen: set[str] = set()
+    own = []
+    for names in blocks:
+        own.append([name for name in names if name not in seen])
+        seen.update(names)
+    return own

@@ -46,7 +46,7 @@ class MLPReport:
     """The iterations on one MLP."""
 
     name: str
-    """Of its block."""
+    """Of its block, or of the matrix that an expert or one of several MLPs ends in."""
     iterates: list[Iterate]
     """The first is pruned from the dense weights, before any iteration."""
     kept: int
@@ -66,14 +66,26 @@ class Refinement:
 
 
 @dataclass(frozen=True)
+class ExpertsReport:
+    """What the experts of one block saw of the calibration text."""
+
+    name: str
+    """Of the module that holds them."""
+    tokens: list[int]
+    """That were routed to each."""
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """What became of one block."""
 
-    layers: list[LayerReport]
-    mlps: list[MLPReport]
-    """One, or none where there were no iterations."""
-    refinements: list[Refinement]
+    layers: list[LayerReport] = field(default_factory=list)
+    mlps: list[MLPReport] = field(default_factory=list)
+    """One for each MLP with iterations."""
+    refinements: list[Refinement] = field(default_factory=list)
     """One, or none."""
+    experts: list[ExpertsReport] = field(default_factory=list)
+    """One for each module of experts that were pruned on text."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +101,11 @@ class Report:
     interrupted, also those that went into getting to where it went on, which `seconds` leaves out."""
     layers: list[LayerReport] = field(repr=False)
     mlps: list[MLPReport] = field(repr=False)
-    """One for each block whose MLP SparseLLM iterated on."""
+    """One for each MLP that SparseLLM iterated on."""
     refinements: list[Refinement] = field(repr=False)
     """One for each block that was refined."""
+    experts: list[ExpertsReport] = field(repr=False, default_factory=list)
+    """One for each module of experts that were pruned on text."""
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
@@ -105,8 +119,11 @@ class Report:
             for mlp in content["mlps"]
         ]
         refinements = [Refinement(**refinement) for refinement in content.get("refinements", [])]
+        experts = [ExpertsReport(**entry) for entry in content.get("experts", [])]
         shared = {key: content[key] for key in ("settings", "versions", "seconds", "phases")}
-        return cls(output=folder, layers=layers, mlps=mlps, refinements=refinements, **shared)
+        return cls(
+            output=folder, layers=layers, mlps=mlps, refinements=refinements, experts=experts, **shared
+        )
 
     @property
     def facts(self) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateurs.blockwise import BlockwiseModel
+from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.checkpoint import Checkpoint, check_place, output_lock, resolve
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import home_of, resolve_device
@@ -90,7 +90,7 @@ def _tokens(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> T
     calibration = settings.calibration
     if calibration is None:
         return None
-    length, limit = settings.length, getattr(model.config, "max_position_embeddings", None)
+    length, limit = settings.length, getattr(model.text_config, "max_position_embeddings", None)
     if isinstance(calibration, Tensor):
         tokens = calibration.cpu()
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
@@ -111,7 +111,7 @@ def _tokens(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> T
             bos=wants_bos(model.config.model_type, settings.asked_bos),
             progress=progress,
         )
-    check_tokens(tokens, model.config.vocab_size)
+    check_tokens(tokens, model.text_config.vocab_size)
     iterates = isinstance(settings.solver, SparseLLM) and settings.solver.iterations > 0
     if iterates and tokens.numel() < HELD_OUT:
         raise ValueError(
@@ -174,19 +174,22 @@ def _walk(
     advance: Advance,
 ) -> float:
     """Prune every block that is not done yet; returns the seconds spent on them."""
-    hidden: list[Tensor] = []
+    hidden: list[Batch] = []
     if tokens is not None:
         with work.clock("run"):
             hidden = model.embed(tokens, batch_size=batch_size or 1)
-            home = home_of(hidden, model.device, copies=pruner.copies(model))
-            hidden = [states.to(home) for states in hidden]
-    streams = Streams(hidden, list(hidden) if pruner.follows_dense else None)
+            home = home_of([batch.states for batch in hidden], model.device, copies=pruner.copies(model))
+            for batch in hidden:
+                batch.states = batch.states.to(home)
+    streams = Streams(
+        hidden, [Batch(batch.states, batch.at) for batch in hidden] if pruner.follows_dense else None
+    )
 
-    def push(index: int, stream: list[Tensor]) -> None:
+    def push(index: int, stream: list[Batch]) -> None:
         """Replace the input of a materialised block by its result."""
         with work.clock("run"):
-            for i, states in enumerate(stream):
-                stream[i] = model.run(index, states.to(model.device)).to(states.device)
+            for batch in stream:
+                model.push(index, batch)
 
     spent = 0.0
     for index in range(len(model.blocks)):
@@ -195,25 +198,25 @@ def _walk(
         with work.clock("load"):
             finished = work.block(index)
             dense = finished is None or (more and streams.dense is not None)
-            weights = model.checkpoint.load(model.block_tensors(index)) if dense else {}
+            parameters = model.parameters_of(index) if dense else {}
         if finished is None:
-            with model.block(index, weights):
-                block = Block(model, index, patterns, weights)
+            with model.block(index, parameters):
+                block = Block(model, index, patterns, parameters)
                 report = pruner.prune(block, streams, work.clock, advance)
                 with work.clock("write"):
-                    work.write_block(index, weights, report, time.monotonic() - start)
+                    work.write_block(index, parameters, report, time.monotonic() - start)
                 spent += time.monotonic() - start
                 if more:
                     push(index, streams.pruned)
         elif more:
             if streams.dense is not None:
-                with model.block(index, weights):
+                with model.block(index, parameters):
                     push(index, streams.dense)
-            with model.block(index, finished):
+            with model.block(index, model.parameters_of(index, finished)):
                 push(index, streams.pruned)
         if finished is not None:
             for name in patterns:
-                if name.startswith(f"{model.family.blocks}.{index}."):
+                if name.startswith(f"{model.path}.{index}."):
                     advance(name, None)
     return spent
 

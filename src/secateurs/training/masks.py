@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from secateurs.anatomy import family_of
+from secateurs.anatomy import anatomy_of
 from secateurs.training.omission import decoder_of, kept_part, local, make_whole, unwrapped
 
 
@@ -45,23 +45,22 @@ class Masks:
 
     @classmethod
     def of_zeros(cls, model: nn.Module) -> "Masks":
-        """Hold what is zero now in the linear layers of the blocks; of LoRA's layers, in the base.
+        """Hold what is zero now in the matrices of the blocks; of LoRA's layers, in the base.
 
         Raises:
-            UnsupportedArchitectureError: the model belongs to no supported family.
+            UnsupportedArchitectureError: the model's blocks cannot be made out.
         """
-        decoder = decoder_of(model)
-        family = family_of(decoder.config)  # type: ignore[arg-type]
-        layers = [
-            block.get_submodule(name)
-            for block in decoder.get_submodule(family.blocks).children()
-            for group in family.groups
-            for name in group
-        ]
-        weights = {id(getattr(layer, "base_layer", layer).weight) for layer in layers}
+        decoder: Any = decoder_of(model)
+        anatomy = anatomy_of(decoder.config)
+        matrices = set()
+        for block, inside in zip(decoder.get_submodule(anatomy.path).children(), anatomy.blocks, strict=True):
+            for matrix in inside.matrices.values():
+                owner, _, leaf = matrix.weight.rpartition(".")
+                layer = block.get_submodule(owner)
+                matrices.add(id(getattr(getattr(layer, "base_layer", layer), leaf)))
         named = unwrapped(model).named_parameters()
         return cls(
-            model, {name: p.detach() for name, p in named if id(p) in weights and (local(p) == 0).any()}
+            model, {name: p.detach() for name, p in named if id(p) in matrices and (local(p) == 0).any()}
         )
 
     def set(self, masks: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from secateurs.anatomy import family_of
+from secateurs.anatomy.families import family_of
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.config import read_config as read_causal_config
 

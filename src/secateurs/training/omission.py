@@ -31,8 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from secateurs.anatomy import Family, Projection, Sizes, family_of
-from secateurs.anatomy.families import Groups
+from secateurs.anatomy.families import Family, Groups, Projection, Sizes, family_of
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateurs.anatomy import family_of
+from secateurs.anatomy.families import family_of
 from secateurs.checkpoint import Checkpoint, resolve, write_json
 from secateurs.device import resolve_device
 from secateurs.runtime.load import load_model

@@ -28,7 +28,8 @@ from transformers import (
     set_seed,
 )
 
-from secateurs.anatomy import family_of, linear_weight
+from secateurs.anatomy import anatomy_of
+from secateurs.anatomy.families import family_of
 from secateurs.checkpoint import Checkpoint, check_place, copy_companions, output_lock, resolve
 from secateurs.checkpoint.companions import bytes_of_companions
 from secateurs.checkpoint.config import quiet, refuse_quantised
@@ -291,13 +292,12 @@ def _read(settings: TrainSettings, length: int, tokenizer: PreTrainedTokenizerBa
 
 def _is_pruned(model: PreTrainedModel) -> bool:
     """Whether a linear layer of the blocks holds more zeros than chance puts there."""
-    family = family_of(model.config)
-    weights = [
-        linear_weight(block.get_submodule(name))
-        for block in model.get_submodule(family.blocks).children()
-        for group in family.groups
-        for name in group
-    ]
+    anatomy = anatomy_of(model.config)
+    weights = (
+        matrix.of(block.get_parameter(matrix.weight))
+        for block, inside in zip(model.get_submodule(anatomy.path).children(), anatomy.blocks, strict=True)
+        for matrix in inside.matrices.values()
+    )
     return any(int((weight == 0).sum()) > PRUNED * weight.numel() for weight in weights)
 
 

@@ -11,13 +11,14 @@ token by token, because a few tokens have most of the energy. The errors of diff
 add up, and their sum is made the least that the budget allows (`spend`, `choose`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from secateurs.blockwise import Batch
 from secateurs.pattern import NM, Pattern, Unstructured
 from secateurs.pruning.allocation.budget import choose, kept, levels_around, most_zeros, spend, zeros
 from secateurs.pruning.allocation.survey import Patterns, Survey
@@ -73,8 +74,8 @@ class Sensitivity:
         sizes: dict[str, int] = {}
         errors: list[list[float]] = []
         for block in survey.blocks():
-            inputs = [states.to(survey.model.device) for states in _first(block.hidden, self.tokens)]
-            outputs = [survey.model.run(block.index, states).float() for states in inputs]
+            inputs = _first(block.hidden, self.tokens)
+            outputs = [survey.model.run(block.index, batch).float() for batch in inputs]
             for layer in block.layers:
                 sizes[layer.name] = layer.weight.numel()
                 errors.append([])
@@ -83,8 +84,8 @@ class Sensitivity:
                     if pattern is not None:
                         layer.weight.copy_(SOLVER.solve(dense, layer.statistics, pattern).weight)
                     moved = [
-                        relative_change(survey.model.run(block.index, states).float(), output)
-                        for states, output in zip(inputs, outputs, strict=True)
+                        relative_change(survey.model.run(block.index, batch).float(), output)
+                        for batch, output in zip(inputs, outputs, strict=True)
                     ]
                     errors[-1].append(float(torch.cat(moved).mean()))
                     layer.weight.copy_(dense)
@@ -104,10 +105,12 @@ def interpolate(at: Sequence[float], shares: Sequence[float], errors: Sequence[f
     return (np.exp(np.interp(at, shares, logarithms)) * np.minimum(first, 1)).tolist()
 
 
-def _first(hidden: list[Tensor], tokens: int) -> Iterator[Tensor]:
+def _first(hidden: list[Batch], tokens: int) -> list[Batch]:
     """Sequences that make so many tokens, at least one, in the batches that they come in."""
-    left = max(1, tokens // hidden[0].shape[1])
-    for states in hidden:
+    left = max(1, tokens // hidden[0].states.shape[1])
+    first = []
+    for batch in hidden:
         if left > 0:
-            yield states[:left]
-            left -= len(states)
+            first.append(Batch.joined(batch.split()[:left]))
+            left -= len(batch.at)
+    return first

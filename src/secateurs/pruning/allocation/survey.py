@@ -10,8 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from secateurs.anatomy import linear_weight
-from secateurs.blockwise import BlockwiseModel
+from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.device import home_of
 from secateurs.pattern import Pattern
 from secateurs.pruning.block.measure import measure
@@ -38,8 +37,8 @@ class SurveyedBlock:
     index: int
     layers: list[Layer]
     """Its linear layers, in the order of the forward pass."""
-    hidden: list[Tensor]
-    """Its input, (batch, length, hidden) for each batch; empty without text."""
+    hidden: list[Batch]
+    """Its input; empty without text."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +60,32 @@ class Survey:
     @torch.no_grad()
     def blocks(self) -> Iterator[SurveyedBlock]:
         """Each block, materialised until the next is asked for. It must be left as it was."""
-        model, groups = self.model, self.model.family.groups
-        hidden: list[Tensor] = []
-        home = model.device
+        model = self.model
+        hidden: list[Batch] = []
         if self.tokens is not None:
             hidden = model.embed(self.tokens, batch_size=self.batch_size)
-            home = home_of(hidden, model.device)
-            hidden = [states.to(home) for states in hidden]
+            home = home_of([batch.states for batch in hidden], model.device)
+            for batch in hidden:
+                batch.states = batch.states.to(home)
         for index, block in enumerate(model.blocks):
+            anatomy = model.anatomy.blocks[index]
             with model.block(index):
-                statistics = measure(model, index, groups, hidden)
+                statistics = measure(model, index, anatomy.groups, hidden)
                 layers = [
                     Layer(
-                        f"{model.family.blocks}.{index}.{name}",
-                        linear_weight(block.get_submodule(name)),
+                        f"{model.path}.{index}.{matrix.name}",
+                        matrix.of(block.get_parameter(matrix.weight)),
                         statistics[group],
                     )
-                    for group in groups
-                    for name in group
+                    for group in anatomy.groups
+                    for matrix in group
                 ]
                 yield SurveyedBlock(index, layers, hidden)
                 for layer in layers:
                     self.advance(layer.name)
                 if index + 1 < len(model.blocks):
-                    for i, states in enumerate(hidden):
-                        hidden[i] = model.run(index, states.to(model.device)).to(home)
+                    for batch in hidden:
+                        model.push(index, batch)
 
 
 class Allocator(Protocol):
@@ -105,12 +105,9 @@ class Allocator(Protocol):
 
 
 def layer_shapes(model: BlockwiseModel) -> dict[str, tuple[int, int]]:
-    """Every linear layer's name and (out, in), in the order of the walk."""
-    family = model.family
-    shapes = {}
-    for index, block in enumerate(model.blocks):
-        for group in family.groups:
-            for name in group:
-                out, width = linear_weight(block.get_submodule(name)).shape
-                shapes[f"{family.blocks}.{index}.{name}"] = (out, width)
-    return shapes
+    """Every matrix's name and (out, in), in the order of the walk."""
+    return {
+        f"{model.path}.{index}.{matrix.name}": matrix.shape
+        for index, anatomy in enumerate(model.anatomy.blocks)
+        for matrix in anatomy.matrices.values()
+    }

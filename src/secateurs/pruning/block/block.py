@@ -5,9 +5,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
-from secateurs.anatomy import BlockAnatomy, Matrix
+from secateurs.anatomy import MLP, BlockAnatomy, Matrix
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.pattern import Pattern
 from secateurs.pruning.allocation.survey import Patterns
@@ -50,6 +51,17 @@ class Block:
     def anatomy(self) -> BlockAnatomy:
         return self.model.anatomy.blocks[self.index]
 
+    @property
+    def module(self) -> nn.Module:
+        return self.model.blocks[self.index]
+
+    def activation(self, mlp: MLP) -> Callable[[Tensor], Tensor]:
+        """The function of an MLP whose activation is known."""
+        assert mlp.activation is not None
+        own: nn.Module | None = dict(self.module.named_modules()).get(mlp.activation)
+        function: Callable[[Tensor], Tensor] = ACT2FN[mlp.activation] if own is None else own
+        return function
+
     def name(self, matrix: Matrix) -> str:
         """A matrix's name within the model."""
         return f"{self.path}.{matrix.name}"
@@ -67,9 +79,15 @@ class Block:
         bias = None if matrix.bias is None else matrix.bias_of(self._stored(matrix.bias))
         return Linear(weight, bias, self.pattern(matrix))
 
+    def running(self, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+        """A matrix (out, in) and its bias as the model runs them."""
+        weight = matrix.of(self.module.get_parameter(matrix.weight))
+        bias = None if matrix.bias is None else matrix.bias_of(self.module.get_parameter(matrix.bias))
+        return weight, bias
+
     def _stored(self, name: str) -> Tensor:
         """A parameter in the dtype that it is stored in, on the device."""
-        running, stored = self.model.blocks[self.index].get_parameter(name), self.parameters[name]
+        running, stored = self.module.get_parameter(name), self.parameters[name]
         # A copy, for the reason given in `BlockwiseModel`: in a file a tensor lies at any address.
         return running if running.dtype == stored.dtype else stored.to(running.device, copy=True)
 
@@ -85,7 +103,7 @@ class Block:
         self._put(name, lambda parameter: parameter, values)
 
     def _put(self, name: str, part: Callable[[Tensor], Tensor], values: Tensor) -> None:
-        part(self.model.blocks[self.index].get_parameter(name)).copy_(values)
+        part(self.module.get_parameter(name)).copy_(values)
         part(self.parameters[name]).copy_(values)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateurs.anatomy import MLP, Matrix
+from secateurs.anatomy import MLP, Matrix, UnsupportedArchitectureError
+from secateurs.blockwise import Batch
 from secateurs.pruning.block.block import Block
 from secateurs.pruning.block.measure import observe
 
@@ -59,7 +60,8 @@ def experts_of(block: Block) -> list[Experts]:
         Experts(
             home,
             tuple(
-                Expert(tuple(first), down, mlps.get(down.name)) for _, (*first, down) in sorted(members.items())
+                Expert(tuple(first), down, mlps.get(down.name))
+                for _, (*first, down) in sorted(members.items())
             ),
         )
         for home, members in homes.items()
@@ -84,7 +86,7 @@ class Routed:
         return [*(tokens for tokens in self.own[expert] if len(tokens)), self.drawn]
 
 
-def route(block: Block, hidden: list[Any], experts: Experts) -> Routed:
+def route(block: Block, hidden: list[Batch], experts: Experts) -> Routed:
     """Run a block, and note what each expert is given.
 
     Memory: each token as often as it is routed, in the dtype of the model, where the activations live.
@@ -110,10 +112,23 @@ def route(block: Block, hidden: list[Any], experts: Experts) -> Routed:
     return Routed(own, torch.cat(drawn))
 
 
-def channels_of(block: Block, home: str, expert: Expert) -> Callable[[Tensor], Tensor] | None:
-    """What makes an expert's channels of what its first matrix gives, by the block's own code."""
-    module: Any = block.model.blocks[block.index].get_submodule(home)
+def channels_of(block: Block, expert: Expert) -> Callable[[Tensor], Tensor]:
+    """What makes an expert's channels of what its first matrices give, (tokens, out) each, side by side."""
+    mlp, home = expert.mlp, expert.down.weight.rpartition(".")[0]
+    module: Any = block.module.get_submodule(home)
     if hasattr(module, "_apply_gate"):
         function: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
         return function
-    return None
+    if mlp is None or mlp.activation is None:
+        raise UnsupportedArchitectureError(
+            f"what the experts of '{block.path}.{home}' compute is not understood"
+        )
+    activation, gated = block.activation(mlp), mlp.gated
+
+    def channels(products: Tensor) -> Tensor:
+        if not gated:
+            return activation(products)
+        gate, up = products.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return channels

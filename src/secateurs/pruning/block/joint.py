@@ -2,6 +2,9 @@
 
 Where the target lies beyond the layer, o and down are fitted to it and so make up for what was lost before
 them, and at last all the weights that are left may be refined towards it together (`refine`).
+
+What a block has beside one attention (or whatever mixes tokens) and one MLP is pruned matrix by matrix, or
+expert by expert, each towards its own dense output.
 """
 
 import time
@@ -10,17 +13,19 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
 
-from secateurs.anatomy import linear_weight
-from secateurs.blockwise import BlockwiseModel
+from secateurs.anatomy import MLP as MLPAnatomy
+from secateurs.anatomy import Matrix
+from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.pruning.block.block import Advance, Block, Clock, Streams, layer_report
+from secateurs.pruning.block.experts import Experts, experts_of, route
+from secateurs.pruning.block.local import Local
 from secateurs.pruning.block.measure import Group, measure, observe
 from secateurs.pruning.block.refine import refine as refined_by_descent
-from secateurs.pruning.mlp.linear import prune_linear
+from secateurs.pruning.mlp.linear import apply, prune_linear
 from secateurs.pruning.mlp.problem import MLP, Tokens
 from secateurs.pruning.mlp.sparsellm import SparseLLM
-from secateurs.pruning.record import BlockReport, LayerReport, MLPReport, Refinement
+from secateurs.pruning.record import BlockReport, ExpertsReport, LayerReport, MLPReport, Refinement
 from secateurs.pruning.solvers.statistics import Products, Statistics
 
 Target = Literal["layer", "block", "dense"]
@@ -30,10 +35,50 @@ class _Aims(NamedTuple):
     """What a dense block gives, a (batch, length, hidden) tensor for each batch."""
 
     attention: list[Tensor]
-    """The block's input with what o gives added; where the block does more than add, what o gives."""
+    """The stream with what o gives added; where o's result is not simply added, what o gives. Empty where
+    there is not one o."""
     mlp: list[Tensor]
-    """The block's result; where it does more than add, what down gives."""
+    """The block's result; where it does more than add, what down gives. Empty where there is not one MLP."""
     result: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What of a block is pruned towards what the block is to give."""
+
+    groups: tuple[Group, ...]
+    """What is pruned matrix by matrix: all but experts and the MLPs that were understood."""
+    mixer: Matrix | None
+    """o, if the block has one."""
+    mlp: MLPAnatomy | None
+    """The MLP, if the block has one and no experts."""
+    others: tuple[MLPAnatomy, ...]
+    """More of them."""
+    experts: tuple[Experts, ...]
+
+    def adds(self, block: Block, matrix: Matrix | None) -> bool:
+        """Whether what a matrix gives is simply added to the stream."""
+        return matrix is not None and block.anatomy.residual and matrix.name in block.anatomy.factors
+
+
+def _parts(block: Block) -> _Parts:
+    anatomy = block.anatomy
+    experts = tuple(experts_of(block))
+    mlps = [mlp for mlp in anatomy.mlps if mlp.activation is not None and mlp.down.expert is None]
+    solved = {matrix.name for mlp in mlps for matrix in (*mlp.first, mlp.down)}
+    groups = [
+        tuple(matrix for matrix in group if matrix.name not in solved and matrix.expert is None)
+        for group in anatomy.groups
+    ]
+    mixers = [m for m in anatomy.matrices.values() if "o" in anatomy.roles.get(m.name, ())]
+    one = len(mlps) == 1 and not experts and (mlps[0].down.name in anatomy.factors) <= anatomy.adds
+    return _Parts(
+        groups=tuple(group for group in groups if group),
+        mixer=mixers[0] if len(mixers) == 1 else None,
+        mlp=mlps[0] if one else None,
+        others=() if one else tuple(mlps),
+        experts=experts,
+    )
 
 
 @dataclass(frozen=True)
@@ -58,45 +103,54 @@ class Joint:
 
     def copies(self, model: BlockwiseModel) -> float:
         """See `BlockPruner.copies`."""
-        config, family = model.config, model.family
+        hidden = model.text_config.hidden_size
         # The dense stream, two or three aims in float32, and what the MLP sees and aims at.
-        sizes, streams = family.sizes(config), 8 if family.adds(config) else 10
+        streams = 8 if all(anatomy.adds for anatomy in model.anatomy.blocks) else 10
         if not self.method.iterations:
             return streams
-        return streams + (2 if "gate" in family.roles else 1) * sizes.channels / sizes.hidden
+        widest = max(
+            (sum(matrix.shape[0] for matrix in mlp.first) for a in model.anatomy.blocks for mlp in a.mlps),
+            default=0,
+        )
+        return streams + widest / hidden
 
     def prune(self, block: Block, streams: Streams, clock: Clock, advance: Advance) -> BlockReport:
         """See `BlockPruner.prune`."""
-        report = BlockReport([], [], [])
-        groups = block.model.family.groups
+        report, parts = BlockReport(), _parts(block)
         aims = None
         if self.target != "layer":
             with clock("run"):
-                aims = self._aims(block, streams)
-        for group in groups[:2]:
-            self._prune_attention(block, group, streams.pruned, aims, clock, advance, report)
+                aims = self._aims(block, parts, streams)
+        for group in parts.groups:
+            self._prune_group(block, parts, group, streams.pruned, aims, clock, advance, report)
         if aims is not None:
             aims.attention.clear()
-        names = block.names(*groups[2:])
-        if any(block.patterns[name] for name in names):
-            self._prune_mlp(block, streams.pruned, aims, clock, report)
+        for mlp in [parts.mlp, *parts.others]:
+            if mlp is not None and block.wanted((*mlp.first, mlp.down)):
+                self._prune_mlp(block, parts, mlp, streams.pruned, aims, clock, report)
+        for experts in parts.experts:
+            self._prune_experts(block, experts, streams.pruned, clock, report)
         if self.refine and report.layers and aims is not None:
             with clock("refine"):
                 report.refinements.append(self._refine(block, report.layers, streams.pruned, aims.result))
         errors = {layer.name: layer.error for layer in report.layers}
-        for name in names:
-            advance(name, errors.get(name))
+        told = {matrix.name for group in parts.groups for matrix in group}
+        for matrix in block.anatomy.matrices.values():
+            if matrix.name not in told:
+                advance(block.name(matrix), errors.get(block.name(matrix)))
         return report
 
-    def _aims(self, block: Block, streams: Streams) -> _Aims:
+    def _aims(self, block: Block, parts: _Parts, streams: Streams) -> _Aims:
         """What a block is to give. Also pushes the dense stream on."""
         if streams.dense is None:
-            return _aim(block, streams.pruned)
-        far = _aim(block, streams.dense)
-        streams.dense = far.result
+            return _aim(block, parts, streams.pruned)
+        far = _aim(block, parts, streams.dense)
+        for batch, result in zip(streams.dense, far.result, strict=True):
+            block.model.push(block.index, batch) if batch.shared else None
+            batch.states = result
         if self.repair == 1:
             return far
-        near = _aim(block, streams.pruned)
+        near = _aim(block, parts, streams.pruned)
 
         def between(pair: tuple[list[Tensor], list[Tensor]]) -> list[Tensor]:
             return [
@@ -105,151 +159,224 @@ class Joint:
             ]
 
         attention, result = between((near.attention, far.attention)), between((near.result, far.result))
-        # Where a block only adds, what the MLP is to give is the result itself.
-        return _Aims(attention, result if _adds(block) else between((near.mlp, far.mlp)), result)
+        # Where down's result is only added, what the MLP is to give is the block's.
+        adds = parts.mlp is not None and parts.adds(block, parts.mlp.down)
+        return _Aims(attention, result if adds else between((near.mlp, far.mlp)), result)
 
-    def _prune_attention(
+    def _prune_group(
         self,
         block: Block,
+        parts: _Parts,
         group: Group,
-        hidden: list[Tensor],
+        hidden: list[Batch],
         aims: _Aims | None,
         clock: Clock,
         advance: Advance,
         report: BlockReport,
     ) -> None:
-        """Prune q, k and v, or o, and report them."""
-        names = block.names(group)
-        if any(block.patterns[name] for name in names):
+        """Prune q, k and v, or o, and whatever else shares an input, and report them."""
+        if block.wanted(group):
             with clock("run"):
-                moments, goal = _measure_attention(block, group, hidden, aims)
-        for name in names:
+                moments, goal = _measure_group(block, parts, group, hidden, aims)
+        for matrix in group:
             error = None
-            if block.patterns[name] is not None:
+            if block.pattern(matrix) is not None:
                 with clock("solve"):
-                    report.layers.append(self._prune_layer(block, name, moments, goal))
+                    report.layers.append(self._prune_matrix(block, matrix, moments, goal))
                 error = report.layers[-1].error
-            advance(name, error)
+            advance(block.name(matrix), error)
 
-    def _prune_layer(
-        self, block: Block, name: str, moments: Statistics, goal: Products | None
+    def _prune_matrix(
+        self, block: Block, matrix: Matrix, moments: Statistics, goal: Products | None
     ) -> LayerReport:
-        """Prune a layer of the attention, fitted to its goal."""
-        start, linear = time.monotonic(), block.linear(name)
+        """Prune a matrix by itself, fitted to its goal."""
+        start, name = time.monotonic(), block.name(matrix)
         try:
-            pruned = prune_linear(self.method.solver, linear, moments, goal, self.method.damping)
+            pruned = prune_linear(
+                self.method.solver, block.linear(matrix), moments, goal, self.method.damping
+            )
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
-        block.store(name, pruned.layer.weight, pruned.layer.bias)
+        block.store(matrix, pruned.layer.weight, pruned.layer.bias)
         return layer_report(name, pruned, time.monotonic() - start)
 
     def _prune_mlp(
-        self, block: Block, hidden: list[Tensor], aims: _Aims | None, clock: Clock, report: BlockReport
+        self,
+        block: Block,
+        parts: _Parts,
+        mlp: MLPAnatomy,
+        hidden: list[Batch],
+        aims: _Aims | None,
+        clock: Clock,
+        report: BlockReport,
     ) -> None:
-        """Prune the MLP as one problem, and report it."""
-        start, family = time.monotonic(), block.model.family
+        """Prune an MLP as one problem, and report it."""
+        start = time.monotonic()
         with clock("run"):
-            tokens = _mlp_tokens(block, hidden, aims)
-        names = block.names(*family.groups[2:])
-        *first, down = (block.linear(name) for name in names)
-        mlp = MLP(
-            first=tuple(first),
-            down=down,
-            gated="gate" in family.roles,
-            activation=ACT2FN[getattr(block.model.config, family.activation)],
-        )
+            tokens = _mlp_tokens(block, parts, mlp, hidden, aims)
+        name = block.path if mlp is parts.mlp else block.name(mlp.down)
+        self._solve_mlp(block, mlp, tokens, name, start, clock, report)
+
+    def _solve_mlp(
+        self,
+        block: Block,
+        mlp: MLPAnatomy,
+        tokens: Tokens,
+        name: str,
+        start: float,
+        clock: Clock,
+        report: BlockReport,
+    ) -> None:
+        matrices = (*mlp.first, mlp.down)
+        *first, down = (block.linear(matrix) for matrix in matrices)
+        problem = MLP(tuple(first), down, gated=mlp.gated, activation=block.activation(mlp))
         try:
             with clock("solve"):
-                solution = self.method.prune(mlp, tokens)
+                solution = self.method.prune(problem, tokens)
         except FloatingPointError as error:
-            raise FloatingPointError(f"the MLP of '{block.path}': {error}") from None
+            raise FloatingPointError(f"the MLP of '{name}': {error}") from None
         reports = []
-        for name, pruned in zip(names, (*solution.first, solution.down), strict=True):
-            if block.patterns[name] is not None:
-                block.store(name, pruned.layer.weight, pruned.layer.bias)
-                reports.append(layer_report(name, pruned, 0.0))
+        for matrix, pruned in zip(matrices, (*solution.first, solution.down), strict=True):
+            if block.pattern(matrix) is not None:
+                block.store(matrix, pruned.layer.weight, pruned.layer.bias)
+                reports.append(layer_report(block.name(matrix), pruned, 0.0))
         share = round((time.monotonic() - start) / len(reports), 4)  # they are solved together
         report.layers.extend(replace(layer, seconds=share) for layer in reports)
         if self.method.iterations:
-            report.mlps.append(MLPReport(block.path, solution.iterates, solution.kept))
+            report.mlps.append(MLPReport(name, solution.iterates, solution.kept))
+
+    def _prune_experts(
+        self, block: Block, experts: Experts, hidden: list[Batch], clock: Clock, report: BlockReport
+    ) -> None:
+        """Prune each expert as an MLP of its own, towards what it gives now for its tokens."""
+        if not block.wanted(experts.matrices):
+            return
+        with clock("run"):
+            routed = route(block, hidden, experts)
+        report.experts.append(ExpertsReport(f"{block.path}.{experts.home}", routed.counts()))
+        local = Local(self.method.solver, "linear")
+        for number, expert in enumerate(experts.members):
+            if not block.wanted(expert.matrices):
+                continue
+            given = routed.tokens(number)
+            if expert.mlp is None or expert.mlp.activation is None:
+                local.prune_expert(block, expert, given, clock, lambda name, error: None, report)
+                continue
+            start = time.monotonic()
+            with clock("run"):
+                outputs = _expert_outputs(block, expert.mlp, given)
+            name = block.name(expert.down)
+            self._solve_mlp(block, expert.mlp, Tokens(given, outputs), name, start, clock, report)
 
     def _refine(
-        self, block: Block, layers: list[LayerReport], hidden: list[Tensor], targets: list[Tensor]
+        self, block: Block, layers: list[LayerReport], hidden: list[Batch], targets: list[Tensor]
     ) -> Refinement:
-        """Refine the pruned layers, if the block is better for it."""
-        path = block.path
-        stored = {
-            f"{layer.name}.{leaf}".removeprefix(path + "."): tensor
-            for layer in layers
-            for leaf, tensor in block.stored(layer.name).items()
-        }
+        """Refine the pruned matrices, if the block is better for it."""
+        path, pruned = block.path, {layer.name for layer in layers}
+        matrices = [matrix for matrix in block.anatomy.matrices.values() if block.name(matrix) in pruned]
+        names = [name for matrix in matrices for name in (matrix.weight, matrix.bias) if name is not None]
+        stored = {name: block.parameters[name] for name in dict.fromkeys(names)}
         try:
             found = refined_by_descent(block.model, block.index, stored, hidden, targets, passes=self.refine)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{path}': {error}") from None
-        if found.parameters is not None:
-            for name in (layer.name for layer in layers):
-                inner, layer = name.removeprefix(path + "."), block.layer(name)
-                weight, bias = (found.parameters.get(f"{inner}.{leaf}") for leaf in ("weight", "bias"))
-                assert weight is not None
-                block.store(name, weight if linear_weight(layer) is layer.weight else weight.T, bias)
+        for name, values in (found.parameters or {}).items():
+            block.put(name, values)
         return Refinement(path, found.before, found.after)
 
 
-def _adds(block: Block) -> bool:
-    """Whether the block adds what o and down give to the stream, and does nothing else to it."""
-    return block.model.family.adds(block.model.config)
-
-
-def _aim(block: Block, hidden: list[Tensor]) -> _Aims:
+def _aim(block: Block, parts: _Parts, hidden: list[Batch]) -> _Aims:
     """What a dense block gives for an input."""
-    adds, (_, (o,), _, (down,)) = _adds(block), block.model.family.groups
+    mixer, down = parts.mixer, None if parts.mlp is None else parts.mlp.down
+    wanted = [matrix for matrix in (mixer, down) if matrix is not None]
     aims = _Aims([], [], [])
-    seen_by_batch = observe(block.model, block.index, hidden, outputs=(o, down), whole=True)
-    for states, seen in zip(hidden, seen_by_batch, strict=True):
+    seen_by_batch = observe(block.model, block.index, hidden, outputs=wanted, whole=True)
+    for batch, seen in zip(hidden, seen_by_batch, strict=True):
         assert seen.result is not None
-        home, after = states.device, seen.outputs[o].view_as(states)
-        aims.attention.append((states.to(after.device) + after if adds else after).to(home))
-        aims.result.append(seen.result.to(home))
-        aims.mlp.append(aims.result[-1] if adds else seen.outputs[down].view_as(states).to(home))
+        states = batch.states
+        if mixer is not None:
+            given = seen.outputs[mixer.name].view_as(states)
+            aims.attention.append(_added(block, parts, mixer, states, given).to(states.device))
+        aims.result.append(seen.result.to(states.device))
+        if down is not None:
+            adds = parts.adds(block, down)
+            own = aims.result[-1] if adds else seen.outputs[down.name].view_as(states).to(states.device)
+            aims.mlp.append(own)
     return aims
 
 
-def _measure_attention(
-    block: Block, group: Group, hidden: list[Tensor], aims: _Aims | None
+def _added(block: Block, parts: _Parts, matrix: Matrix, states: Tensor, given: Tensor) -> Tensor:
+    """The stream with what a matrix gives added, or that alone where it is not simply added."""
+    if not parts.adds(block, matrix):
+        return given
+    factor = block.anatomy.factors[matrix.name]
+    return states.to(given.device) + (given if factor == 1 else factor * given)
+
+
+def _measure_group(
+    block: Block, parts: _Parts, group: Group, hidden: list[Batch], aims: _Aims | None
 ) -> tuple[Statistics, Products | None]:
-    """Second moments of what q, k and v, or o, see; and for o, the products that it is fitted by."""
-    model, name = block.model, group[0]
-    if name != model.family.groups[1][0] or aims is None:
+    """Second moments of what matrices see; and for o, the products that it is fitted by."""
+    model, matrix = block.model, group[0]
+    if aims is None or group != (parts.mixer,):
         return measure(model, block.index, (group,), hidden)[group], None
-    outputs, inputs = linear_weight(model.blocks[block.index].get_submodule(name)).shape
+    outputs, inputs = matrix.shape
     moments = Statistics(inputs, device=model.device)
     products = Products(outputs, inputs, device=model.device)
-    for states, aim, seen in zip(
-        hidden, aims.attention, observe(model, block.index, hidden, inputs=(name,)), strict=True
+    for batch, aim, seen in zip(
+        hidden, aims.attention, observe(model, block.index, hidden, inputs=group), strict=True
     ):
-        given = seen.inputs[name].reshape(-1, inputs)
+        given = seen.inputs[matrix.name].reshape(-1, inputs)
         wanted = aim.to(model.device).float()
-        if _adds(block):
-            wanted = wanted - states.to(model.device)
+        if parts.adds(block, matrix):
+            wanted = _less(wanted, batch.states, block.anatomy.factors[matrix.name])
         moments.update(given)
         products.update(wanted.reshape(-1, outputs), given)
     return moments, products
 
 
-def _mlp_tokens(block: Block, hidden: list[Tensor], aims: _Aims | None) -> Tokens:
-    """What the MLP of a block whose attention is pruned sees, and what it ought to give."""
-    (_, (o,), (first, *_), (down,)) = block.model.family.groups
-    tokens = Tokens([], [])
-    outputs = (down,) if aims is None else (o,) if _adds(block) else ()
-    seen_by_batch = observe(block.model, block.index, hidden, inputs=(first,), outputs=outputs)
-    for i, (states, seen) in enumerate(zip(hidden, seen_by_batch, strict=True)):
-        if aims is None:
-            wanted = seen.outputs[down]
-        elif _adds(block):
-            wanted = aims.mlp[i].float() - states - seen.outputs[o].view_as(states).to(states.device)
+def _less(wanted: Tensor, stream: Tensor, factor: float) -> Tensor:
+    """What a matrix has to give for a stream, to which it is added times a factor, to become what is wanted."""
+    rest = wanted - stream.to(wanted.device)
+    return rest if factor == 1 else rest / factor
+
+
+def _mlp_tokens(
+    block: Block, parts: _Parts, mlp: MLPAnatomy, hidden: list[Batch], aims: _Aims | None
+) -> Tokens:
+    """What an MLP sees in a block whose attention is pruned, and what it ought to give."""
+    tokens, down, anatomy = Tokens([], []), mlp.down, block.anatomy
+    own = aims is None or mlp is not parts.mlp
+    adds = parts.adds(block, down)
+    rest = [m for m in anatomy.matrices.values() if m.name in anatomy.factors and m.name != down.name]
+    outputs = [down] if own else rest if adds else []
+    seen_by_batch = observe(block.model, block.index, hidden, inputs=mlp.first[:1], outputs=outputs)
+    for i, (batch, seen) in enumerate(zip(hidden, seen_by_batch, strict=True)):
+        states = batch.states
+        if own or aims is None:
+            wanted = seen.outputs[down.name]
+        elif adds:
+            wanted = aims.mlp[i].float() - states
+            for matrix in rest:
+                given, factor = seen.outputs[matrix.name].view_as(states), anatomy.factors[matrix.name]
+                wanted = wanted - (given if factor == 1 else factor * given).to(states.device)
+            factor = anatomy.factors[down.name]
+            wanted = wanted if factor == 1 else wanted / factor
         else:
             wanted = aims.mlp[i]
-        for kept, new in ((tokens.inputs, seen.inputs[first]), (tokens.targets, wanted)):
+        for kept, new in ((tokens.inputs, seen.inputs[mlp.first[0].name]), (tokens.targets, wanted)):
             kept.append(new.reshape(-1, new.shape[-1]).to(states.device, states.dtype))
     return tokens
+
+
+def _expert_outputs(block: Block, mlp: MLPAnatomy, given: list[Tensor]) -> list[Tensor]:
+    """What an expert gives for its tokens."""
+    *first, down = (block.linear(matrix) for matrix in (*mlp.first, mlp.down))
+    problem = MLP(tuple(first), down, gated=mlp.gated, activation=block.activation(mlp))
+    stacked = problem.stacked()
+    return [
+        apply(down, problem.channels(apply(stacked, tokens.to(down.weight.device, down.weight.dtype)))).to(
+            tokens.device, tokens.dtype
+        )
+        for tokens in given
+    ]

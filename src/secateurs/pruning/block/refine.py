@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateurs.blockwise import BlockwiseModel
+from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.device import multiplies_bfloat16
 
 TOKENS_A_STEP = 1024
@@ -44,7 +44,7 @@ def refine(
     model: BlockwiseModel,
     index: int,
     stored: dict[str, Tensor],
-    hidden: list[Tensor],
+    hidden: list[Batch],
     targets: list[Tensor],
     *,
     passes: int,
@@ -61,9 +61,8 @@ def refine(
         index: of the block.
         stored: the parameters to train, by their names within the block, as they stand in the files: the
             result is judged as it is rounded to their dtypes.
-        hidden: what the block is given, a (batch, length, hidden) tensor for each batch; at least two
-            sequences.
-        targets: what it ought to give, of the same shapes.
+        hidden: what the block is given; at least two sequences.
+        targets: what it ought to give, a (batch, length, hidden) tensor for each batch.
         passes: over the sequences.
 
     Raises:
@@ -72,7 +71,7 @@ def refine(
     pairs = [
         pair
         for given, wanted in zip(hidden, targets, strict=True)
-        for pair in zip(given.split(1), wanted.split(1), strict=True)
+        for pair in zip(given.split(), wanted.split(1), strict=True)
     ]
     shown = [pair for i, pair in enumerate(pairs) if i % HELD_OUT != 1]
     unseen = pairs[1::HELD_OUT]
@@ -84,17 +83,19 @@ def refine(
         for name, tensor in stored.items()
     }
     parameters |= trained
-    kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim == 2}
-    together = max(1, TOKENS_A_STEP // hidden[0].shape[1])
-    energy = sum(float((wanted.float() - given.float()).square().sum()) for given, wanted in pairs) / len(
-        pairs
-    )
+    kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim > 1}
+    together = max(1, TOKENS_A_STEP // hidden[0].states.shape[1])
+    energy = sum(
+        float((wanted.float() - given.states.float()).square().sum()) for given, wanted in pairs
+    ) / len(pairs)
     energy = energy or 1.0
 
-    low = hidden[0].dtype == torch.bfloat16 and multiplies_bfloat16(model.device)
+    low = hidden[0].states.dtype == torch.bfloat16 and multiplies_bfloat16(model.device)
 
-    def lost(some: Sequence[tuple[Tensor, Tensor]], weights: dict[str, Tensor]) -> Tensor:
-        given, wanted = (torch.cat(tensors).to(model.device).float() for tensors in zip(*some, strict=True))
+    def lost(some: Sequence[tuple[Batch, Tensor]], weights: dict[str, Tensor]) -> Tensor:
+        given = Batch.joined([batch for batch, _ in some])
+        given.states = given.states.to(model.device).float()
+        wanted = torch.cat([tensor for _, tensor in some]).to(model.device).float()
         # Within a caller's autocast a cache would keep what the first step multiplied by.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
             result = model.run_with(index, given, weights)
