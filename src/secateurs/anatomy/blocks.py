@@ -1,5 +1,6 @@
 """Where a model's blocks are, which of them are of one kind, and what each is called with."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
     """
     kind, config = causal_class(config)
     with torch.device("meta"):
-        model: PreTrainedModel = kind._from_config(config, dtype=dtype)
+        # A copy: what is built of a configuration writes its dtype there.
+        model: PreTrainedModel = kind._from_config(copy.deepcopy(config), dtype=dtype)
     return with_computed_buffers(model).eval().requires_grad_(False)
 
 
