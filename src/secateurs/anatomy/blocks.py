@@ -34,16 +34,12 @@ def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
     for owner in model.modules():
         if isinstance(owner, PreTrainedModel):
             owners |= dict.fromkeys(owner.modules(), owner)
-    for module, owner in owners.items():
-        names = [
-            name
-            for name, buffer in module.named_buffers(recurse=False)
-            if name in module._non_persistent_buffers_set and buffer.is_meta
-        ]
-        for name in names:
-            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-        if names:
-            owner._init_weights(module)
+    for module in owners:
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in module._non_persistent_buffers_set and buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    for module, owner in reversed(owners.items()):  # some compute those of modules within
+        owner._init_weights(module)
     return model
 
 
@@ -82,16 +78,20 @@ def kind_of(block: nn.Module, call: Call) -> Kind:
     """
     parts: list[Any] = []
     for name, module in block.named_modules():
-        settings = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str | None | tuple)
-            and key not in ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
-        }
+        settings = {key: value for key, value in vars(module).items() if _is_plain(value) and key not in NUMBERS}
         parts.append((name, type(module), sorted((key, repr(value)) for key, value in settings.items())))
     shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
-    given = sorted((key, type(value).__name__) for key, value in call.kwargs.items())
-    return repr(parts), repr(shapes), repr(given)
+    given = [*enumerate(call.args), *sorted(call.kwargs.items())]
+    arguments = [(key, value if _is_plain(value) else type(value).__name__) for key, value in given]
+    return repr(parts), repr(shapes), repr(arguments)
+
+
+NUMBERS = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
+"""What blocks call their own number."""
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None | tuple) and not isinstance(value, Tensor)
 
 
 LENGTH = 24

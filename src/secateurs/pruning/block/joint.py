@@ -144,9 +144,8 @@ class Joint:
         """What a block is to give. Also pushes the dense stream on."""
         if streams.dense is None:
             return _aim(block, parts, streams.pruned)
-        far = _aim(block, parts, streams.dense)
+        far = _aim(block, parts, streams.dense, keep=True)
         for batch, result in zip(streams.dense, far.result, strict=True):
-            block.model.push(block.index, batch) if batch.shared else None
             batch.states = result
         if self.repair == 1:
             return far
@@ -285,23 +284,22 @@ class Joint:
         return Refinement(path, found.before, found.after)
 
 
-def _aim(block: Block, parts: _Parts, hidden: list[Batch]) -> _Aims:
+def _aim(block: Block, parts: _Parts, hidden: list[Batch], *, keep: bool = False) -> _Aims:
     """What a dense block gives for an input."""
     mixer, down = parts.mixer, None if parts.mlp is None else parts.mlp.down
     wanted = [matrix for matrix in (mixer, down) if matrix is not None]
     aims = _Aims([], [], [])
-    seen_by_batch = observe(block.model, block.index, hidden, outputs=wanted, whole=True)
+    seen_by_batch = observe(block.model, block.index, hidden, outputs=wanted, whole=True, keep=keep)
     for batch, seen in zip(hidden, seen_by_batch, strict=True):
         assert seen.result is not None
         states = batch.states
         if mixer is not None:
-            given = seen.outputs[mixer.name].view_as(states)
+            given = seen.outputs[mixer.name]
             aims.attention.append(_added(block, parts, mixer, states, given).to(states.device))
         aims.result.append(seen.result.to(states.device))
         if down is not None:
             adds = parts.adds(block, down)
-            own = aims.result[-1] if adds else seen.outputs[down.name].view_as(states).to(states.device)
-            aims.mlp.append(own)
+            aims.mlp.append(aims.result[-1] if adds else seen.outputs[down.name].to(states.device))
     return aims
 
 
@@ -309,7 +307,7 @@ def _added(block: Block, parts: _Parts, matrix: Matrix, states: Tensor, given: T
     """The stream with what a matrix gives added, or that alone where it is not simply added."""
     if not parts.adds(block, matrix):
         return given
-    factor = block.anatomy.factors[matrix.name]
+    factor, given = block.anatomy.factors[matrix.name], given.view_as(states)
     return states.to(given.device) + (given if factor == 1 else factor * given)
 
 

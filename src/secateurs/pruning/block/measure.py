@@ -38,6 +38,7 @@ def observe(
     inputs: Collection[Matrix] = (),
     outputs: Collection[Matrix] = (),
     whole: bool = False,
+    keep: bool = False,
 ) -> Iterator[Seen]:
     """Run a materialised block, as far as it takes, and show what some of its matrices are given and give.
 
@@ -48,6 +49,7 @@ def observe(
         inputs: the matrices whose inputs are wanted.
         outputs: those whose outputs are.
         whole: run the block to its end, for its result.
+        keep: what it leaves for later blocks.
     """
     of_inputs = {(matrix.weight, matrix.expert): matrix.name for matrix in inputs}
     of_outputs = {(matrix.weight, matrix.expert): matrix.name for matrix in outputs}
@@ -74,7 +76,7 @@ def observe(
         result = None
         try:
             with watch:
-                result = model.run(index, batch)
+                result = model.run(index, batch, keep=keep)
         except _Enough:
             pass
         yield seen._replace(result=result)
