@@ -24,7 +24,7 @@ def sequence_length(length: int | None, config: PretrainedConfig) -> int:
     Raises:
         ValueError: the model has fewer positions, or there is no next token to learn.
     """
-    positions: int | None = getattr(config, "max_position_embeddings", None)
+    positions: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length is None:
         return min(positions or 2048, 2048)
     if length < 2 or (positions and length > positions):

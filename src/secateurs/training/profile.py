@@ -179,7 +179,7 @@ def measure_activity(model: PreTrainedModel, tokens: Tensor) -> list[BlockProfil
     try:
         for batch in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
             # Not the head: its logits are the largest tensor of all, and nobody reads them.
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+            model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
