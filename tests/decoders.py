@@ -293,7 +293,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "adapter_rank": 8,
         "chunk_size": 16,
     },
-    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "num_experts_per_tok": 1, "router_hidden_size": 16},
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "num_experts_per_tok": 1, "router_hidden_size": 64},
 }
 """What a type of model needs beside `SIZES`, or instead. Some types have a second entry: "type+variant"."""
 
@@ -375,7 +375,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
     """The tiny model of a type, in evaluation mode."""
     config = config_of(name)
     auto: Any = AutoModelForImageTextToText if name in WRAPPERS else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # transformers draws some vectors at random, as time steps of Mamba
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
