@@ -344,7 +344,8 @@ class _Calls:
                 self._varying[i] = [first] * self._count
 
     def of(self, batch: Batch, shared: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call for a batch. Blocks read from `shared` what earlier ones left there, and leave their own."""
+        """The call for a batch. Blocks read from `shared` what earlier ones left there, and leave their
+        own."""
         leaves = list(self._leaves)
         for i in self._repeated:
             leaves[i] = leaves[i].expand(len(batch.at), *leaves[i].shape[1:])

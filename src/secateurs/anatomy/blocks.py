@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from secateurs.anatomy.trace import Call, Virtual
-from secateurs.checkpoint.config import causal_class, short
+from secateurs.checkpoint.config import model_class, short
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -21,7 +21,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
 
     Buffers that are computed and not stored (rotary frequencies) are real.
     """
-    kind, config = causal_class(config)
+    kind, config = model_class(config)
     with torch.device("meta"):
         # A copy: what is built of a configuration writes its dtype there.
         model: PreTrainedModel = kind._from_config(copy.deepcopy(config), dtype=dtype)
@@ -29,7 +29,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
 
 
 def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
-    """A model on the meta device, its buffers that are computed and not stored as transformers computes them."""
+    """A model on the meta device, its buffers that are computed and not stored as transformers computes
+    them."""
     owners: dict[nn.Module, PreTrainedModel] = {}  # of models within models, whose own code computes them
     for owner in model.modules():
         if isinstance(owner, PreTrainedModel):
@@ -55,10 +56,11 @@ def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in decoder.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != count:
+            continue
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
-            if any(parameter.ndim > 1 for parameter in module.parameters()):
-                found.append((name, module))
+        if not inside and any(parameter.ndim > 1 for parameter in module.parameters()):
+            found.append((name, module))
     if len(found) != 1:
         raise UnsupportedArchitectureError(
             f"unsupported architecture: {config.model_type!r} ({type(model).__name__}) has "
@@ -78,7 +80,9 @@ def kind_of(block: nn.Module, call: Call) -> Kind:
     """
     parts: list[Any] = []
     for name, module in block.named_modules():
-        settings = {key: value for key, value in vars(module).items() if _is_plain(value) and key not in NUMBERS}
+        settings = {
+            key: value for key, value in vars(module).items() if _is_plain(value) and key not in NUMBERS
+        }
         parts.append((name, type(module), sorted((key, repr(value)) for key, value in settings.items())))
     shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
     given = [*enumerate(call.args), *sorted(call.kwargs.items())]

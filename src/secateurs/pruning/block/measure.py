@@ -19,7 +19,8 @@ class Seen(NamedTuple):
     """What a block was seen to do with a batch."""
 
     inputs: dict[str, Tensor]
-    """What matrices were given, (..., in), by their names. An expert that no token goes to is given nothing."""
+    """What matrices were given, (..., in), by their names. An expert that no token goes to is given
+    nothing."""
     outputs: dict[str, Tensor]
     """What matrices gave, (..., out)."""
     result: Tensor | None
