@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 
 import decoders
 import secateurs
@@ -81,14 +80,14 @@ class Place:
 
     @cached_property
     def pruned(self) -> Path:
-        """The model with zeros: as `prune` left it, or where that refused, in half of each linear layer."""
+        """The model with zeros: as `prune` left it, or where that refused, in half of each matrix."""
         if (self.folder / "sparsegpt").exists():
             return self.folder / "sparsegpt"
         model = self.load(self.model)
         with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
-                    module.weight[module.weight.abs() < module.weight.abs().median()] = 0
+            for parameter in blocks_of(model).parameters():
+                if parameter.dim() > 1 and min(parameter.shape[-2:]) >= 16:
+                    parameter[parameter.abs() < parameter.abs().median()] = 0
         model.save_pretrained(self.folder / "zeroed")
         characters().save_pretrained(self.folder / "zeroed")
         return self.folder / "zeroed"
