@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 pytest.importorskip("gguf")
@@ -95,6 +103,31 @@ def test_positions_that_are_scaled_evenly(tmp_path: Path) -> None:
     check(gguf_files.write(tmp_path / "tiny.gguf", model, metadata=metadata), model)
 
 
+def completed(config: PretrainedConfig, **metadata: Any) -> Any:
+    kind = config.model_type.removesuffix("_text").replace("_", "")
+    named = {f"{kind}.{key.replace('__', '.')}": value for key, value in metadata.items()}
+    return unpacking._completed(config, {"general.architecture": kind, **named}, (), Path("x.gguf"))
+
+
+def test_what_transformers_takes_for_granted_is_read() -> None:
+    assert completed(Qwen3Config(), attention__key_length=64).head_dim == 64
+    assert completed(Qwen3MoeConfig(), expert_feed_forward_length=1536).moe_intermediate_size == 1536
+    # The published configurations of Gemma 2 and 3: 27B, and a smaller one of each.
+    for kind, layers, hidden, heads, width, scalar in (
+        (Gemma2Config, 46, 4608, 32, 128, 144),
+        (Gemma2Config, 42, 3584, 16, 256, 256),
+        (Gemma3TextConfig, 62, 5376, 32, 128, 168),
+        (Gemma3TextConfig, 48, 3840, 16, 256, 256),
+    ):
+        sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+        config = completed(kind(**sizes, head_dim=width), attention__key_length=width)
+        assert config.query_pre_attn_scalar == scalar
+    scaled = completed(Gemma3TextConfig(), rope__scaling__type="linear", rope__scaling__factor=8.0)
+    assert scaled.rope_parameters["full_attention"]["factor"] == 8
+    assert scaled.rope_parameters["full_attention"]["rope_type"] == "linear"
+    assert scaled.rope_parameters["sliding_attention"]["rope_type"] == "default"
+
+
 def test_every_verb_takes_it(tmp_path: Path) -> None:
     model = gguf_files.llama()
     (tmp_path / "models").mkdir()
@@ -162,8 +195,8 @@ def test_what_fails_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"architecture": "unheard-of"}, r"cannot be read \(.*unheard-of is not supported"),
-        ({"architecture": "t5"}, r"does not describe a causal language model \(t5\)|cannot be read"),
+        ({"architecture": "unheard-of"}, r"cannot be unpacked \(.*unheard-of is not supported"),
+        ({"architecture": "t5"}, r"does not describe a causal language model \(t5\)|cannot be unpacked"),
         ({"metadata": {"split.count": 2}}, "is one of 2 parts of a model: join them first"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "scales its rotary positions by 'yarn'"),
         ({"without": "blk.1.ffn_up.weight"}, "missing_keys: model.layers.1.mlp.up_proj.weight"),
@@ -189,7 +222,7 @@ def test_nan_is_found(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = torch.nan
     file = gguf_files.write(tmp_path / "tiny.gguf", model, kind)
-    with pytest.raises(ValueError, match=r"'model.layers.1.input_layernorm.weight' in '.*' holds NaN or Inf"):
+    with pytest.raises(ValueError, match=r"holds NaN or Inf \('model.layers.1.input_layernorm.weight'\)\Z"):
         resolve(file)
 
 
@@ -198,7 +231,7 @@ def test_files_that_are_cut_off(share: float, tmp_path: Path) -> None:
     file = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.llama())
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=rf"\A'{file}' cannot be read \([^\n]*\)\Z"):
+    with pytest.raises(ValueError, match=rf"\A'{file}' cannot be unpacked \([^\n]*\)\Z"):
         resolve(file)
 
 
@@ -212,6 +245,8 @@ def test_which_file_a_folder_means(tmp_path: Path) -> None:
         resolve(folder)
     model.save_pretrained(folder)
     assert resolve(folder) == folder
+    with pytest.raises(ValueError, match=r"\Ano file at '"):
+        resolve("models/missing.gguf")
     part = tmp_path / "big-00001-of-00003.gguf"
     part.touch()
     with pytest.raises(ValueError, match=r"is one of 3 parts of a model: join them first"):

@@ -35,6 +35,13 @@ FORMAT = 1
 
 PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
+SIZES = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Of the metadata, those that transformers takes to be one model's of the architecture."""
+
 ROPE_FACTORS = "rope_freqs.weight"
 
 LLAMA3 = {
@@ -136,15 +143,13 @@ def _one_of(file: Path, count: int) -> str:
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """Whatever a reader stumbles over becomes one line that names the file."""
+    """Whatever transformers stumbles over becomes one line that names the file."""
     try:
         yield
-    except (OSError, MemoryError):
-        raise
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(f"'{file}'"):
+        if str(error).startswith(f"'{file}'") or getattr(error, "errno", None) is not None:
             raise
-        raise ValueError(f"'{file}' cannot be read ({short(error)})") from error
+        raise ValueError(f"'{file}' cannot be unpacked ({short(error)})") from error
 
 
 def _weights(
@@ -172,7 +177,7 @@ def _weights(
             )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not all_finite(tensor):
-            raise ValueError(f"'{name}' in '{file}' holds NaN or Inf")
+            raise ValueError(f"'{file}' holds NaN or Inf ('{name}')")
     model.config.name_or_path = ""
     return model
 
@@ -184,6 +189,10 @@ def _completed(
     fields = _shortest(config.to_dict())
     for name in ("_model_name_or_path", "_name_or_path", "quantization_config"):
         fields.pop(name, None)
+    architecture = metadata["general.architecture"]
+    for key, name in SIZES.items():
+        if name in fields and "global_head_dim" not in fields:  # Gemma 4's key_length is that one
+            fields[name] = metadata.get(f"{architecture}.{key}", fields[name])
     # llama.cpp's own rule for Gemma: of the sizes only 27B scales by another width than that of a head.
     if "query_pre_attn_scalar" in fields:
         of_27b = fields["num_hidden_layers"] == {"gemma2": 46}.get(fields["model_type"], 62)
@@ -192,7 +201,7 @@ def _completed(
 
     rope = fields.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)  # Gemma 3's: of its two kinds of layers only those are scaled
-    prefix = f"{metadata['general.architecture']}.rope"
+    prefix = f"{architecture}.rope"
     scaling = metadata.get(
         f"{prefix}.scaling.type", "linear" if f"{prefix}.scale_linear" in metadata else "none"
     )
@@ -255,7 +264,8 @@ def _check_all_read(names: tuple[str, ...], skeleton: PreTrainedModel, architect
         return
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=skeleton.config.to_dict())
     read = {ROPE_FACTORS, *get_gguf_hf_weights_map(skeleton, processor)}
-    left = next((name for name in names if name not in read), None)
+    # Experts' tensors are one parameter, whose name has no such end.
+    left = next((name for name in names if not {name, name.removesuffix(".weight")} & read), None)
     if left is not None:
         raise ValueError(f"'{file}' holds '{left}', for which {type(skeleton).__name__} has no place")
 

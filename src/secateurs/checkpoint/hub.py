@@ -25,7 +25,9 @@ def resolve(model: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ValueError(f"'{model}' is a file: give the model folder that holds it")
+        raise ValueError(f"'{model}' is a file: give the model folder that holds it, or a .gguf file")
+    if folder.suffix == ".gguf":
+        raise ValueError(f"no file at '{model}'")
     if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise ValueError(f"no model folder at '{model}'")
     from huggingface_hub import snapshot_download
