@@ -57,11 +57,16 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         else:
             reason = short(error)
         raise ValueError(f"transformers cannot read {where} ({kind}): {reason}") from error
-    if not reads_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{where} does not describe a causal language model ({kind})")
+    check_causal(config, where, str(kind))
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None
     return config
+
+
+def check_causal(config: PretrainedConfig, where: str, kind: str) -> None:
+    """Raises ValueError, which says where the configuration is from, if it is of no causal language model."""
+    if not reads_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{where} does not describe a causal language model ({kind})")
 
 
 def reads_images(config: PretrainedConfig) -> bool:

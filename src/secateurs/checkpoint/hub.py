@@ -1,24 +1,33 @@
-"""Where a model is: a folder here, or a name on the Hugging Face hub."""
+"""Where a model is: a folder here, a .gguf file, or a name on the Hugging Face hub."""
 
 from pathlib import Path
 
 from secateurs.checkpoint.companions import ADAPTERS, FOREIGN, PICKLED
+from secateurs.checkpoint.gguf import gguf_file, unpacked_folder
 
 # All but weights that are never read: of other formats, Mistral's second copy, and those in sub-folders.
 IGNORED = [*PICKLED, *FOREIGN, *ADAPTERS, "consolidated*.safetensors", "*/*.safetensors", "original/*"]
 
 
 def resolve(model: str | Path) -> Path:
-    """The local folder of a model given as a folder or as a name on the Hugging Face hub.
+    """The local folder of a model given as a folder, a .gguf file or a name on the Hugging Face hub.
+
+    A .gguf file, also one that is all the weights of a folder, is unpacked at first (`unpacked_folder`).
 
     Raises:
-        ValueError: neither a folder here nor a model that the hub gives.
+        ValueError: neither a folder here, nor a .gguf file that can be read, nor a model that the hub gives.
+        OSError: there is no place for what is unpacked.
     """
     folder = Path(model)
+    file = gguf_file(folder)
+    if file is not None:
+        return unpacked_folder(file)
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ValueError(f"'{model}' is a file: give the model folder that holds it")
+        raise ValueError(f"'{model}' is a file: give the model folder that holds it, or a .gguf file")
+    if folder.suffix == ".gguf":
+        raise ValueError(f"no file at '{model}'")
     if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise ValueError(f"no model folder at '{model}'")
     from huggingface_hub import snapshot_download

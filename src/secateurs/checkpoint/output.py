@@ -68,12 +68,18 @@ def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> Non
     place = output.resolve()
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ValueError(f"'{output}' exists already: give another output folder")
+    check_space(
+        place, needed_bytes + bytes_of_companions(checkpoint.folder) + MARGIN_BYTES, what="the output"
+    )
+
+
+def check_space(place: Path, needed_bytes: int, what: str) -> None:
+    """Raises OSError, which says what it is for, if the disk of a place has too little space."""
     parent = _parent(place)
-    needed = needed_bytes + bytes_of_companions(checkpoint.folder) + MARGIN_BYTES
     free = shutil.disk_usage(parent).free
-    if free < needed:
+    if free < needed_bytes:
         raise OSError(
-            f"the output needs {needed / 1e9:.2f} GB, the disk of '{parent}' has {free / 1e9:.2f} GB free"
+            f"{what} needs {needed_bytes / 1e9:.2f} GB, the disk of '{parent}' has {free / 1e9:.2f} GB free"
         )
 
 

@@ -87,7 +87,7 @@ class Checkpoint:
                 return f"; '{name}' is pickled and is not opened: convert it to safetensors"
         for name in names:
             if name.endswith(".gguf"):
-                return f"; '{name}' is of llama.cpp: give the model that it was made from"
+                return f"; '{name}' is of llama.cpp: give that file itself"
         for name in names:
             if name.endswith(".safetensors"):
                 return f"; '{name}' is there, but nothing says what belongs to the model"
