@@ -61,7 +61,9 @@ class Place:
     def load(self, folder: Path) -> PreTrainedModel:
         """What transformers makes of a folder, all of whose tensors it finds."""
         auto: Any = AutoModelForImageTextToText if self.name in decoders.WRAPPERS else AutoModelForCausalLM
+        # Expert by expert, as blocks run by themselves: other ways round otherwise.
         model, found = auto.from_pretrained(folder, output_loading_info=True)
+        model.set_experts_implementation("eager")
         assert not any(found.values()), found
         for tensor in (*model.parameters(), *model.buffers()):
             # In a file they lie at any address, and by where its operands lie a product may round otherwise.
@@ -182,13 +184,14 @@ def check_blocks(place: Place) -> None:
     model = BlockwiseModel(secateurs.Checkpoint(place.model), torch.device("cpu"))
     stream = model.embed(ids, batch_size=2)
     assert len(stream) == 2
-    for batch, states in zip(ids.split(2), stream, strict=True):
-        expected = states_of(whole, batch)
-        assert torch.equal(states, expected[0]), "what the first block reads"
-        for index in range(len(model.blocks)):
-            with model.block(index):
-                states = model.run(index, states)
-            assert torch.equal(states, expected[index + 1]), f"block {index}"
+    expected = [states_of(whole, ids[batch.at[0] : batch.at[-1] + 1]) for batch in stream]
+    for batch, (first, *_) in zip(stream, expected, strict=True):
+        assert torch.equal(batch.states, first), "what the first block reads"
+    for index in range(len(model.blocks)):
+        with model.block(index):
+            for batch, (_, *results) in zip(stream, expected, strict=True):
+                model.push(index, batch)
+                assert torch.equal(batch.states, results[index]), f"block {index}"
 
 
 def states_of(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -200,7 +203,7 @@ def states_of(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
         states.append(args[0] if args else kwargs["hidden_states"])
 
     def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
+        states.append(output[0] if isinstance(output, tuple | list) else output)
 
     handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
     handles += [block.register_forward_hook(after) for block in blocks]
@@ -261,5 +264,7 @@ def matrix_of(tensors: dict[str, Tensor], layer: str) -> tuple[str, Tensor]:
     """A matrix by its name in a report: a layer's weight, or the part of one expert; and what it lies in."""
     if f"{layer}.weight" in tensors:
         return f"{layer}.weight", tensors[f"{layer}.weight"]
+    if layer in tensors:
+        return layer, tensors[layer]
     experts, expert, leaf = layer.rsplit(".", 2)
     return f"{experts}.{leaf}", tensors[f"{experts}.{leaf}"][int(expert)]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import PretrainedConfig
 
 from secateurs.anatomy import UnsupportedArchitectureError, derive_anatomy, skeleton
-from secateurs.anatomy.blocks import RESULTS, states_of
-from secateurs.anatomy.experts import use_experts_one_by_one
+from secateurs.anatomy.blocks import RESULTS, decoder_of, states_of
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.config import read_config, refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
@@ -111,10 +111,11 @@ class BlockwiseModel:
         named: Any = self.text_config.dtype or self.config.dtype
         self.dtype: torch.dtype = named or self.pieces[f"{self.path}.{index}.{first}"][0].dtype
         self.model = skeleton(self.config, self.dtype)
-        use_experts_one_by_one(self.model)
-        decoder: Any = self.model.get_decoder()
-        self.decoder: nn.Module = decoder
-        prefix = next(name for name, module in self.model.named_modules() if module is decoder)
+        for module in self.model.modules():
+            if isinstance(getattr(module, "config", None), PretrainedConfig):
+                module.config._experts_implementation_internal = "eager"  # expert by expert, to be watched
+        self.decoder = decoder_of(self.model)
+        prefix = next(name for name, module in self.model.named_modules() if module is self.decoder)
         self._prefix = f"{prefix}." if prefix else ""
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -300,7 +301,7 @@ class BlockwiseModel:
 
 
 def _states(output: Any) -> Tensor:
-    states: Tensor = output[0] if isinstance(output, tuple) else output
+    states: Tensor = output[0] if isinstance(output, tuple | list) else output
     return states
 
 

@@ -44,30 +44,42 @@ def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """What of a model makes hidden states of a text's tokens."""
+    decoder: nn.Module = model.get_decoder()
+    return decoder if _outermost_lists(decoder) else model.base_model  # some call their head a decoder
+
+
 def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """A model's list of blocks, and its path within the model.
 
     Raises:
         UnsupportedArchitectureError: there is no one such list.
     """
-    decoder: nn.Module = model.get_decoder()
     config: Any = model.config
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in decoder.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != count:
-            continue
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if not inside and any(parameter.ndim > 1 for parameter in module.parameters()):
-            found.append((name, module))
+    decoder = decoder_of(model)
+    lists = _outermost_lists(decoder)
+    found = [entry for entry in lists if len(entry[1]) == count] or lists
     if len(found) != 1:
         raise UnsupportedArchitectureError(
             f"unsupported architecture: {config.model_type!r} ({type(model).__name__}) has "
-            f"{len(found) or 'no'} lists of {count} blocks"
+            f"{len(found) or 'no'} stacks of blocks, where one is needed"
         )
     [(name, blocks)] = found
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
     return f"{prefix}.{name}".removeprefix("."), blocks
+
+
+def _outermost_lists(part: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Lists of modules that hold matrices, and are in no other such list."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in part.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        holds = isinstance(module, nn.ModuleList) and any(p.ndim > 1 for p in module.parameters())
+        if holds and not inside:
+            found.append((name, module))
+    return found
 
 
 Kind = tuple[Any, ...]
@@ -101,11 +113,18 @@ def _is_plain(value: Any) -> bool:
 LENGTH = 24
 """Tokens in the text that a block is traced on."""
 
+
+class _Beside:
+    """In the place of what a block gives beside hidden states."""
+
+
+BESIDE = _Beside()
+
 RESULTS: tuple[Callable[[Tensor], Any], ...] = (
     lambda states: states,
     lambda states: (states,),
-    lambda states: (states, None),
-    lambda states: (states, None, None),
+    lambda states: (states, BESIDE),
+    lambda states: (states, BESIDE, BESIDE),
 )
 """What blocks give, in the shapes that models unpack."""
 
@@ -139,7 +158,7 @@ def note_calls(model: PreTrainedModel, blocks: nn.ModuleList) -> tuple[list[Call
             block.forward = note
         try:
             with Virtual(torch.Generator().manual_seed(0)):
-                model.get_decoder()(input_ids=ids, use_cache=False)
+                decoder_of(model)(input_ids=ids, use_cache=False)
         except Exception as error:  # of whatever kind the model's code stumbles into
             reason = reason or short(error)
         finally:
@@ -147,7 +166,10 @@ def note_calls(model: PreTrainedModel, blocks: nn.ModuleList) -> tuple[list[Call
                 del block.forward
         if len(calls) == len(blocks):
             shapes = {getattr(call.args[0], "shape", None) for call in calls}
-            if len(shapes) == 1 and None not in shapes:
+            handed_on = any(call.hands_on(BESIDE) for call in calls)
+            if handed_on:
+                reason = "they hand more than hidden states on"
+            elif len(shapes) == 1 and None not in shapes:
                 return calls, number
     raise UnsupportedArchitectureError(
         f"unsupported architecture: {config.model_type!r} does not call its blocks one after the other"

@@ -5,6 +5,7 @@ an o; what goes channel by channel feeds a down; what multiplies its channel exa
 of the channel is the gate's activation.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -237,7 +238,7 @@ class _Reading:
         heads = [v for k, v in vars(self.config).items() if "heads" in k and isinstance(v, int)]
         few = 2 * max(heads, default=0)
         why: dict[str, str] = {}
-        seen = set()
+        seen: set[str] = set()
         for product in self.products:
             matrix, name = product.matrix, product.matrix.name
             seen.add(matrix.weight)
@@ -249,6 +250,12 @@ class _Reading:
                 why[matrix.weight] = "a router or gate: its results only weigh those of others"
             elif matrix.shape[0] <= few and name not in self.roles:
                 why[matrix.weight] = "a gate or step for each head"
+        whole = {matrix.weight for mlp in self.mlps for matrix in (*mlp.first, mlp.down)}
+        rest = seen - whole - why.keys()
+        homes = Counter(_home(weight) for weight in rest if self.block.get_parameter(weight).ndim == 3)
+        for weight in rest:
+            if homes[_home(weight)] == 1:
+                why[weight] = "experts that are no MLPs"
         biases = {product.matrix.bias for product in self.products}
         for name, parameter in self.block.named_parameters():
             if parameter.ndim > 1 and name not in seen | biases:
@@ -303,11 +310,15 @@ class _Reading:
         )
 
     def _experts(self, parameter: str) -> list[int | None]:
-        """The numbers of the experts that a parameter holds."""
+        """The numbers of the experts that a parameter holds: no more than all matrices of their MLP have."""
         if parameter not in {p.matrix.weight for p in self.products}:
             return []
-        shape = self.block.get_parameter(parameter).shape
-        return list(range(shape[0])) if len(shape) == 3 else [None]
+        together = {parameter}
+        for mlp in self.mlps:
+            weights = {matrix.weight for matrix in (*mlp.first, mlp.down)}
+            together |= weights if parameter in weights else set()
+        shapes = [self.block.get_parameter(name).shape for name in together]
+        return list(range(min(shape[0] for shape in shapes))) if len(shapes[0]) == 3 else [None]
 
     def _heads(self) -> Heads | None:
         if len(self.trace.attention) != 1 or not self.mixers:
@@ -403,6 +414,11 @@ def _parts(product: Product, source: Product) -> list[_Part]:
         linear = bool(close.float().mean() > 0.99)
         parts.append(_Part(source, True, results[:, chosen], tokens, linear, ordered, int(chosen[0])))
     return parts
+
+
+def _home(parameter: str) -> str:
+    """The module that a parameter is in."""
+    return parameter.rpartition(".")[0]
 
 
 def _in_common(one: list[str], other: list[str]) -> int:

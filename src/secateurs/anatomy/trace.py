@@ -22,7 +22,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from secateurs.anatomy.experts import ONE_BY_ONE
 from secateurs.anatomy.matrix import Matrix
 from secateurs.anatomy.products import Multiplication, Parameters, Place, as_multiplication, storage_of
 
@@ -75,6 +74,10 @@ class Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def hands_on(self, thing: object) -> bool:
+        """Whether a thing is among the arguments."""
+        return any(leaf is thing for leaf in pytree.tree_leaves((self.args, self.kwargs)))
 
 
 class _MoreReal(Exception):  # noqa: N818 - not an error: the run begins again
@@ -130,7 +133,7 @@ def _run(block: nn.Module, call: Call, real: set[str]) -> Trace:
         result = block(given, *args, **kwargs)
     if virtual.misused:
         raise _MoreReal(virtual.misused)
-    result = result[0] if isinstance(result, tuple) else result
+    result = result[0] if isinstance(result, tuple | list) else result
     many = frozenset(name for name in real if block.get_parameter(name).ndim > 1)
     return Trace(block, given, result, virtual.products, virtual.attention, many)
 
@@ -156,6 +159,9 @@ class Virtual(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == torch.Tensor.device.__get__:
             return torch.device("cpu")
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and not args[1].ndim:
+            args = (args[0], int(args[1]))  # one expert, say: a view
+            tensors = virtual
         if len(virtual) == len(tensors):
             return self.derived(func, virtual, func(*args, **kwargs))
         return self.mixed(func, args, kwargs, virtual)
@@ -258,7 +264,7 @@ def _recording(virtual: _Virtual) -> Iterator[None]:
 @contextmanager
 def implemented_here(model: nn.Module) -> Iterator[None]:
     """A model's attention and experts run by the implementations of this file."""
-    names = {"_attn_implementation_internal": TRACE, "_experts_implementation_internal": ONE_BY_ONE}
+    names = {"_attn_implementation_internal": TRACE, "_experts_implementation_internal": "eager"}
     configs = {
         id(module.config): module.config
         for module in model.modules()
@@ -275,11 +281,16 @@ def implemented_here(model: nn.Module) -> Iterator[None]:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
     kwargs = {"scaling": query.shape[-1] ** -0.5, "dropout": 0.0, **kwargs}
-    result, weights = own(module, query, key, value, mask, **kwargs)
+    result, weights = own(module, query, key, value, attention_mask, **kwargs)
     if _recorder is not None:
         _recorder.attention.append(AttentionCall(query, key, value, result))
     return result, weights

@@ -50,21 +50,22 @@ class Experts:
 def experts_of(block: Block) -> list[Experts]:
     """The experts of a block, in the order of the forward pass."""
     anatomy = block.anatomy
+    mlps = {matrix.name: mlp for mlp in anatomy.mlps for matrix in (*mlp.first, mlp.down)}
     homes: dict[str, dict[int, list[Matrix]]] = {}
     for matrix in anatomy.matrices.values():
         if matrix.expert is not None:
-            home = matrix.weight.rpartition(".")[0]
+            mlp = mlps.get(matrix.name)
+            home = (matrix if mlp is None else mlp.down).weight.rpartition(".")[0]
             homes.setdefault(home, {}).setdefault(matrix.expert, []).append(matrix)
-    mlps = {mlp.down.name: mlp for mlp in anatomy.mlps}
     return [
         Experts(
             home,
             tuple(
                 Expert(tuple(first), down, mlps.get(down.name))
-                for _, (*first, down) in sorted(members.items())
+                for _, (*first, down) in sorted(numbers.items())
             ),
         )
-        for home, members in homes.items()
+        for home, numbers in homes.items()
     ]
 
 
