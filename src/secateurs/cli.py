@@ -43,7 +43,7 @@ from secateurs.training.profile import table as table_of_activity
 from secateurs.training.run import train
 from secateurs.training.settings import TrainSettings
 
-MODEL = "A Hugging Face model folder with safetensors, or a name on the hub. It is only read."
+MODEL = "A Hugging Face model folder with safetensors, a .gguf file, or a name on the hub. It is only read."
 
 
 class Verb(NamedTuple):
