@@ -14,13 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from secateurs.anatomy import family_of, linear_weight
 from secateurs.checkpoint import Checkpoint, resolve
-from secateurs.checkpoint.config import is_compressed
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.evaluation.inspect_pictures import draw
 from secateurs.evaluation.inspection import LARGEST, MEDIAN, Inspection, LayerInspection, inspect_layer
-from secateurs.runtime.convert import unpacked
-from secateurs.runtime.format import Layout
-from secateurs.runtime.quantizer import SecateursConfig, matching_layers, module_name
+from secateurs.runtime.parameters import Parameters
 from secateurs.settings import takes
 
 if TYPE_CHECKING:
@@ -78,13 +75,9 @@ class _Weights:
     """The linear layers of a model folder's blocks, read from its files one at a time."""
 
     def __init__(self, model: str | Path) -> None:
-        self._checkpoint = checkpoint = Checkpoint(resolve(model))
+        checkpoint = Checkpoint(resolve(model))
         skeleton = skeleton_of(checkpoint)
-        self._layouts: dict[str, Layout] = {}
-        if is_compressed(checkpoint):
-            promised = SecateursConfig.from_dict(checkpoint.config["quantization_config"]).layers
-            files = [checkpoint.folder / file for file in checkpoint.files]
-            self._layouts = matching_layers(promised, skeleton, files)
+        self._parameters = Parameters(checkpoint, skeleton)
         family = family_of(skeleton.config)
         self.kinds = {
             f"{family.blocks}.{index}.{layer.name}": layer.roles[0]
@@ -95,24 +88,12 @@ class _Weights:
             for layer in group
         }
         self._transposed = {name: isinstance(skeleton.get_submodule(name), Conv1D) for name in self.kinds}
-        self._keys = {
-            module_name(key.removesuffix(".weight"), self.kinds, skeleton): key
-            for key in checkpoint.file_of
-            if key.endswith(".weight")
-        }
-        for name in self.kinds:
-            if name not in self._keys:
-                raise ValueError(f"'{checkpoint.folder}' holds no tensor '{name}.weight'")
         self.shapes = {name: tuple(linear_weight(skeleton.get_submodule(name)).shape) for name in self.kinds}
 
     def read(self, name: str) -> Tensor:
         """A layer's weight, (out, in), float32."""
-        weight = self._checkpoint.load([self._keys[name]])[self._keys[name]]
-        if name in self._layouts:
-            weight = unpacked(name, weight, self._layouts[name])
-        elif self._transposed[name]:
-            weight = weight.T
-        return weight.float()
+        weight = self._parameters.read(f"{name}.weight")
+        return (weight.T if self._transposed[name] else weight).float()
 
 
 def print_tables(inspection: Inspection) -> None:
