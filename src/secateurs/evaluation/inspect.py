@@ -97,13 +97,13 @@ class _Weights:
 
 
 def print_tables(inspection: Inspection) -> None:
-    """A table of all layers, and one of their kinds, on standard output."""
+    """A table of all layers, a block's experts in one line, and one of their kinds, on standard output."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file is no reason to cut columns
-    console.print(_table("layer", {layer.name: [layer] for layer in inspection.layers}))
+    console.print(_table("layer", inspection.lines))
     console.print(_table("kind", inspection.kinds))
     console.print(f"{inspection.model}: {inspection.sparsity:.2%} zeros in {len(inspection.layers)} layers")
 

@@ -6,7 +6,7 @@ begins is the prefix sum of the mask's bits, counted once when the weight is loa
 promised length. The layout is documented in docs/format.md.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -214,15 +214,20 @@ def read_layout(name: str, entry: Any, version: int) -> Layout | ExpertsLayout:
 
 
 def pack_experts(
-    weights: Iterable[torch.Tensor], stored: Mapping[str, tuple[int, ...]]
+    weights: torch.Tensor, stored: Mapping[str, tuple[int, ...]]
 ) -> tuple[torch.Tensor, ExpertsLayout]:
-    """Packs the matrices of all experts, (rows, columns) each; see `ExpertsLayout` and `pack`."""
-    parts, layouts = zip(*map(pack, weights), strict=True)
-    layout = ExpertsLayout(layouts, stored)
+    """Packs the matrices of all experts, (experts, rows, columns); see `ExpertsLayout` and `pack`."""
+    layout = ExpertsLayout(tuple(map(layout_of, weights)), stored)
     packed = torch.zeros(layout.bytes, dtype=torch.uint8)
-    for expert, part in enumerate(parts):
-        layout.part(packed, expert).copy_(part)
+    for expert, weight in enumerate(weights):
+        layout.part(packed, expert).copy_(pack(weight)[0])
     return packed, layout
+
+
+def layout_of(weight: torch.Tensor) -> Layout:
+    """Of a weight (rows, columns) once it is packed."""
+    rows, columns = weight.shape
+    return Layout(rows, columns, int(torch.count_nonzero(weight)), weight.dtype)
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, Layout]:

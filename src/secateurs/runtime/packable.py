@@ -87,8 +87,8 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def read_elsewhere(model: PreTrainedModel) -> set[str]:
-    """Paths of linear layers whose weight is not only read by calling them, but for its dtype, or to multiply by
-    it in other words. Packed bytes would not do there.
+    """Paths of linear layers whose weight is read otherwise than by calling them: for its dtype, or for a
+    product in other words. Packed bytes would not do there.
 
     Found by running the model on tokens without content, as far as it goes: blocks that repeat are alike.
 
