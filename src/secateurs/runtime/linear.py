@@ -26,7 +26,7 @@ class Packed(nn.Module):
     def counted(self, name: str, packed: Tensor) -> Tensor:
         """Its rows' offsets; ValueError as `row_offsets`."""
         if isinstance(self.layout, ExpertsLayout):
-            return experts_offsets(name, packed, self.layout)
+            return experts_offsets(name.removesuffix("_packed"), packed, self.layout)
         return row_offsets(name, packed, self.layout)
 
     def count(self, name: str) -> None:

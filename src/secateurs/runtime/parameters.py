@@ -22,7 +22,8 @@ class Parameters:
         skeleton: `skeleton_of(checkpoint)`.
 
     Raises:
-        ValueError: as `pieces_of`, and as `matching_layers` where it is compressed.
+        ValueError: as `pieces_of`, and as `matching_layers` where it is compressed; or what is packed is not
+            what was stored.
     """
 
     def __init__(self, checkpoint: Checkpoint, skeleton: PreTrainedModel) -> None:
@@ -36,6 +37,9 @@ class Parameters:
             self.layouts = matching_layers(promised, skeleton, files)
         self.pieces = pieces_of(checkpoint, skeleton)
         """Stored tensors that each is made of: of what is packed, those that are stored once it is dense."""
+        for name in self.layouts:
+            if self.packables[name].parameter not in self.pieces:
+                raise ValueError(f"compressed layer '{name}' is not stored as config.json says that it was")
         names = own_names(checkpoint.file_of, skeleton, packed_names(skeleton)) if self.layouts else {}
         stored = {name: key for key, name in names.items()}
         self.packed = {name: stored[self.packables[name].packed] for name in self.layouts}
