@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import secateurs
 from common import RESULTS, Record, environment, save
 from secateurs.runtime import SparseLinear, compress
-from secateurs.runtime.quantizer import linear_shapes
+from secateurs.runtime.packable import packables
 from secateurs.text import evaluation_tokens, load_tokenizer
 
 GROUPS = (128, 32)  # weights that share a scale in int4
@@ -27,11 +27,11 @@ GROUPS = (128, 32)  # weights that share a scale in int4
 
 def block_linears(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """The linear layers of the blocks: all that may be compressed but the head."""
-    head, shapes = model.get_output_embeddings(), linear_shapes(model)
+    head, layers = model.get_output_embeddings(), packables(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if module is not head and (name in shapes or isinstance(module, SparseLinear))
+        if module is not head and (name in layers or isinstance(module, SparseLinear))
     }
 
 

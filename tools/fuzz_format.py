@@ -1,4 +1,4 @@
-"""Mutates a small compressed model, on disk, and loads it: a clean error or a right answer, nothing else.
+"""Mutates small compressed models, on disk, and loads them: a clean error or a right answer, nothing else.
 
 A right answer is the product that an independent reading of the mutated file gives: numpy's bits, one by
 one. Run as `python tools/fuzz_format.py`; ends with a count of each outcome, or with the first file that
@@ -12,16 +12,20 @@ import shutil
 import struct
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 from transformers.utils import logging
 
 from secateurs.runtime.convert import compress
+from secateurs.runtime.experts import SparseExperts
+from secateurs.runtime.format import Layout
 from secateurs.runtime.linear import SparseLinear
 from secateurs.runtime.load import load_model
 
@@ -46,23 +50,29 @@ NUMBERS: list[Any] = [
 ]
 
 
-def small_model(folder: Path) -> None:
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 70,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "dense": LlamaConfig(**SIZES),
+    "experts": Qwen3MoeConfig(**SIZES, moe_intermediate_size=70, num_experts=3, num_experts_per_tok=2),
+}
+
+
+def small_model(folder: Path, kind: str) -> None:
     """Writes a compressed model of a few kilobytes, with awkward widths and rows without a weight."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=24,
-        intermediate_size=70,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
         if "proj" in name:
             weight.data[torch.rand(weight.shape) < 0.6] = 0
-            weight.data[3] = 0
+            weight.data[..., 3, :] = 0
     model.save_pretrained(folder / "dense")
     compress(folder / "dense", folder / "compressed")
 
@@ -106,9 +116,22 @@ def mutate_settings(config: dict[str, Any], rng: random.Random) -> dict[str, Any
     settings = config["quantization_config"]
     layers = settings["layers"]
     name = rng.choice(sorted(layers))
-    kind = rng.choice(["number", "shape", "values", "drop", "rename", "field", "version", "swap"])
+    kinds = ["number", "shape", "values", "drop", "rename", "field", "version", "swap", "stored"]
+    kind = rng.choice(kinds)
     if kind == "number":
-        layers[name]["nonzeros"] = rng.choice([*NUMBERS, layers[name]["nonzeros"] + rng.choice([-1, 1, 64])])
+        counts, by = layers[name]["nonzeros"], rng.choice([-1, 1, 64])
+        if isinstance(counts, list):
+            changed = [*counts]
+            changed[rng.randrange(len(changed))] += by
+            counts = rng.choice([changed, counts[1:], [*counts, 1], [None, *counts[1:]], sum(counts)])
+        else:
+            counts += by
+        layers[name]["nonzeros"] = rng.choice([*NUMBERS, *[counts] * 8])
+    elif kind == "stored":
+        stored = rng.choice(
+            [*NUMBERS, {"model.norm.weight": [24]}, {"a.*": [2**40, 2**40]}, {"a.*": NUMBERS}]
+        )
+        layers[name]["stored"] = stored
     elif kind == "shape":
         layers[name]["shape"] = rng.choice([*NUMBERS, layers[name]["shape"][::-1], [1, 2, 3]])
         if rng.random() < 0.5:
@@ -129,9 +152,8 @@ def mutate_settings(config: dict[str, Any], rng: random.Random) -> dict[str, Any
     return config
 
 
-def plain_weight(packed: np.ndarray, module: SparseLinear) -> torch.Tensor:
+def plain_weight(packed: np.ndarray, layout: Layout) -> torch.Tensor:
     """W (rows, columns) of a packed weight in float32, read bit by bit."""
-    layout = module.layout
     row_bytes = -(-layout.columns // 64) * 8
     mask = packed[: layout.rows * row_bytes].reshape(layout.rows, row_bytes)
     kept = np.unpackbits(mask, axis=1, bitorder="little")[:, : layout.columns].astype(bool)
@@ -149,24 +171,38 @@ def outcome(folder: Path) -> str:
         return "refused"
     file = load_file(folder / "model.safetensors")
     for name, module in model.named_modules():
+        products: list[tuple[Layout, int, Callable[[torch.Tensor], torch.Tensor]]] = []
         if isinstance(module, SparseLinear):
-            weight = plain_weight(file[f"{name}.weight"].numpy(), module)
-            x = torch.randn(2, module.in_features)
+            products = [(module.layout, 0, module)]
+        elif isinstance(module, SparseExperts):
+            begin = 0
+            for i, layout in enumerate(module.layout.layouts):
+                products.append((layout, begin, partial(module.linear, i, bias=None)))
+                begin += -(-layout.bytes // 64) * 64
+        for layout, begin, product in products:
+            weight = plain_weight(file[f"{name}.weight"].numpy()[begin:], layout)
+            x = torch.randn(2, layout.columns)
             size = x.abs().double() @ weight.abs().double().T
-            right = (module(x).double() - x.double() @ weight.double().T).abs() <= 1e-5 * size + 1e-35
+            right = (product(x).double() - x.double() @ weight.double().T).abs() <= 1e-5 * size + 1e-35
             # A flipped exponent may take a sum beyond float32, or make a weight NaN.
             assert (right | ~(size < 1e38)).all(), f"'{name}' is computed wrongly"
     return "right"
 
 
-def fuzz(files: int, seed: int = 0) -> Counter[str]:
-    """Counts outcomes over mutated files; the first that breaks the rule is left in the working directory."""
+def fuzz(files: int, seed: int = 0, kind: str = "dense") -> Counter[str]:
+    """Counts outcomes over mutated files; the first that breaks the rule is left in the working directory.
+
+    Args:
+        files: how many.
+        seed: of what is changed.
+        kind: of CONFIGS.
+    """
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        small_model(Path(scratch))
+        small_model(Path(scratch), kind)
         folder = Path(scratch) / "compressed"
         assert outcome(folder) == "right"
         weights, config = (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_text()
@@ -191,5 +227,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=[*CONFIGS], default="dense")
     arguments = parser.parse_args()
-    print(dict(fuzz(arguments.files, arguments.seed)))
+    print(dict(fuzz(arguments.files, arguments.seed, arguments.kind)))

@@ -112,8 +112,9 @@ class BlockwiseModel:
         self.dtype: torch.dtype = named or self.pieces[f"{self.path}.{index}.{first}"][0].dtype
         self.model = skeleton(self.config, self.dtype)
         for module in self.model.modules():
-            if isinstance(getattr(module, "config", None), PretrainedConfig):
-                module.config._experts_implementation_internal = "eager"  # expert by expert, to be watched
+            config: Any = getattr(module, "config", None)
+            if isinstance(config, PretrainedConfig):
+                config._experts_implementation_internal = "eager"  # expert by expert, so that each is seen
         self.decoder = decoder_of(self.model)
         prefix = next(name for name, module in self.model.named_modules() if module is self.decoder)
         self._prefix = f"{prefix}." if prefix else ""

@@ -14,7 +14,15 @@ from families import tokens
 from folders import rewrite, save, tensors_of
 from secateurs import compress, inspect, prune
 from secateurs.evaluation.inspect import print_tables
-from secateurs.evaluation.inspection import BINS, QUANTILES, REACH, LayerInspection, inspect_layer
+from secateurs.evaluation.inspect_pictures import draw
+from secateurs.evaluation.inspection import (
+    BINS,
+    QUANTILES,
+    REACH,
+    Inspection,
+    LayerInspection,
+    inspect_layer,
+)
 from secateurs.pattern import NM, Unstructured
 
 
@@ -170,6 +178,27 @@ def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
     print_tables(inspect(source))
     assert "top 10% kept" not in capsys.readouterr().out
+
+
+def test_experts_of_a_block_are_shown_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the data they are one by one; a block may have none."""
+    layers = [inspect_layer("model.layers.0.mlp.down_proj", "down", torch.ones(8, 8), None)]
+    for expert in range(4):
+        weight = torch.ones(8, 8)
+        weight[:, : 2 * expert] = 0
+        layers.append(inspect_layer(f"model.layers.1.mlp.experts.{expert}.down_proj", "down", weight, None))
+    inspection = Inspection("some-model", layers)
+    assert {kind: len(of) for kind, of in inspection.kinds.items()} == {"down": 1, "experts' down": 4}
+    assert list(inspection.lines) == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.experts.*.down_proj",
+    ]
+    print_tables(inspection)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "experts.*.down_proj" in line)
+    assert all(word in line for word in ("37.5%", "0% to 75%", "0% to 100%", "12"))  # 0, 2, 4 and 6 of 8
+    files = draw(inspection, tmp_path)
+    assert_pictures(files, {"sparsity": ["37.5%", "down"], "structure": ["down"], "distribution": ["down"]})
+    assert "nan" not in (tmp_path / "sparsity.svg").read_text()
 
 
 def test_mistakes(tmp_path: Path) -> None:

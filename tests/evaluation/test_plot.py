@@ -113,3 +113,5 @@ def test_folders_without_a_record(content: str | None, message: str, tmp_path: P
 def test_where_a_layer_is() -> None:
     assert place("model.layers.31.mlp.up_proj") == (31, "mlp.up_proj")
     assert place("transformer.h.0.attn.c_attn") == (0, "attn.c_attn")
+    assert place("model.decoder.layers.3.fc1") == (3, "fc1")
+    assert place("model.layers.3.mlp.experts.7.down_proj") == (3, "mlp.experts.*.down_proj")

@@ -5,17 +5,12 @@ that each goes to and what their results count, so that one loop serves them all
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import PretrainedConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-ONE_BY_ONE = "secateurs_one_by_one"
-"""What the loop over experts is registered as."""
 
 
 def run_experts(
@@ -50,19 +45,3 @@ def expert_linear(module: Any, expert: int, name: str, given: Tensor) -> Tensor:
     weight = getattr(module, name)[expert]
     bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
     return functional.linear(given, weight.T if module.is_transposed else weight, bias)
-
-
-def one_by_one(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """An implementation of experts in which each expert's products are functions of torch's by themselves."""
-    return run_experts(module, hidden, index, weights, partial(expert_linear, module))
-
-
-ALL_EXPERTS_FUNCTIONS.register(ONE_BY_ONE, one_by_one)
-
-
-def use_experts_one_by_one(model: nn.Module) -> None:
-    """Let a model's experts run by `one_by_one` from here on."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig):
-            config._experts_implementation_internal = ONE_BY_ONE

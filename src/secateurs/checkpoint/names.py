@@ -8,15 +8,23 @@ about old names, prefixes, fused experts and tied weights, and reports.
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from secateurs.checkpoint.config import is_compressed, model_class, quiet, read_config, short
 from secateurs.checkpoint.reading import Checkpoint
+from secateurs.checkpoint.shards import Stored
 
 WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
@@ -25,6 +33,12 @@ WRAPPERS = re.compile(
 
 ADAPTERS = re.compile(r"(?<![^.])(lora|ia3|oft|boft|vera|hada|lokr)_\w+|(?<![^.])modules_to_save\.")
 """What PEFT calls what it trains."""
+
+PACKED_EXPERTS = "_packed.weight"
+"""What a compressed model adds to the name of a parameter that holds experts: no conversion knows it."""
+
+PACKED_VALUES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""How safetensors calls what `config.json` calls the dtypes of packed values."""
 
 
 def skeleton_of(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -70,18 +84,85 @@ def skeleton_of(checkpoint: Checkpoint) -> PreTrainedModel:
     return model
 
 
-def promised_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The shapes of the dense tensors, by their names in the files.
+def own_names(keys: Iterable[str], model: PreTrainedModel, more: Iterable[str] = ()) -> dict[str, str]:
+    """What transformers' loader makes of names in files: the model's own names for them.
+
+    Args:
+        keys: names in files.
+        model: on any device.
+        more: names that the model knows besides those of its state.
+
+    Returns:
+        Key -> name; of several that a tensor is split into, the first. What the model does not know keeps its
+        name, or has it changed in vain.
+    """
+    known = dict.fromkeys([*model.state_dict(), *more], True)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    names: dict[str, str] = {}
+    for key in sorted(keys, key=dot_natural_key):  # some renamings count on this order
+        names[key], _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if names[key] not in known:
+            names[key], _ = rename_source_key(key, [], [], model.base_model_prefix, known)
+    return names
+
+
+def packed_names(model: PreTrainedModel) -> list[str]:
+    """What the parameters of a dense model that may hold experts are called when they are packed."""
+    return [f"{name}{PACKED_EXPERTS}" for name, tensor in model.state_dict().items() if tensor.dim() == 3]
+
+
+def promised_tensors(checkpoint: Checkpoint, model: PreTrainedModel | None) -> dict[str, Stored]:
+    """The dense tensors, by their names in the files.
 
     What is packed is there as promised, or is refused where it is unpacked.
+
+    Args:
+        checkpoint: the model's files.
+        model: of its class, dense. Not needed where nothing is packed.
     """
-    shapes = dict(checkpoint.shapes)
-    if is_compressed(checkpoint):
-        layers = checkpoint.config["quantization_config"].get("layers")
-        for name, entry in layers.items() if isinstance(layers, dict) else ():
-            if isinstance(entry, dict) and isinstance(entry.get("shape"), list):
-                shapes[f"{name}.weight"] = tuple(entry["shape"])
-    return shapes
+    tensors = {name: Stored(checkpoint.dtypes[name], shape) for name, shape in checkpoint.shapes.items()}
+    if not is_compressed(checkpoint):
+        return tensors
+    assert model is not None
+    layers = checkpoint.config["quantization_config"]["layers"]
+    packed = {f"{name}{PACKED_EXPERTS if 'stored' in layers[name] else '.weight'}": name for name in layers}
+    known, shapes = packed_names(model), {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    bytes_ = [name for name in tensors if tensors[name].dtype == "U8"]
+    stored = {name: key for key, name in own_names(bytes_, model, known).items()}
+    for key, name in own_names(packed, model, known).items():
+        entry = layers[packed[key]]
+        dtype = PACKED_VALUES.get(entry["values"], "U8")
+        if "stored" not in entry:
+            tensors[stored.get(name, key)] = Stored(dtype, shapes.get(name, tuple(entry["shape"])))
+            continue
+        tensors.pop(stored.get(name, key), None)
+        for each, shape in expanded(entry["stored"], len(entry["nonzeros"])).items():
+            tensors[each] = Stored(dtype, shape)
+    return tensors
+
+
+def expanded(stored: Mapping[str, Iterable[int]], experts: int) -> dict[str, tuple[int, ...]]:
+    """Shapes by names that have an asterisk for an expert's number -> by all names."""
+    return {
+        name.replace("*", str(expert)): tuple(shape)
+        for name, shape in stored.items()
+        for expert in (range(experts) if "*" in name else range(1))
+    }
+
+
+def abbreviated(stored: Mapping[str, tuple[int, ...]], experts: int) -> dict[str, tuple[int, ...]]:
+    """The same backwards, for the names of one parameter's tensors."""
+    short_of: dict[str, str] = {}
+    for name in stored:
+        parts = name.split(".")
+        for side in (i for i, part in enumerate(parts) if part.isdigit()):
+            pattern = ".".join([*parts[:side], "*", *parts[side + 1 :]])
+            each = expanded({pattern: stored[name]}, experts)
+            if all(stored.get(key) == shape for key, shape in each.items()):
+                short_of[name] = pattern
+    return {short_of.get(name, name): shape for name, shape in stored.items()}
 
 
 def load_empty(
@@ -112,9 +193,10 @@ def _load(
     kind: type[PreTrainedModel], config: Any, checkpoint: Checkpoint
 ) -> tuple[PreTrainedModel, list[str], list[tuple[str, torch.Size, torch.Size]]]:
     """A model of empty tensors; what it misses, and what has another shape in the files and in the model."""
-    shapes = promised_shapes(checkpoint)
+    dense = load_empty(kind, config, {})[0] if is_compressed(checkpoint) else None
+    tensors = promised_tensors(checkpoint, dense)
     model, report = load_empty(
-        kind, config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        kind, config, {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
     )
     order = {name: i for i, name in enumerate(model.state_dict())}
     missing = sorted(report["missing_keys"], key=lambda name: order.get(name, -1))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateurs.checkpoint.names import load_empty, promised_shapes
+from secateurs.checkpoint.names import load_empty, promised_tensors
 from secateurs.checkpoint.reading import Checkpoint
 
 DTYPES = {
@@ -98,18 +98,19 @@ def pieces_of(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> dict[str, tu
         ValueError: what transformers makes of a tensor is more than a new place for its elements, or it makes
             use of a part of it only. Names it.
     """
-    shapes = promised_shapes(checkpoint)
+    promised = promised_tensors(checkpoint, skeleton)
+    shapes = {name: tensor.shape for name, tensor in promised.items()}
     traced = {name: _Traced.stored(name, shape) for name, shape in shapes.items()}
     model, _ = load_empty(type(skeleton), skeleton.config, traced)
     tensors = model.state_dict(keep_vars=True)
     found = {name: x for name, x in tensors.items() if isinstance(x, _Traced) and x.numel()}
     dtypes: dict[str, torch.dtype] = {}
     for name in {region.stored for tensor in found.values() for region in tensor.regions}:
-        if checkpoint.dtypes[name] not in DTYPES:
+        if promised[name].dtype not in DTYPES:
             raise ValueError(
-                f"'{name}' in '{checkpoint.folder}' is of {checkpoint.dtypes[name]}, no dtype of weights"
+                f"'{name}' in '{checkpoint.folder}' is of {promised[name].dtype}, no dtype of weights"
             )
-        dtypes[name] = DTYPES[checkpoint.dtypes[name]]
+        dtypes[name] = DTYPES[promised[name].dtype]
     pieces: dict[str, tuple[Piece, ...]] = {}
     for name, tensor in found.items():
         if sum(region.source.numel() for region in tensor.regions) != tensor.numel():

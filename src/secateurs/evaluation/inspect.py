@@ -13,14 +13,10 @@ from torch import Tensor
 
 from secateurs.anatomy import anatomy_of
 from secateurs.checkpoint import Checkpoint, resolve
-from secateurs.checkpoint.config import is_compressed
 from secateurs.checkpoint.names import skeleton_of
-from secateurs.checkpoint.pieces import assemble, pieces_of
 from secateurs.evaluation.inspect_pictures import draw
 from secateurs.evaluation.inspection import LARGEST, MEDIAN, Inspection, LayerInspection, inspect_layer
-from secateurs.runtime.convert import unpacked
-from secateurs.runtime.format import Layout
-from secateurs.runtime.quantizer import SecateursConfig, matching_layers
+from secateurs.runtime.parameters import Parameters
 from secateurs.settings import takes
 
 if TYPE_CHECKING:
@@ -78,15 +74,10 @@ class _Weights:
     """The linear layers of a model folder's blocks, read from its files one at a time."""
 
     def __init__(self, model: str | Path) -> None:
-        self._checkpoint = checkpoint = Checkpoint(resolve(model))
+        checkpoint = Checkpoint(resolve(model))
         skeleton = skeleton_of(checkpoint)
-        self._layouts: dict[str, Layout] = {}
-        if is_compressed(checkpoint):
-            promised = SecateursConfig.from_dict(checkpoint.config["quantization_config"]).layers
-            files = [checkpoint.folder / file for file in checkpoint.files]
-            self._layouts = matching_layers(promised, skeleton, files)
+        self._parameters = Parameters(checkpoint, skeleton)
         anatomy = anatomy_of(skeleton.config)
-        self._pieces = pieces_of(checkpoint, skeleton)
         self._matrices = {
             f"{anatomy.path}.{index}.{matrix.name}": (f"{anatomy.path}.{index}.{matrix.weight}", matrix)
             for index, block in enumerate(anatomy.blocks)
@@ -106,21 +97,17 @@ class _Weights:
     def read(self, name: str) -> Tensor:
         """A layer's weight, (out, in), float32."""
         parameter, matrix = self._matrices[name]
-        pieces = self._pieces[parameter]
-        tensors = self._checkpoint.load([piece.stored for piece in pieces])
-        if name in self._layouts:
-            return unpacked(name, tensors[pieces[0].stored], self._layouts[name]).float()
-        return matrix.of(assemble(pieces, tensors)).float()
+        return matrix.of(self._parameters.read(parameter)).float()
 
 
 def print_tables(inspection: Inspection) -> None:
-    """A table of all layers, and one of their kinds, on standard output."""
+    """A table of all layers, a block's experts in one line, and one of their kinds, on standard output."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file is no reason to cut columns
-    console.print(_table("layer", {layer.name: [layer] for layer in inspection.layers}))
+    console.print(_table("layer", inspection.lines))
     console.print(_table("kind", inspection.kinds))
     console.print(f"{inspection.model}: {inspection.sparsity:.2%} zeros in {len(inspection.layers)} layers")
 

@@ -33,13 +33,15 @@ def _draw_sparsity(inspection: Inspection) -> "Figure":
     kinds, blocks = inspection.kinds, 1 + max(layer.block for layer in inspection.layers)
     shares = np.full((blocks, len(kinds)), np.nan)
     for column, layers in enumerate(kinds.values()):
-        for layer in layers:
-            shares[layer.block, column] = layer.sparsity
+        for block in {layer.block for layer in layers}:
+            shares[block, column] = np.mean([layer.sparsity for layer in layers if layer.block == block])
     figure = new_figure(1.8 + 0.75 * len(kinds), 1.6 + 0.32 * blocks)
     ax = figure.add_subplot()
     image = ax.imshow(shares, aspect="auto", cmap="viridis")
     middle = (np.nanmin(shares) + np.nanmax(shares)) / 2
     for (block, column), share in np.ndenumerate(shares):
+        if math.isnan(share):  # a block without such a layer
+            continue
         ax.text(
             column,
             block,

@@ -1,6 +1,7 @@
 """What there is to see of a linear layer, pruned or not: zeros, their structure, what was kept."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,10 +76,22 @@ class LayerInspection:
         """How many there are, zeros included."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def expert(self) -> bool:
+        """Whether it is one of a block's experts."""
+        return "*" in place(self.name)[1]
+
+    @property
+    def shown(self) -> str:
+        """Its name, with an asterisk for the number of an expert."""
+        within = place(self.name)[1]
+        parts = self.name.split(".")
+        return ".".join([*parts[: len(parts) - len(within.split("."))], within])
+
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's linear layers, in the order of the forward pass."""
+    """A model's linear layers, and each of its experts', in the order of the forward pass."""
 
     model: str
     layers: list[LayerInspection]
@@ -90,11 +103,22 @@ class Inspection:
 
     @property
     def kinds(self) -> dict[str, list[LayerInspection]]:
-        """The layers by kind."""
-        kinds: dict[str, list[LayerInspection]] = {}
-        for layer in self.layers:
-            kinds.setdefault(layer.kind, []).append(layer)
-        return kinds
+        """The layers by kind, those of experts apart."""
+        return _grouped(self.layers, lambda layer: f"experts' {layer.kind}" if layer.expert else layer.kind)
+
+    @property
+    def lines(self) -> dict[str, list[LayerInspection]]:
+        """The layers by what they are shown as: those of a block's experts together."""
+        return _grouped(self.layers, lambda layer: layer.shown)
+
+
+def _grouped(
+    layers: list[LayerInspection], key: Callable[[LayerInspection], str]
+) -> dict[str, list[LayerInspection]]:
+    groups: dict[str, list[LayerInspection]] = {}
+    for layer in layers:
+        groups.setdefault(key(layer), []).append(layer)
+    return groups
 
 
 def inspect_layer(name: str, kind: str, weight: Tensor, dense: Tensor | None) -> LayerInspection:

@@ -6,6 +6,7 @@ matplotlib's figures are made directly, without pyplot: no window, no backend, n
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from secateurs.pruning.record import RECORD, MLPReport, Report
@@ -98,14 +99,17 @@ def percent(ax: "Axes") -> None:
 
 
 def lines_by_kind(ax: "Axes", points: dict[str, list[tuple[int, float]]]) -> None:
-    """One line for each kind of layer, over the blocks."""
+    """One line for each kind of layer, over the blocks: of experts, through their mean."""
     from matplotlib.ticker import MaxNLocator
 
     markers = "osD^vPX*"
     for index, (kind, line) in enumerate(points.items()):
+        blocks: dict[int, list[float]] = {}
+        for x, y in line:
+            blocks.setdefault(x, []).append(y)
         ax.plot(
-            [x for x, _ in line],
-            [y for _, y in line],
+            list(blocks),
+            [fmean(values) for values in blocks.values()],
             marker=markers[index % len(markers)],
             markersize=4,
             linewidth=1.2,
@@ -117,10 +121,17 @@ def lines_by_kind(ax: "Axes", points: dict[str, list[tuple[int, float]]]) -> Non
 
 
 def place(name: str) -> tuple[int, str]:
-    """A layer's block and its name within: "model.layers.3.mlp.up_proj" is (3, "mlp.up_proj")."""
+    """A layer's block and its name within, which experts share.
+
+    "model.layers.3.mlp.up_proj" is (3, "mlp.up_proj"), and "model.layers.3.mlp.experts.7.down_proj" is
+    (3, "mlp.experts.*.down_proj").
+    """
     parts = name.split(".")
     at = next(i for i, part in enumerate(parts) if part.isdigit())
-    return int(parts[at]), ".".join(parts[at + 1 :])
+    block, rest = int(parts[at]), parts[at + 1 :]
+    if len(rest) > 2 and rest[-2].isdigit():
+        rest[-2] = "*"
+    return block, ".".join(rest)
 
 
 def save(figure: "Figure", folder: Path, name: str) -> list[Path]:

@@ -1,13 +1,11 @@
 """From a folder of dense weights to a compressed one, and back, shard by shard."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from secateurs.checkpoint import (
     INDEX,
@@ -26,20 +24,13 @@ from secateurs.checkpoint import (
 from secateurs.checkpoint.card import write_card
 from secateurs.checkpoint.config import is_compressed
 from secateurs.checkpoint.names import skeleton_of
-from secateurs.runtime.format import DTYPES, MOST_WEIGHTS, VERSION, Layout, pack, padded, row_offsets
-from secateurs.runtime.kernels import expand
-from secateurs.runtime.quantizer import (
-    GUARD,
-    METHOD,
-    SecateursConfig,
-    linear_shapes,
-    matching_layers,
-    module_name,
-)
+from secateurs.checkpoint.pieces import take_apart
+from secateurs.runtime.format import VERSION, VERSION_WITH_EXPERTS, ExpertsLayout, pack, pack_experts
+from secateurs.runtime.parameters import Parameters
+from secateurs.runtime.quantizer import GUARD, METHOD
 from secateurs.runtime.settings import CompressSettings, DecompressSettings
+from secateurs.runtime.survey import survey
 from secateurs.settings import takes
-
-WORTH = 0.9  # of the dense bytes: saving less does not pay for expanding the layer at every long prompt
 
 RECORD = "secateurs.json"
 """How the weights were pruned: as true of them compressed."""
@@ -50,11 +41,14 @@ class Compression:
     """What `compress` did.
 
     Args:
-        layers: compressed weights.
-        dense_layers: linear layers left dense.
+        layers: compressed weights. Each expert's matrices count.
+        dense_layers: linear layers and experts' matrices left dense.
         bytes_before: of all weight files.
         bytes_after: of all weight files.
         share: of the bytes before, those of weights that are now packed.
+        experts: how many of the compressed weights are experts'.
+        outside: matrices of experts that cannot be packed, by the class that keeps them.
+        unpacked: other weights that have zeros enough and cannot be packed: their shares of the bytes before.
     """
 
     layers: int
@@ -62,12 +56,23 @@ class Compression:
     bytes_before: int
     bytes_after: int
     share: float
+    experts: int = 0
+    outside: Mapping[str, int] = field(default_factory=dict)
+    unpacked: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        experts = f" ({self.experts} of them experts')" if self.experts else ""
+        outside = " and ".join(f"{count} of {kind}" for kind, count in self.outside.items())
+        outside = f" ({outside} cannot be packed)" if outside else ""
+        unpacked = ""
+        if self.unpacked:
+            names = [f"'{name}'" for name in self.unpacked][:3] + ["..."] * (len(self.unpacked) > 3)
+            share = sum(self.unpacked.values())
+            unpacked = f"; {share:.0%} have zeros too and cannot be packed: {', '.join(names)}"
         return (
-            f"{self.layers} layers compressed, {self.dense_layers} left dense; "
+            f"{self.layers} layers compressed{experts}, {self.dense_layers} left dense{outside}; "
             f"{self.bytes_before / 1e6:.1f} MB became {self.bytes_after / 1e6:.1f} MB "
-            f"({self.share:.0%} of the weights' bytes are packed)"
+            f"({self.share:.0%} of the weights' bytes are packed){unpacked}"
         )
 
 
@@ -96,26 +101,43 @@ def compress(model: str | Path, *, settings: CompressSettings) -> Compression:
 def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
     check_output(output, checkpoint, 0)
     skeleton = skeleton_of(checkpoint)
-    layouts = _survey(checkpoint, skeleton)
+    parameters = Parameters(checkpoint, skeleton)
+    found = survey(checkpoint, skeleton, parameters)
+    layouts = found.layouts
     dense_bytes = sum(layout.dense_bytes for layout in layouts.values())
     packed_bytes = sum(layout.bytes for layout in layouts.values())
     check_output(output, checkpoint, checkpoint.bytes - dense_bytes + packed_bytes)
 
-    def packed(key: str, weight: torch.Tensor) -> torch.Tensor:
-        name = _module_of(key, layouts, skeleton)
-        return weight if name is None else pack(_turned(weight, skeleton, name))[0]
+    def step(name: str) -> _Step:
+        packable, layout = parameters.packables[name], layouts[name]
+        pieces = parameters.pieces[packable.parameter]
+
+        def packed() -> dict[str, Tensor]:
+            matrices = packable.turned(parameters.read(packable.parameter))
+            if isinstance(layout, ExpertsLayout):
+                return {packable.packed: pack_experts(matrices, layout.stored)[0]}
+            return {pieces[0].stored: pack(matrices)[0]}
+
+        return _Step([piece.stored for piece in pieces], packed)
 
     layers = {name: layout.to_json() for name, layout in layouts.items()}
-    packing = {"quant_method": METHOD, "version": VERSION, "layers": layers}
+    with_experts = any(isinstance(layout, ExpertsLayout) for layout in layouts.values())
+    version = VERSION_WITH_EXPERTS if with_experts or found.renamed else VERSION
+    packing = {"quant_method": METHOD, "version": version, "layers": layers}
     config = {**checkpoint.config, "quantization_config": packing, "transformers_weights": GUARD}
+    counts = {name: packable.matrices for name, packable in parameters.packables.items()}
     with new_folder(output) as folder:
-        _rewrite(checkpoint, folder, packed, config)
+        _rewrite(checkpoint, folder, map(step, layouts), config)
         done = Compression(
-            layers=len(layouts),
-            dense_layers=len(linear_shapes(skeleton)) - len(layouts),
+            layers=sum(counts[name] for name in layouts),
+            dense_layers=sum(counts[name] for name in counts.keys() - layouts.keys())
+            + sum(found.outside.values()),
             bytes_before=checkpoint.bytes,
             bytes_after=Checkpoint(folder).bytes,
             share=dense_bytes / checkpoint.tensor_bytes,
+            experts=sum(counts[n] for n, layout in layouts.items() if isinstance(layout, ExpertsLayout)),
+            outside=found.outside,
+            unpacked=found.unpacked,
         )
         write_card(
             folder,
@@ -150,92 +172,68 @@ def decompress(model: str | Path, *, settings: DecompressSettings) -> None:
 
 def _decompress(model: str, checkpoint: Checkpoint, output: Path) -> None:
     skeleton = skeleton_of(checkpoint)
-    files = [checkpoint.folder / file for file in checkpoint.files]
-    promised = SecateursConfig.from_dict(checkpoint.config["quantization_config"]).layers
-    layouts = matching_layers(promised, skeleton, files)
+    parameters = Parameters(checkpoint, skeleton)
+    layouts = parameters.layouts
     more_bytes = sum(layout.dense_bytes - layout.bytes for layout in layouts.values())
     check_output(output, checkpoint, checkpoint.bytes + more_bytes)
 
-    def dense(key: str, packed: torch.Tensor) -> torch.Tensor:
-        name = _module_of(key, layouts, skeleton)
-        return packed if name is None else _turned(unpacked(name, packed, layouts[name]), skeleton, name)
+    def step(name: str) -> _Step:
+        parameter = parameters.packables[name].parameter
+        return _Step(
+            [parameters.packed[name]],
+            lambda: take_apart(parameters.read(parameter), parameters.pieces[parameter]),
+        )
 
     ours = ("quantization_config", "transformers_weights")
     config = {key: value for key, value in checkpoint.config.items() if key not in ours}
+    count = sum(parameters.packables[name].matrices for name in layouts)
     with new_folder(output) as folder:
-        _rewrite(checkpoint, folder, dense, config)
+        _rewrite(checkpoint, folder, map(step, layouts), config)
         write_card(
             folder,
             checkpoint.folder,
             model,
             title="decompressed",
-            facts=[("Decompressed", f"{len(layouts)} layers, which are dense again and keep their zeros")],
+            facts=[("Decompressed", f"{count} layers, which are dense again and keep their zeros")],
             usage="",
             tags=["sparse"],
         )
 
 
-def unpacked(name: str, packed: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The dense weight (rows, columns) of a packed one; ValueError if it is not what its layout says."""
-    return expand(packed, row_offsets(name, packed, layout), layout, 0, layout.rows)
+class _Step(NamedTuple):
+    """Some of a checkpoint's tensors that are written as others."""
+
+    reads: list[str]
+    convert: Callable[[], dict[str, Tensor]]
+    """The others by name; they come where the first was."""
 
 
-def _survey(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> dict[str, Layout]:
-    """Module name -> layout of the layers that are worth compressing; ValueError if there are none."""
-    shapes = linear_shapes(skeleton)
-    layouts: dict[str, Layout] = {}
-    most, needed, whose = 0.0, 0.0, ""
-    for key in checkpoint.file_of:
-        name = _module_of(key, shapes, skeleton)
-        if name is None:
-            continue
-        weight = checkpoint.load([key])[key]
-        rows, columns = shapes[name]
-        if weight.dtype not in DTYPES.values() or rows * padded(columns) > MOST_WEIGHTS or not weight.numel():
-            continue
-        layout = Layout(rows, columns, int(torch.count_nonzero(weight)), weight.dtype)
-        if layout.bytes <= WORTH * layout.dense_bytes:
-            layouts[name] = layout
-        zeros = 1 - layout.nonzeros / weight.numel()
-        if not whose or zeros > most:
-            # What the mask and the tail take, and a tenth to be saved.
-            overhead = layout.bytes - layout.nonzeros * weight.itemsize
-            most, needed, whose = zeros, 1 - WORTH + overhead / layout.dense_bytes, name
-    if not layouts:
-        found = (
-            f"'{whose}' has the most zeros, {most:.1%}, where {needed:.0%} are needed: prune it first"
-            if whose
-            else "it has no linear layers in float32, bfloat16 or float16"
-        )
-        raise ValueError(f"nothing in '{checkpoint.folder}' is worth compressing: {found}")
-    return layouts
-
-
-def _module_of(key: str, names: Any, skeleton: PreTrainedModel) -> str | None:
-    """The one of `names` whose weight the files call `key`."""
-    return module_name(key.removesuffix(".weight"), names, skeleton) if key.endswith(".weight") else None
-
-
-def _turned(matrix: torch.Tensor, skeleton: PreTrainedModel, name: str) -> torch.Tensor:
-    """A weight as it is packed from one as it is stored, and back: GPT-2 stores (in, out)."""
-    return matrix.T if isinstance(skeleton.get_submodule(name), Conv1D) else matrix
-
-
-def _rewrite(
-    checkpoint: Checkpoint,
-    folder: Path,
-    convert: Callable[[str, torch.Tensor], torch.Tensor],
-    config: dict[str, Any],
-) -> None:
-    """Fill a new folder with a checkpoint's tensors, each through `convert`, and what lies beside them."""
+def _rewrite(checkpoint: Checkpoint, folder: Path, steps: Iterable[_Step], config: dict[str, Any]) -> None:
+    """Fill a new folder with a checkpoint's tensors, some of them converted, and what lies beside them."""
+    first, gone = {}, set()
+    for step in steps:
+        first[step.reads[0]] = step
+        gone.update(step.reads)
+    weight_map: dict[str, str] = {}
     total = 0
     for file in checkpoint.files:
-        keys = [key for key, home in checkpoint.file_of.items() if home == file]
-        tensors = {key: convert(key, checkpoint.load([key])[key]) for key in keys}
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        write_tensors(folder / file, tensors)
+        tensors: dict[str, Tensor] = {}
+        for key in (key for key, home in checkpoint.file_of.items() if home == file):
+            if key in first:
+                new = first[key].convert()
+            elif key in gone:
+                continue
+            else:
+                new = checkpoint.load([key])
+            for name in new.keys() & weight_map.keys():
+                raise ValueError(f"'{checkpoint.folder}' would hold '{name}' twice: config.json is wrong")
+            tensors |= new
+            weight_map |= dict.fromkeys(new, file)
+        if tensors:
+            write_tensors(folder / file, tensors)
+            total += sum(tensor.nbytes for tensor in tensors.values())
     if checkpoint.files != [SINGLE]:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": checkpoint.file_of})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     copy_companions(checkpoint.folder, folder, replaced={"config.json", "README.md"})
     if (checkpoint.folder / RECORD).is_file():
         copy_file(checkpoint.folder / RECORD, folder / RECORD)

@@ -6,17 +6,23 @@ begins is the prefix sum of the mask's bits, counted once when the weight is loa
 promised length. The layout is documented in docs/format.md.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 
-VERSION = 1
+VERSION, VERSION_WITH_EXPERTS = 1, 2
+"""What is written: the later one only where it is needed."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RESERVED_DTYPES = ("int8", "int4")  # with group scales; named in version 1 so that its readers can say so
 TAIL_BYTES = 64  # zeros behind the last value, so that vector loads may run over it
-MOST_WEIGHTS = 2**31 - 1  # of a layer, its columns rounded up to 64: what counts them has 32 bits
+PART_BYTES = 64  # of which each expert's packed matrix begins at a multiple
+MOST_WEIGHTS = 2**31 - 1  # of a matrix, its columns rounded up to 64: what counts them has 32 bits
 
 
 def padded(columns: int) -> int:
@@ -41,6 +47,10 @@ class Layout:
     dtype: torch.dtype
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, self.columns)
+
+    @property
     def row_mask_bytes(self) -> int:
         """Bytes of one row's mask: padded to 64 bits."""
         return padded(self.columns) // 8
@@ -57,6 +67,11 @@ class Layout:
     @property
     def dense_bytes(self) -> int:
         return self.rows * self.columns * self.dtype.itemsize
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1 - self.nonzeros / (self.rows * self.columns)
 
     def to_json(self) -> dict[str, Any]:
         """The entry of this weight in `config.json`."""
@@ -99,6 +114,122 @@ class Layout:
         return cls(rows, columns, nonzeros, DTYPES[dtype])
 
 
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """What is needed to read a block's experts: their packed matrices lie one after the other in one tensor.
+
+    Args:
+        layouts: of each expert's matrix, all of one shape and dtype.
+        stored: the tensors that the dense matrices were stored as, and are again once decompressed: their
+            shapes by their names, with an asterisk for the expert's number where each has its own.
+    """
+
+    layouts: tuple[Layout, ...]
+    stored: Mapping[str, tuple[int, ...]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(experts, rows, columns)."""
+        return (len(self.layouts), *self.layouts[0].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layouts[0].dtype
+
+    @property
+    def nonzeros(self) -> int:
+        """Of all experts."""
+        return sum(layout.nonzeros for layout in self.layouts)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1 - self.nonzeros / prod(self.shape)
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Where each expert's packed matrix begins, and where the last one's ends, in bytes."""
+        sizes = (-(-layout.bytes // PART_BYTES) * PART_BYTES for layout in self.layouts)
+        return tuple(accumulate(sizes, initial=0))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole packed tensor."""
+        return self.begins[-1]
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(layout.dense_bytes for layout in self.layouts)
+
+    def part(self, packed: torch.Tensor, expert: int) -> torch.Tensor:
+        """One expert's packed matrix: a view."""
+        begin = self.begins[expert]
+        return packed[begin : begin + self.layouts[expert].bytes]
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of these experts in `config.json`."""
+        return {
+            **self.layouts[0].to_json(),
+            "shape": list(self.shape),
+            "nonzeros": [layout.nonzeros for layout in self.layouts],
+            "stored": {name: list(shape) for name, shape in self.stored.items()},
+        }
+
+    @classmethod
+    def from_json(cls, name: str, entry: Mapping[str, Any]) -> "ExpertsLayout":
+        """Reads an entry of `config.json`, trusting nothing.
+
+        Raises:
+            ValueError: as `Layout.from_json`.
+        """
+        nonzeros, stored = entry.get("nonzeros"), entry.get("stored")
+        experts, *shape = entry["shape"]
+        if type(experts) is not int or not isinstance(nonzeros, list) or not 0 < experts == len(nonzeros):
+            raise ValueError(f"compressed layer '{name}' needs as many 'nonzeros' as it has experts")
+        if not isinstance(stored, dict) or not all(
+            isinstance(sides, list) and all(type(n) is int and n > 0 for n in sides)
+            for sides in stored.values()
+        ):
+            raise ValueError(f"compressed layer '{name}' needs the names and shapes that it is 'stored' as")
+        others = {key: value for key, value in entry.items() if key != "stored"}
+        layouts = tuple(
+            Layout.from_json(expert_name(name, i), {**others, "shape": shape, "nonzeros": count})
+            for i, count in enumerate(nonzeros)
+        )
+        return cls(layouts, {key: tuple(sides) for key, sides in stored.items()})
+
+
+def expert_name(name: str, expert: int) -> str:
+    """One expert's matrix by the name of the parameter that holds them all, for people."""
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.{expert}.{last}"
+
+
+def read_layout(name: str, entry: Any, version: int) -> Layout | ExpertsLayout:
+    """Reads an entry of `config.json`; ValueError as `Layout.from_json`."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if version == VERSION_WITH_EXPERTS and isinstance(shape, list) and len(shape) == 3:
+        return ExpertsLayout.from_json(name, entry)
+    return Layout.from_json(name, entry)
+
+
+def pack_experts(
+    weights: torch.Tensor, stored: Mapping[str, tuple[int, ...]]
+) -> tuple[torch.Tensor, ExpertsLayout]:
+    """Packs the matrices of all experts, (experts, rows, columns); see `ExpertsLayout` and `pack`."""
+    layout = ExpertsLayout(tuple(map(layout_of, weights)), stored)
+    packed = torch.zeros(layout.bytes, dtype=torch.uint8)
+    for expert, weight in enumerate(weights):
+        layout.part(packed, expert).copy_(pack(weight)[0])
+    return packed, layout
+
+
+def layout_of(weight: torch.Tensor) -> Layout:
+    """Of a weight (rows, columns) once it is packed."""
+    rows, columns = weight.shape
+    return Layout(rows, columns, int(torch.count_nonzero(weight)), weight.dtype)
+
+
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     """Packs a dense weight.
 
@@ -133,6 +264,21 @@ def values_of(packed: torch.Tensor, layout: Layout) -> torch.Tensor:
     if (values.storage_offset() | values.data_ptr()) % layout.dtype.itemsize:
         values = values.clone()
     return values.view(layout.dtype)
+
+
+def experts_offsets(name: str, packed: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
+    """The same as `row_offsets` for each expert: (experts, rows + 1)."""
+    if packed.dtype != torch.uint8 or packed.shape != (layout.bytes,):
+        raise ValueError(
+            f"compressed layer '{name}' should be {layout.bytes} bytes, "
+            f"but is {packed.dtype} {tuple(packed.shape)}"
+        )
+    return torch.stack(
+        [
+            row_offsets(expert_name(name, i), layout.part(packed, i), part)
+            for i, part in enumerate(layout.layouts)
+        ]
+    )
 
 
 def row_offsets(name: str, packed: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -5,20 +5,21 @@ of every packed weight, so that the model can be laid out, and the files checked
 weights is read. Weights stay memory-mapped; nothing dense is ever made.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateurs.runtime.format import VERSION, Layout
-from secateurs.runtime.linear import SparseLinear
+from secateurs.checkpoint.names import PACKED_EXPERTS, own_names, packed_names
+from secateurs.runtime.experts import hold_packed
+from secateurs.runtime.format import VERSION, VERSION_WITH_EXPERTS, ExpertsLayout, Layout, read_layout
+from secateurs.runtime.linear import Packed, SparseLinear
+from secateurs.runtime.packable import packables
 
 METHOD = "secateurs"
 # In config.json this is `transformers_weights`, a place for the name of the weight file. It is none, so
@@ -32,7 +33,8 @@ class SecateursConfig(QuantizationConfigMixin):
 
     Args:
         version: of the format.
-        layers: name of the linear module -> its entry (see `Layout.to_json`).
+        layers: name of a linear module, or of a parameter that holds experts -> its entry (see
+            `Layout.to_json` and `ExpertsLayout.to_json`).
 
     Raises:
         ValueError: an unknown version, an unknown field or a malformed entry.
@@ -41,9 +43,10 @@ class SecateursConfig(QuantizationConfigMixin):
     def __init__(
         self, version: Any = None, layers: Any = None, quant_method: str = METHOD, **unknown: Any
     ) -> None:
-        if version != VERSION or type(version) is not int:
+        if version not in (VERSION, VERSION_WITH_EXPERTS) or type(version) is not int:
             raise ValueError(
-                f"compressed format version {version!r} is not known; this secateurs reads {VERSION}"
+                f"compressed format version {version!r} is not known; this secateurs reads {VERSION} and "
+                f"{VERSION_WITH_EXPERTS}"
             )
         if not isinstance(layers, dict) or unknown:
             raise ValueError(
@@ -51,60 +54,16 @@ class SecateursConfig(QuantizationConfigMixin):
             )
         self.quant_method = quant_method  # type: ignore[assignment]  # an open set of names, typed as an enum
         self.version = version
-        self.layers = {name: Layout.from_json(name, entry) for name, entry in layers.items()}
+        self.layers = {name: read_layout(name, entry, version) for name, entry in layers.items()}
 
     def to_dict(self) -> dict[str, Any]:
         layers = {name: layout.to_json() for name, layout in self.layers.items()}
         return {"quant_method": self.quant_method, "version": self.version, "layers": layers}
 
 
-OWN_WORDS = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
-"""Linear layers whose classes write the same product in their own words."""
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module computes W x + b of its weight and bias, and nothing else."""
-    kind = type(module)
-    if kind is nn.Linear or (kind.__module__, kind.__name__) in OWN_WORDS:
-        return True
-    # torch's attention multiplies by the weight of such a layer without calling it.
-    return (
-        isinstance(module, nn.Linear)
-        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        and kind.forward is nn.Linear.forward
-    )
-
-
-def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Module name -> (rows, columns) of the linear layers that may be compressed.
-
-    Not those that share their weight with the embedding, which is read by row and not multiplied.
-    """
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    shapes = {}
-    for name, module in model.named_modules():
-        if f"{name}.weight" in tied:
-            continue
-        if is_plain_linear(module):
-            assert isinstance(module, nn.Linear)
-            shapes[name] = (module.out_features, module.in_features)
-        elif type(module) is Conv1D:
-            shapes[name] = (module.nf, module.nx)
-    return shapes
-
-
-def module_name(key: str, names: Any, model: PreTrainedModel) -> str | None:
-    """The one of `names` that a file or a config calls `key`, with or without the bare model's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    for name in (key, prefix + key, key.removeprefix(prefix)):
-        if name in names:
-            return name
-    return None
-
-
 @register_quantizer(METHOD)
 class SecateursQuantizer(HfQuantizer):
-    """Puts `SparseLinear` modules where a compressed model has packed weights, and checks what they load."""
+    """Puts modules that hold packed weights where a compressed model has them, and checks what they load."""
 
     quantization_config: SecateursConfig
 
@@ -127,17 +86,27 @@ class SecateursQuantizer(HfQuantizer):
         layouts = matching_layers(self.quantization_config.layers, model, checkpoint_files or [])
         self.quantization_config.layers = layouts  # of a bare model, all that it can save again
         for name, layout in layouts.items():
-            dense = model.get_submodule(name)
-            has_bias = getattr(dense, "bias", None) is not None
+            packed: Packed
             with torch.device("meta"):
-                packed = SparseLinear(layout, has_bias, next(dense.parameters()).dtype)
+                if isinstance(layout, ExpertsLayout):
+                    path, _, parameter = name.rpartition(".")
+                    packed = hold_packed(model.get_submodule(path), parameter, layout)
+                else:
+                    dense = model.get_submodule(name)
+                    has_bias = getattr(dense, "bias", None) is not None
+                    packed = SparseLinear(layout, has_bias, next(dense.parameters()).dtype)
+                    model.set_submodule(name, packed)
             packed.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or it would be drawn at random
-            model.set_submodule(name, packed)
+            # Nor does what would draw the weights of its parts look at the shapes that these had.
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+                parent._is_hf_initialized = True  # type: ignore[assignment]
+            packed._is_hf_initialized = True  # type: ignore[assignment]
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():
-            if isinstance(module, SparseLinear):
+            if isinstance(module, Packed):
                 if module.weight.is_meta:
                     raise ValueError(
                         f"compressed layer '{name}' cannot be offloaded; give a device_map that fits"
@@ -155,12 +124,15 @@ class SecateursQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        """Which experts have tokens is not known beforehand."""
+        return not any(
+            isinstance(layout, ExpertsLayout) for layout in self.quantization_config.layers.values()
+        )
 
 
 def matching_layers(
-    layers: dict[str, Layout], model: PreTrainedModel, files: Iterable[str | Path]
-) -> dict[str, Layout]:
+    layers: Mapping[str, Layout | ExpertsLayout], model: PreTrainedModel, files: Iterable[str | Path]
+) -> dict[str, Layout | ExpertsLayout]:
     """Compares what the config promises with the model and its files' headers, before weights are read.
 
     Args:
@@ -169,40 +141,48 @@ def matching_layers(
         files: its safetensors.
 
     Returns:
-        Module name -> layout. A bare model has no head, so the head's is left out.
+        What is packed of this model, by its own names -> layout. A bare model has no head, and a language
+        model by itself no eyes, so their layers are left out.
 
     Raises:
         ValueError: a layer is not in the model or of another shape there; a packed weight is missing, has
             another length or dtype, or is not in the config.
     """
-    shapes = linear_shapes(model)
-    whole = hasattr(model, model.base_model_prefix)
-    matching = {}
-    for key, layout in layers.items():
-        name = module_name(key, shapes, model)
-        if name is None:
-            if whole:
-                raise ValueError(f"compressed layer '{key}' is not a linear layer of {type(model).__name__}")
-            continue
-        if shapes[name] != (layout.rows, layout.columns):
-            shape = (layout.rows, layout.columns)
-            raise ValueError(f"compressed layer '{key}' is {shape}, but the model's is {shapes[name]}")
-        matching[name] = layout
-    missing = set(layers)
+    found = {}
     for file in files:
         with safe_open(file, framework="pt") as shard:
             for key in shard.keys():  # noqa: SIM118 - a safetensors handle is not a dict
-                if not key.endswith(".weight"):
-                    continue
-                found = (shard.get_slice(key).get_dtype(), shard.get_slice(key).get_shape())
-                name = module_name(key.removesuffix(".weight"), layers, model)
-                if name is None and found[0] == "U8":
-                    raise ValueError(f"'{key}' in '{file}' is packed, but config.json does not say how")
-                if name is not None:
-                    missing.discard(name)
-                    promised = ("U8", [layers[name].bytes])
-                    if found != promised:
-                        raise ValueError(f"'{key}' in '{file}' should be {promised}, but is {found}")
-    if missing:
-        raise ValueError(f"compressed layer '{min(missing)}' has no weight in the model's files")
+                slice_ = shard.get_slice(key)
+                found[key] = (file, slice_.get_dtype(), slice_.get_shape())
+    more, known = packed_names(model), packables(model)
+    promised = {packed_name(key, layout): key for key, layout in layers.items()}
+    own = own_names(promised, model, more)
+    stored = {name: key for key, name in own_names(found, model, more).items()}
+    ours = {each.packed: name for name, each in known.items()}
+    kind, parameters, matching = type(model).__name__, model.state_dict(), {}
+    for packed, key in promised.items():
+        layout, name = layers[key], ours.get(own[packed])
+        if name is not None:
+            if layout.shape != known[name].shape:
+                raise ValueError(
+                    f"compressed layer '{key}' is {layout.shape}, but the model's is {known[name].shape}"
+                )
+            matching[name] = layout
+        elif own[packed] not in stored or own[packed] in parameters:
+            raise ValueError(f"compressed layer '{key}' is not a linear layer of {kind}")
+        if own[packed] not in stored:
+            raise ValueError(f"compressed layer '{key}' has no weight in the model's files")
+        there, wanted = stored[own[packed]], ("U8", [layout.bytes])
+        file, *are = found[there]
+        if tuple(are) != wanted:
+            raise ValueError(f"'{there}' in '{file}' should be {wanted}, but is {tuple(are)}")
+    for name in stored.keys() - own.values():
+        key = stored[name]
+        if found[key][1] == "U8" and key.endswith(".weight"):
+            raise ValueError(f"'{key}' in '{found[key][0]}' is packed, but config.json does not say how")
     return matching
+
+
+def packed_name(key: str, layout: Layout | ExpertsLayout) -> str:
+    """What a model's packed weight is called, of the layer or experts called `key`."""
+    return f"{key}{PACKED_EXPERTS if isinstance(layout, ExpertsLayout) else '.weight'}"

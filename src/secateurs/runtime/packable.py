@@ -1,0 +1,135 @@
+"""Which parameters of a model may be packed: linear layers' weights, and the matrices of experts."""
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from secateurs.checkpoint.config import quiet
+from secateurs.checkpoint.names import PACKED_EXPERTS
+
+OWN_WORDS = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
+"""Linear layers whose classes write the same product in their own words."""
+
+LEFT_OUT = "secateurs_left_out"
+"""An implementation of experts that gives nothing."""
+
+
+@dataclass(frozen=True)
+class Packable:
+    """A parameter of matrices that may be packed."""
+
+    parameter: str
+    """Its name in the dense model."""
+    packed: str
+    """What it is called once packed."""
+    shape: tuple[int, ...]
+    """(out, in), or of experts (experts, out, in)."""
+    transposed: bool = False
+    """The parameter has inputs before outputs, as in GPT-2 and gpt-oss."""
+
+    @property
+    def matrices(self) -> int:
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    def turned(self, parameter: Tensor) -> Tensor:
+        """The parameter as matrices of (out, in), or back: a view."""
+        return parameter.mT if self.transposed else parameter
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes W x + b of its weight and bias, and nothing else."""
+    kind = type(module)
+    if kind is nn.Linear or (kind.__module__, kind.__name__) in OWN_WORDS:
+        return True
+    # torch's attention multiplies by the weight of such a layer without calling it.
+    return (
+        isinstance(module, nn.Linear)
+        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        and kind.forward is nn.Linear.forward
+    )
+
+
+def packables(model: PreTrainedModel) -> dict[str, Packable]:
+    """What may be packed, by the name of the linear module, or of the parameter that holds experts.
+
+    Not what shares its weight with the embedding, which is read by row and not multiplied, nor experts that
+    transformers does not call through its interface for experts.
+    """
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    found = {}
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if is_plain_linear(module) and weight not in tied:
+            assert isinstance(module, nn.Linear)
+            found[name] = Packable(weight, weight, (module.out_features, module.in_features))
+        elif type(module) is Conv1D and weight not in tied:
+            found[name] = Packable(weight, weight, (module.nf, module.nx), transposed=True)
+        elif is_experts(module):
+            experts: Any = module
+            for own in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
+                key, parameter = f"{name}.{own}", getattr(experts, own, None)
+                if isinstance(parameter, nn.Parameter) and parameter.dim() == 3 and key not in tied:
+                    shape = parameter.mT.shape if experts.is_transposed else parameter.shape
+                    found[key] = Packable(key, f"{key}{PACKED_EXPERTS}", tuple(shape), experts.is_transposed)
+    return found
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers calls a module through its interface for experts, so that its code can change."""
+    return all(hasattr(module, word) for word in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def read_elsewhere(model: PreTrainedModel) -> set[str]:
+    """Paths of linear layers whose weight is read otherwise than by calling them: for its dtype, or for a
+    product in other words. Packed bytes would not do there.
+
+    Found by running the model on tokens without content, as far as it goes: blocks that repeat are alike.
+
+    Args:
+        model: on the meta device.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: set[str] = set()
+
+    def spy(module: nn.Module, name: str) -> Any:
+        caller = sys._getframe(1).f_locals.get("self")
+        if name == "weight" and caller is not module and id(module) in paths:
+            found.add(paths[id(module)])
+        return nn.Module.__getattr__(module, name)
+
+    tokens = torch.ones(1, 8, dtype=torch.long, device="meta")
+    configs = {
+        id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)
+    }
+    set_before = [(config, config._experts_implementation_internal) for config in configs.values()]
+    kinds: tuple[Any, ...] = (nn.Linear, Conv1D)
+    for config in configs.values():
+        config._experts_implementation_internal = LEFT_OUT
+    for kind in kinds:
+        kind.__getattr__ = spy
+    try:
+        for mask in (None, torch.ones_like(tokens)):  # without one some look for padding in the tokens
+            with torch.no_grad(), suppress(Exception), quiet():
+                model(input_ids=tokens, attention_mask=mask)
+    finally:
+        for kind in kinds:
+            del kind.__getattr__
+        for config, implementation in set_before:
+            config._experts_implementation_internal = implementation
+    alike = {(type(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]) for path in found}
+    return {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules()
+        for name, _ in module.named_children()
+        if (type(module), name) in alike
+    }
+
+
+ALL_EXPERTS_FUNCTIONS.register(LEFT_OUT, lambda module, hidden, index, weights: torch.zeros_like(hidden))

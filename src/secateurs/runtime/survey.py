@@ -1,0 +1,126 @@
+"""What is worth compressing in a model folder, and what cannot be, found by reading all of it once."""
+
+from collections import Counter
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateurs.checkpoint import Checkpoint
+from secateurs.checkpoint.names import abbreviated
+from secateurs.checkpoint.pieces import Piece
+from secateurs.runtime.format import DTYPES, MOST_WEIGHTS, ExpertsLayout, Layout, layout_of, padded
+from secateurs.runtime.packable import is_experts, read_elsewhere
+from secateurs.runtime.parameters import Parameters
+
+WORTH = 0.9  # of the dense bytes: saving less does not pay for expanding the layer at every long prompt
+
+NOTABLE = 0.01
+"""Of all bytes: less than that is not worth a word."""
+
+
+class Survey(NamedTuple):
+    """What is worth compressing, and what is not to be had."""
+
+    layouts: dict[str, Layout | ExpertsLayout]
+    """Of what is worth it, by the names of `packables`."""
+    renamed: bool
+    """Whether one of these is stored under another name than the model's, but for the bare model's prefix."""
+    outside: dict[str, int]
+    """Matrices of experts that cannot be packed, by the class that keeps them."""
+    unpacked: dict[str, float]
+    """Shares of the bytes of other parameters that have zeros enough, if together they are notable."""
+
+
+def survey(checkpoint: Checkpoint, skeleton: PreTrainedModel, parameters: Parameters) -> Survey:
+    """Read all weights of a dense model.
+
+    Raises:
+        ValueError: nothing is worth compressing. Says what comes nearest.
+    """
+    elsewhere = read_elsewhere(skeleton)
+    names = {packable.parameter: name for name, packable in parameters.packables.items()}
+    prefix = f"{skeleton.base_model_prefix}."
+    layouts: dict[str, Layout | ExpertsLayout] = {}
+    others: dict[str, Layout | ExpertsLayout] = {}
+    most, needed, whose, renamed = 0.0, 0.0, "", False
+    for parameter, pieces in parameters.pieces.items():
+        name, shape = names.get(parameter), pieces[0].parameter_shape
+        if len(shape) < 2 or {piece.dtype for piece in pieces} not in ({dtype} for dtype in DTYPES.values()):
+            continue
+        packable = parameters.packables[name] if name else None
+        *_, rows, columns = packable.shape if packable else (prod(shape[:-1]), shape[-1])
+        if rows * padded(columns) > MOST_WEIGHTS:
+            continue
+        weights = parameters.read(parameter)
+        layout = _layout(packable.turned(weights) if packable else weights.reshape(rows, columns), pieces)
+        worth = layout.bytes <= WORTH * layout.dense_bytes
+        if not name or name in elsewhere or not _apart(pieces, experts=isinstance(layout, ExpertsLayout)):
+            if worth:
+                others[parameter] = layout
+            continue
+        if worth:
+            layouts[name] = layout
+            own, stored = parameter, pieces[0].stored
+            renamed |= len(pieces) == 1 and stored not in (own, prefix + own, own.removeprefix(prefix))
+        if not whose or layout.sparsity > most:
+            # What the mask and the tail take, and a tenth to be saved.
+            overhead = layout.bytes - layout.nonzeros * layout.dtype.itemsize
+            most, needed, whose = layout.sparsity, 1 - WORTH + overhead / layout.dense_bytes, name
+    unpacked = _notable(others, checkpoint, skeleton, parameters)
+    if not layouts:
+        found = "it has no linear layers in float32, bfloat16 or float16"
+        if whose:
+            found = f"'{whose}' has the most zeros, {most:.1%}, where {needed:.0%} are needed: prune it first"
+        if unpacked:
+            largest = max(unpacked, key=lambda each: unpacked[each])
+            kind = type(skeleton.get_submodule(largest.rpartition(".")[0])).__name__
+            zeros = f"{others[largest].sparsity:.1%} zeros"
+            found = f"'{largest}' has {zeros}, but what {kind} keeps cannot be packed"
+        raise ValueError(f"nothing in '{checkpoint.folder}' is worth compressing: {found}")
+    return Survey(layouts, renamed, _outside(skeleton), unpacked)
+
+
+def _layout(matrices: Tensor, pieces: tuple[Piece, ...]) -> Layout | ExpertsLayout:
+    """Of matrices (out, in) or (experts, out, in), once they are packed."""
+    if matrices.dim() == 2:
+        return layout_of(matrices)
+    stored = {piece.stored: piece.stored_shape for piece in pieces}
+    return ExpertsLayout(tuple(map(layout_of, matrices)), abbreviated(stored, len(matrices)))
+
+
+def _apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:
+    """Whether a parameter is stored by itself: a layer's as it is, for packed it keeps its stored name."""
+    if experts:
+        return all(piece.whole for piece in pieces)
+    return len(pieces) == 1 and pieces[0].alone and pieces[0].stored_shape == pieces[0].parameter_shape
+
+
+def _notable(
+    others: dict[str, Layout | ExpertsLayout],
+    checkpoint: Checkpoint,
+    skeleton: PreTrainedModel,
+    parameters: Parameters,
+) -> dict[str, float]:
+    """Shares of the bytes. Embeddings do not count: they have zeros for tokens that there are not."""
+    shares: dict[str, float] = {}
+    seen = set()
+    for name, layout in others.items():
+        stored = parameters.pieces[name][0].stored  # tied weights once
+        embedding = isinstance(skeleton.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+        if not embedding and stored not in seen:
+            shares[name] = layout.dense_bytes / checkpoint.tensor_bytes
+        seen.add(stored)
+    return shares if sum(shares.values()) >= NOTABLE else {}
+
+
+def _outside(skeleton: PreTrainedModel) -> dict[str, int]:
+    """Matrices of experts that are not among what may be packed, by the class that keeps them."""
+    outside: Counter[str] = Counter()
+    for module in skeleton.modules():
+        kind = type(module).__name__
+        for weight in module.parameters(recurse=False):
+            if "Expert" in kind and weight.dim() > 1 and not is_experts(module):
+                outside[kind] += len(weight) if weight.dim() == 3 else 1
+    return dict(outside)
