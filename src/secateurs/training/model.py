@@ -2,19 +2,19 @@
 
 from transformers import PretrainedConfig
 
-from secateurs.anatomy.families import family_of
+from secateurs.anatomy import anatomy_of
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.config import read_config as read_causal_config
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The configuration of a model of a supported family.
+    """The configuration of a decoder.
 
     Raises:
-        ValueError: transformers cannot read it, or the family has no anatomy.
+        ValueError: transformers cannot read it, or its blocks cannot be made out.
     """
     config = read_causal_config(checkpoint)
-    family_of(config)
+    anatomy_of(config)
     return config
 
 
@@ -24,7 +24,7 @@ def sequence_length(length: int | None, config: PretrainedConfig) -> int:
     Raises:
         ValueError: the model has fewer positions, or there is no next token to learn.
     """
-    positions: int | None = getattr(config, "max_position_embeddings", None)
+    positions: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length is None:
         return min(positions or 2048, 2048)
     if length < 2 or (positions and length > positions):
