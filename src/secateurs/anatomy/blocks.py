@@ -32,6 +32,7 @@ def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
     for owner in model.modules():
         if isinstance(owner, PreTrainedModel):
             owners |= dict.fromkeys(owner.modules(), owner)
+    filled: dict[nn.Module, PreTrainedModel] = {}
     for module, owner in owners.items():
         names = [
             name
@@ -40,8 +41,10 @@ def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
         ]
         for name in names:
             setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-        if names:
-            owner._init_weights(module)
+            # By itself, or all at once with the model that it is in.
+            filled |= {module: owner, owner: owner}
+    for module, owner in filled.items():
+        owner._init_weights(module)
     return model
 
 
