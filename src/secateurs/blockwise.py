@@ -6,9 +6,10 @@ family's masks or positions: the blocks' `forward` is replaced for a moment by o
 called with.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,34 +30,39 @@ class Batch:
     """Calibration sequences on their way through the blocks."""
 
     states: Tensor
-    """(sequences, length, hidden), what the next block is given."""
+    """What the next block is given: (sequences, length, hidden), or with the sequences in another place."""
     at: Sequence[int]
     """Which of the calibration sequences these are."""
+    axis: int = 0
+    """Which of the states' dimensions is that of the sequences."""
     shared: dict[str, Any] = field(default_factory=dict)
     """What blocks have left for later ones (keys and values, where several blocks use the same)."""
 
-    def with_states(self, states: Tensor) -> "Batch":
-        return replace(self, states=states)
-
     def split(self) -> list["Batch"]:
         """Each sequence by itself."""
-
-        def one(i: int) -> Callable[[Any], Any]:
-            return lambda value: value[i : i + 1] if isinstance(value, Tensor) else value
-
         return [
-            Batch(self.states[i : i + 1], [at], pytree.tree_map(one(i), self.shared))
-            for i, at in enumerate(self.at)
+            Batch(states, [at], self.axis, pytree.tree_map(partial(_one, i), self.shared))
+            for i, (states, at) in enumerate(zip(self.split_like(self.states), self.at, strict=True))
         ]
+
+    def split_like(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The parts that belong to each sequence of a tensor laid out as the states are."""
+        return tensor.split(1, dim=self.axis)
 
     @staticmethod
     def joined(parts: Sequence["Batch"]) -> "Batch":
         """The opposite of `split`."""
+        axis = parts[0].axis
         return Batch(
-            torch.cat([part.states for part in parts]),
+            torch.cat([part.states for part in parts], dim=axis),
             [at for part in parts for at in part.at],
+            axis,
             pytree.tree_map(_joined, *(part.shared for part in parts)),
         )
+
+
+def _one(i: int, value: Any) -> Any:
+    return value[i : i + 1] if isinstance(value, Tensor) else value
 
 
 def _joined(first: Any, *rest: Any) -> Any:
@@ -233,12 +239,15 @@ class BlockwiseModel:
             for i in range(1, len(tokens)):
                 for calls, (args, kwargs) in zip(self._calls, self._note(tokens[i : i + 1]), strict=True):
                     calls.add(args, kwargs)
-            if len(tokens) > 1:
-                for calls, (args, kwargs) in zip(self._calls, self._note(tokens[:2]), strict=True):
-                    calls.check_two(args, kwargs, self.config.model_type)
+            two = self._note(tokens[:1].expand(2, -1))
+            for calls, (args, kwargs) in zip(self._calls, two, strict=True):
+                calls.check_two(args, kwargs, self.config.model_type)
+            one = self._note(tokens[:1], blocks=1)[0][0][0].shape
+            axis = next(i for i, size in enumerate(two[0][0][0].shape) if size != one[i])
             first = 0
             for ids in tokens.split(batch_size):
-                batches.append(Batch(self._note(ids, blocks=1)[0][0][0], range(first, first + len(ids))))
+                states = self._note(ids, blocks=1)[0][0][0]
+                batches.append(Batch(states, range(first, first + len(ids)), axis))
                 first += len(ids)
         return batches
 
@@ -267,17 +276,20 @@ class BlockwiseModel:
         return noted
 
     @torch.no_grad()
-    def run(self, index: int, batch: Batch) -> Tensor:
-        """A materialised block's output for a batch, (sequences, length, hidden); the batch stays as it is."""
-        args, kwargs = self._calls[index].of(batch, dict(batch.shared))
+    def run(self, index: int, batch: Batch, *, keep: bool = False) -> Tensor:
+        """A materialised block's output for a batch, of the shape of its states.
+
+        Args:
+            index: which block.
+            batch: stays as it is.
+            keep: but for what the block leaves for later ones.
+        """
+        args, kwargs = self._calls[index].of(batch, batch.shared if keep else dict(batch.shared))
         return _states(self.blocks[index](batch.states.to(self.device), *args, **kwargs))
 
-    @torch.no_grad()
     def push(self, index: int, batch: Batch) -> None:
         """Replace a batch's states by a materialised block's output, where they were."""
-        args, kwargs = self._calls[index].of(batch, batch.shared)
-        result = _states(self.blocks[index](batch.states.to(self.device), *args, **kwargs))
-        batch.states = result.to(batch.states.device)
+        batch.states = self.run(index, batch, keep=True).to(batch.states.device)
 
     def run_with(self, index: int, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """What `run` gives with other parameters, by their names in the block; gradients flow to them."""
@@ -298,9 +310,12 @@ class _Calls:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._leaves, self._form = pytree.tree_flatten((args[1:], kwargs))
         self._varying: dict[int, list[Tensor]] = {}
+        self._repeated: set[int] = set()
         self._count = 1
         # Empty, for blocks to leave things in.
-        self._boards = [key for key, value in kwargs.items() if isinstance(value, dict) and not value]
+        self._boards = [
+            key for key, value in kwargs.items() if isinstance(value, MutableMapping) and not value
+        ]
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The same call for the next sequence."""
@@ -323,12 +338,17 @@ class _Calls:
                     f"unsupported architecture: {architecture!r} calls its blocks with arguments of "
                     f"{tuple(first.shape)} for one sequence and {tuple(leaf.shape)} for two"
                 )
-            if first.shape[0] > 1 and i not in self._varying:
+            if first.shape[0] == 1:
+                self._repeated.add(i)
+            elif i not in self._varying:
                 self._varying[i] = [first] * self._count
 
     def of(self, batch: Batch, shared: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call for a batch. Blocks read from `shared` what earlier ones left there, and leave their own."""
+        """The call for a batch. Blocks read from `shared` what earlier ones left there, and leave their
+        own."""
         leaves = list(self._leaves)
+        for i in self._repeated:
+            leaves[i] = leaves[i].expand(len(batch.at), *leaves[i].shape[1:])
         for i, values in self._varying.items():
             leaves[i] = torch.cat([values[at] for at in batch.at])
         args, kwargs = pytree.tree_unflatten(leaves, self._form)

@@ -1,4 +1,5 @@
-"""A model's anatomy, derived from its configuration: no weight is read, no architecture is known by name."""
+"""The anatomy of a model, derived from its configuration: no weight is read, no architecture is known by
+name."""
 
 import json
 from dataclasses import dataclass
@@ -64,15 +65,18 @@ def derive_anatomy(model: PreTrainedModel) -> Anatomy:
     """The same of a model on the meta device (`skeleton`)."""
     path, blocks = blocks_of(model)
     text = model.config.get_text_config(decoder=True)
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     known: dict[Any, BlockAnatomy] = {}
     found = []
     with implemented_here(model):
         calls, result = note_calls(model, blocks)
         for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
-            kind = kind_of(block, call)
+            inside = f"{path}.{index}."
+            shared = sorted(name.removeprefix(inside) for name in tied if name.startswith(inside))
+            kind = (*kind_of(block, call), *shared)
             if kind not in known:
                 try:
-                    known[kind] = derive(trace_block(block, call), text)
+                    known[kind] = derive(trace_block(block, call), text, shared)
                 except Exception as error:  # of whatever kind the block's code stumbles into
                     raise UnsupportedArchitectureError(
                         f"unsupported architecture: {model.config.model_type!r} "

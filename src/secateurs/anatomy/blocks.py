@@ -1,5 +1,6 @@
 """Where a model's blocks are, which of them are of one kind, and what each is called with."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from secateurs.anatomy.trace import Call, Virtual
-from secateurs.checkpoint.config import causal_class, short
+from secateurs.checkpoint.config import model_class, short
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -20,30 +21,25 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
 
     Buffers that are computed and not stored (rotary frequencies) are real.
     """
-    kind, config = causal_class(config)
+    kind, config = model_class(config)
     with torch.device("meta"):
-        model: PreTrainedModel = kind._from_config(config, dtype=dtype)
+        # A copy: what is built of a configuration writes its dtype there.
+        model: PreTrainedModel = kind._from_config(copy.deepcopy(config), dtype=dtype)
     return with_computed_buffers(model).eval().requires_grad_(False)
 
 
 def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
-    """A model on the meta device, its buffers that are computed and not stored as transformers computes them."""
+    """A model on the meta device, its buffers that are computed and not stored as transformers computes
+    them."""
     owners: dict[nn.Module, PreTrainedModel] = {}  # of models within models, whose own code computes them
     for owner in model.modules():
         if isinstance(owner, PreTrainedModel):
             owners |= dict.fromkeys(owner.modules(), owner)
-    filled: dict[nn.Module, PreTrainedModel] = {}
-    for module, owner in owners.items():
-        names = [
-            name
-            for name, buffer in module.named_buffers(recurse=False)
-            if name in module._non_persistent_buffers_set and buffer.is_meta
-        ]
-        for name in names:
-            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-            # By itself, or all at once with the model that it is in.
-            filled |= {module: owner, owner: owner}
-    for module, owner in filled.items():
+    for module in owners:
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in module._non_persistent_buffers_set and buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    for module, owner in reversed(owners.items()):  # some compute those of modules within
         owner._init_weights(module)
     return model
 
@@ -60,10 +56,11 @@ def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in decoder.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != count:
+            continue
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
-            if any(parameter.ndim > 1 for parameter in module.parameters()):
-                found.append((name, module))
+        if not inside and any(parameter.ndim > 1 for parameter in module.parameters()):
+            found.append((name, module))
     if len(found) != 1:
         raise UnsupportedArchitectureError(
             f"unsupported architecture: {config.model_type!r} ({type(model).__name__}) has "
@@ -84,15 +81,21 @@ def kind_of(block: nn.Module, call: Call) -> Kind:
     parts: list[Any] = []
     for name, module in block.named_modules():
         settings = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str | None | tuple)
-            and key not in ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
+            key: value for key, value in vars(module).items() if _is_plain(value) and key not in NUMBERS
         }
         parts.append((name, type(module), sorted((key, repr(value)) for key, value in settings.items())))
     shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
-    given = sorted((key, type(value).__name__) for key, value in call.kwargs.items())
-    return repr(parts), repr(shapes), repr(given)
+    given = [*enumerate(call.args), *sorted(call.kwargs.items())]
+    arguments = [(key, value if _is_plain(value) else type(value).__name__) for key, value in given]
+    return repr(parts), repr(shapes), repr(arguments)
+
+
+NUMBERS = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
+"""What blocks call their own number."""
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None | tuple) and not isinstance(value, Tensor)
 
 
 LENGTH = 24

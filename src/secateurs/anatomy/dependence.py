@@ -30,7 +30,8 @@ def pulled_back(tensor: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:
 
 
 def mixes_tokens(tensor: Tensor, leaf: Tensor) -> bool:
-    """Whether what a tensor (..., channels) holds of its last token comes from other tokens of a leaf (..., rows)."""
+    """Whether what a tensor (..., channels) holds of its last token comes from other tokens of a leaf (...,
+    rows)."""
     last = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
     last.view(-1, tensor.shape[-1])[-1] = _random(tensor.shape[-1])
     felt = (pulled_back(tensor, leaf, last).reshape(-1, leaf.shape[-1]) != 0).any(1)
@@ -50,8 +51,8 @@ class Owners:
 def owners(tensor: Tensor, leaf: Tensor, labels: Tensor, rows: int | None = None) -> Owners:
     """Ask which part of a tensor each row of a leaf goes into, at any token.
 
-    The parts' numbers are spelled in bits, so that it takes two backward passes for each bit and not one for each
-    part.
+    The parts' numbers are spelled in bits, so that it takes two backward passes for each bit and not one for
+    each part.
 
     Args:
         tensor: (..., channels).
@@ -77,7 +78,8 @@ def owners(tensor: Tensor, leaf: Tensor, labels: Tensor, rows: int | None = None
 
 
 def factor_of(result: Tensor, leaf: Tensor) -> float | None:
-    """c where a result is c times a leaf plus what does not depend on it; None where it is nothing so plain."""
+    """c where a result is c times a leaf plus what does not depend on it; None where it is nothing so
+    plain."""
     if result.numel() != leaf.numel():
         return None
     weights = _random(*result.shape)

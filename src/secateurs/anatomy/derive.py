@@ -1,12 +1,11 @@
 """From a block's trace to its anatomy: what shares an input, what an MLP is made of, what adds to the stream.
 
-Nothing is known by name. A product's input is asked what it was made of: what mixes tokens on the way feeds an o;
-what goes channel by channel feeds a down; what multiplies its channel exactly is up, and what is left of the
-channel is the gate's activation.
+Nothing is known by name. A product's input is asked what it was made of: what mixes tokens on the way feeds
+an o; what goes channel by channel feeds a down; what multiplies its channel exactly is up, and what is left
+of the channel is the gate's activation.
 """
 
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -83,20 +82,21 @@ class BlockAnatomy:
         return {matrix.name: matrix for group in self.groups for matrix in group}
 
 
-def derive(trace: Trace, config: PretrainedConfig) -> BlockAnatomy:
+def derive(trace: Trace, config: PretrainedConfig, shared: Collection[str] = ()) -> BlockAnatomy:
     """What a block is made of.
 
     Args:
         trace: of the block.
         config: of the text model: an activation that it names comes before others that do the same, and of
             the numbers of heads in it the largest says what is too few rows to be a projection.
+        shared: parameters that are those of other blocks, too.
     """
-    return _Reading(trace, config).anatomy()
+    return _Reading(trace, config, shared).anatomy()
 
 
 class _Reading:
-    def __init__(self, trace: Trace, config: PretrainedConfig) -> None:
-        self.trace, self.block, self.config = trace, trace.block, config
+    def __init__(self, trace: Trace, config: PretrainedConfig, shared: Collection[str]) -> None:
+        self.trace, self.block, self.config, self.shared = trace, trace.block, config, shared
         self.products = _representatives(trace.products)
         self.of_leaf = {id(product.result): product for product in self.products}
         self.before = {
@@ -183,7 +183,8 @@ class _Reading:
             return  # two matrices in a row: a low rank
         self.roles[down.matrix.name] = ["down"]
         ordered: list[Matrix] = []
-        for part, role in ((gate, "gate"), (up, "up")):
+        named: tuple[tuple[_Part | None, Role], ...] = ((gate, "gate"), (up, "up"))
+        for part, role in named:
             if part is not None:
                 self.roles.setdefault(part.source.matrix.name, []).append(role)
                 if part.source.matrix not in ordered:
@@ -206,7 +207,8 @@ class _Reading:
             for name, module in self.block.named_modules()
             if not any(module.children()) and all(p.ndim < 2 for p in module.parameters())
         ]
-        owned.sort(key=lambda entry: -len(os.path.commonprefix([entry[0], down])))  # its own first
+        home = down.split(".")
+        owned.sort(key=lambda entry: -_in_common(entry[0].split("."), home))  # the MLP's own first
         said = [
             str(value) for value in vars(self.config).values() if isinstance(value, str) and value in ACT2FN
         ]
@@ -242,7 +244,9 @@ class _Reading:
         for product in self.products:
             matrix, name = product.matrix, product.matrix.name
             seen.add(matrix.weight)
-            if name.rpartition(".")[2] in STEERING:
+            if matrix.weight in self.shared:
+                why[matrix.weight] = "shared between blocks"
+            elif name.rpartition(".")[2] in STEERING:
                 why[matrix.weight] = "steers a recurrence"
             elif name not in self.useful:
                 why[matrix.weight] = "a router or gate: its results only weigh those of others"
@@ -399,7 +403,8 @@ class _Part:
 
 
 def _parts(product: Product, source: Product) -> list[_Part]:
-    """What rows of `source` each channel of `product`'s input is made of: a part for each row of a channel."""
+    """What rows of `source` each channel of `product`'s input is made of: a part for each row of a
+    channel."""
     width = product.given.shape[-1]
     found = owners(product.given, source.result, torch.arange(width))
     rows = (found.part >= 0).nonzero().flatten()
@@ -426,6 +431,11 @@ def _parts(product: Product, source: Product) -> list[_Part]:
     return parts
 
 
+def _in_common(one: list[str], other: list[str]) -> int:
+    """How many parts two paths have in common from the start on."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+
+
 def _expert(matrix: Matrix, number: int | None) -> Matrix:
     """The same matrix of another expert."""
     if number is None:
@@ -436,7 +446,7 @@ def _expert(matrix: Matrix, number: int | None) -> Matrix:
 
 def _representatives(products: list[Product]) -> list[Product]:
     """One product for each parameter: of an expert's, that with the most tokens."""
-    best: dict[tuple[str, int | None], Product] = {}
+    best: dict[str, Product] = {}
     for product in products:
         key = product.matrix.weight
         known = best.get(key)

@@ -1,7 +1,7 @@
 """Experts one by one: transformers keeps those of a block in parameters of three dimensions.
 
-Every current family calls them through one interface (`ALL_EXPERTS_FUNCTIONS`), with the tokens, the experts that
-each goes to and what their results count, so that one loop serves them all.
+Every current family calls them through one interface (`ALL_EXPERTS_FUNCTIONS`), with the tokens, the experts
+that each goes to and what their results count, so that one loop serves them all.
 """
 
 from collections.abc import Callable

@@ -7,13 +7,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Matrix:
-    """W (out, in) of a product W x, as a view of a parameter: of a linear layer's weight, of a `Conv1D`'s, which
-    is stored (in, out), or of one expert's part of a parameter that holds those of all experts.
+    """W (out, in) of a product W x, as a view of a parameter: of a linear layer's weight, of a `Conv1D`'s,
+    which is stored (in, out), or of one expert's part of a parameter that holds those of all experts.
     """
 
     name: str
-    """Within the block: the layer's path, or for an expert the parameter's with the expert's number before its
-    last part, as in "mlp.experts.3.down_proj"."""
+    """Within the block: the layer's path, or for an expert the parameter's with the expert's number before
+    its last part, as in "mlp.experts.3.down_proj"."""
 
     weight: str
     """The parameter that it lies in: its name within the block."""

@@ -1,7 +1,7 @@
 """Products with a block's matrices, seen wherever its code makes them: in a module of its own or not.
 
-Blocks multiply by linear layers, by parameters of their own, and by single experts of parameters that hold many.
-What all of it comes to are a few of torch's functions.
+Blocks multiply by linear layers, by parameters of their own, and by single experts of parameters that hold
+many. What all of it comes to are a few of torch's functions.
 """
 
 from collections.abc import Callable, Mapping
@@ -77,7 +77,7 @@ class Parameters:
             return None
         parameter = self._named[name]
         rows, columns = parameter.shape[-2:]
-        beyond = weight.storage_offset() - parameter.storage_offset()
+        beyond = int(weight.storage_offset()) - int(parameter.storage_offset())
         expert = None
         if weight.ndim == 2 and parameter.ndim == 3:
             expert, beyond = divmod(beyond, rows * columns)

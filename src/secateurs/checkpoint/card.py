@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from secateurs.checkpoint.writing import read_json, write_text
 
@@ -45,11 +46,18 @@ def write_card(
     """
     metadata, text = read_card(checkpoint_folder)
     base = base_model(checkpoint_folder, model_name, metadata)
+    kind = read_json(checkpoint_folder / "config.json").get("model_type")
+    eyes = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    model, reader = (
+        ("AutoModelForImageTextToText", "AutoProcessor")
+        if eyes
+        else ("AutoModelForCausalLM", "AutoTokenizer")
+    )
     data = ModelCardData(
         base_model=base,
         base_model_relation="finetune" if base else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if eyes else "text-generation",
         tags=list(dict.fromkeys(["secateurs", *tags])),
         **{key: metadata[key] for key in CARRIED if isinstance(metadata.get(key), str | list)},
     )
@@ -63,10 +71,10 @@ def write_card(
     code = "\n".join(
         [
             *([usage] if usage else []),
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {model}, {reader}",
             "",
-            'model = AutoModelForCausalLM.from_pretrained("this-folder")',
-            'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
+            f'model = {model}.from_pretrained("this-folder")',
+            f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("this-folder")',
         ]
     )
     parts = [

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
@@ -24,7 +30,10 @@ LONGEST = 160
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The configuration of a causal model, dense or compressed, ready to build it from.
+    """The configuration of a causal model, with or without eyes, dense or compressed, ready to build it from.
+
+    What the language model is like (positions, vocabulary, sizes) an image-text model's says in a part of its
+    own, which `config.get_text_config(decoder=True)` gives; of any other model it is the whole.
 
     An attention implementation that has to be installed first, FlashAttention say, is what the model was
     trained with and not what it is: it is left to transformers to choose one (sdpa, or eager).
@@ -48,16 +57,30 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         else:
             reason = short(error)
         raise ValueError(f"transformers cannot read {where} ({kind}): {reason}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not reads_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{where} does not describe a causal language model ({kind})")
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None
     return config
 
 
-def causal_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """What AutoModelForCausalLM makes of a configuration: the class, and the part that goes into it."""
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+def reads_images(config: PretrainedConfig) -> bool:
+    """Whether a configuration is of an image-text model around a decoder, such as Gemma 3 or Qwen3-VL."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder
+
+
+def model_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """What a configuration's weights are of: the class, and the part of the configuration that goes into it.
+
+    An image-text model is what AutoModelForImageTextToText makes of it, whole: AutoModelForCausalLM does not
+    know most of them, and of some (Qwen3.5, Llama 4) it makes the language model alone, under other names.
+    Of all others it is what AutoModelForCausalLM makes of them.
+    """
+    kind: Any
+    if reads_images(config):
+        kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        return kind, config
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     text = config.get_text_config()
     if text is config or getattr(kind, "config_class", None) is not type(text):
         return kind, config

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateurs.checkpoint.config import causal_class, is_compressed, quiet, read_config, short
+from secateurs.checkpoint.config import is_compressed, model_class, quiet, read_config, short
 from secateurs.checkpoint.reading import Checkpoint
 
 WRAPPERS = re.compile(
@@ -41,7 +41,7 @@ def skeleton_of(checkpoint: Checkpoint) -> PreTrainedModel:
     for setting in ("quantization_config", "transformers_weights"):
         if hasattr(config, setting):
             delattr(config, setting)  # the dense model, whatever its layers are stored as
-    kind, config = causal_class(config)
+    kind, config = model_class(config)
     folder, behind = checkpoint.folder, ""
     try:
         model, missing, mismatched = _load(kind, config, checkpoint)

@@ -83,7 +83,8 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
         tokens = evaluation_tokens(source, tokenizer, field=settings.field, progress=True)
         texts.append((str(source), tokens, time.perf_counter() - start))
     loaded = load_model(folder, settings.device)
-    bos = bos_id(tokenizer) if wants_bos(loaded.config.model_type, settings.asked_bos) else None
+    kind = loaded.config.get_text_config(decoder=True).model_type
+    bos = bos_id(tokenizer) if wants_bos(kind, settings.asked_bos) else None
     for source, tokens, seconds in texts:
         start = time.perf_counter()
         value = perplexity(

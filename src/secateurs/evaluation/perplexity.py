@@ -51,7 +51,7 @@ def perplexity(
     from rich.console import Console
     from rich.progress import track
 
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
     positions: int | None = getattr(config, "max_position_embeddings", None)
     if length is None:
         length = min(positions or 2048, 2048)

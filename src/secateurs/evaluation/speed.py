@@ -91,9 +91,9 @@ def _cost(name: str, text: str | Path | None, device: str | None) -> Cost:
     before = memory_bytes(where)
     model = load_model(folder, device)
     check_positions(model, PROMPT_TOKENS + NEW_TOKENS)
-    bos = bos_id(tokenizer) if tokenizer is not None and wants_bos(model.config.model_type) else None
-    vocabulary = model.config.get_text_config().vocab_size
-    prompt = torch.randint(vocabulary, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    config = model.config.get_text_config(decoder=True)
+    bos = bos_id(tokenizer) if tokenizer is not None and wants_bos(config.model_type) else None
+    prompt = torch.randint(config.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(where)
     # Weights are memory-mapped: they come into memory when a first token reads them.
     next(greedy_tokens(model, prompt[:, :1], Pace()))

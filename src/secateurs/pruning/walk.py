@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def _walk(
             for batch in hidden:
                 batch.states = batch.states.to(home)
     streams = Streams(
-        hidden, [Batch(batch.states, batch.at) for batch in hidden] if pruner.follows_dense else None
+        hidden, [replace(batch, shared={}) for batch in hidden] if pruner.follows_dense else None
     )
 
     def push(index: int, stream: list[Batch]) -> None:

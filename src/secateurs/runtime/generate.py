@@ -57,7 +57,7 @@ def memory_bytes(device: torch.device) -> int:
 
 def check_positions(model: PreTrainedModel, tokens: int) -> None:
     """Raises ValueError if a model was not made for so many tokens."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ValueError(
             f"prompt and new tokens are {tokens}, but the model is made for {positions}: ask for fewer"

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from secateurs.checkpoint import Checkpoint
-from secateurs.checkpoint.config import causal_class, quiet, read_config, short
+from secateurs.checkpoint.config import model_class, quiet, read_config, short
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.device import resolve_device
 
@@ -28,7 +28,7 @@ def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | Non
     where = resolve_device(device)
     checkpoint = Checkpoint(folder)
     skeleton_of(checkpoint)
-    kind, config = causal_class(read_config(checkpoint))
+    kind, config = model_class(read_config(checkpoint))
     try:
         # By themselves transformers would add adapters that lie in the folder, and not know prefixes.
         with quiet():

@@ -313,12 +313,13 @@ def _with_adapters(model: PreTrainedModel, rank: int) -> Any:
 def _for_training(model: PreTrainedModel) -> Iterator[None]:
     """Nothing is generated in training: keys and values need not be kept, and how to generate is set aside,
     for Trainer's checkpoints would be refused for what does not go together there."""
-    before = model.config.use_cache, model.generation_config
-    model.config.use_cache, model.generation_config = False, GenerationConfig()
+    config = model.config.get_text_config(decoder=True)
+    before = getattr(config, "use_cache", None), model.generation_config
+    config.use_cache, model.generation_config = False, GenerationConfig()
     try:
         yield
     finally:
-        model.config.use_cache, model.generation_config = before
+        config.use_cache, model.generation_config = before
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def interpolate(at: Sequence[float], shares: Sequence[float], errors: Sequence[f
 
 def _first(hidden: list[Batch], tokens: int) -> list[Batch]:
     """Sequences that make so many tokens, at least one, in the batches that they come in."""
-    left = max(1, tokens // hidden[0].states.shape[1])
+    left = max(1, tokens // hidden[0].states.shape[-2])
     first = []
     for batch in hidden:
         if left > 0:

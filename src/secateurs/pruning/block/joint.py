@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from secateurs.anatomy import MLP as MLPAnatomy
+import secateurs.anatomy as anatomies
 from secateurs.anatomy import Matrix
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.pruning.block.block import Advance, Block, Clock, Streams, layer_report
@@ -50,9 +50,9 @@ class _Parts:
     """What is pruned matrix by matrix: all but experts and the MLPs that were understood."""
     mixer: Matrix | None
     """o, if the block has one."""
-    mlp: MLPAnatomy | None
+    mlp: anatomies.MLP | None
     """The MLP, if the block has one and no experts."""
-    others: tuple[MLPAnatomy, ...]
+    others: tuple[anatomies.MLP, ...]
     """More of them."""
     experts: tuple[Experts, ...]
 
@@ -144,10 +144,9 @@ class Joint:
         """What a block is to give. Also pushes the dense stream on."""
         if streams.dense is None:
             return _aim(block, parts, streams.pruned)
-        far = _aim(block, parts, streams.dense)
-        for batch, result in zip(streams.dense, far.result, strict=True):
-            block.model.push(block.index, batch) if batch.shared else None
-            batch.states = result
+        far = _aim(block, parts, streams.dense, keep=True)
+        for batch, states in zip(streams.dense, far.result, strict=True):
+            batch.states = states
         if self.repair == 1:
             return far
         near = _aim(block, parts, streams.pruned)
@@ -159,7 +158,7 @@ class Joint:
             ]
 
         attention, result = between((near.attention, far.attention)), between((near.result, far.result))
-        # Where down's result is only added, what the MLP is to give is the block's.
+        # Where what down gives is simply added, what the MLP is to give is the block's result.
         adds = parts.mlp is not None and parts.adds(block, parts.mlp.down)
         return _Aims(attention, result if adds else between((near.mlp, far.mlp)), result)
 
@@ -204,7 +203,7 @@ class Joint:
         self,
         block: Block,
         parts: _Parts,
-        mlp: MLPAnatomy,
+        mlp: anatomies.MLP,
         hidden: list[Batch],
         aims: _Aims | None,
         clock: Clock,
@@ -220,7 +219,7 @@ class Joint:
     def _solve_mlp(
         self,
         block: Block,
-        mlp: MLPAnatomy,
+        mlp: anatomies.MLP,
         tokens: Tokens,
         name: str,
         start: float,
@@ -285,23 +284,22 @@ class Joint:
         return Refinement(path, found.before, found.after)
 
 
-def _aim(block: Block, parts: _Parts, hidden: list[Batch]) -> _Aims:
+def _aim(block: Block, parts: _Parts, hidden: list[Batch], *, keep: bool = False) -> _Aims:
     """What a dense block gives for an input."""
     mixer, down = parts.mixer, None if parts.mlp is None else parts.mlp.down
     wanted = [matrix for matrix in (mixer, down) if matrix is not None]
     aims = _Aims([], [], [])
-    seen_by_batch = observe(block.model, block.index, hidden, outputs=wanted, whole=True)
+    seen_by_batch = observe(block.model, block.index, hidden, outputs=wanted, whole=True, keep=keep)
     for batch, seen in zip(hidden, seen_by_batch, strict=True):
         assert seen.result is not None
         states = batch.states
         if mixer is not None:
-            given = seen.outputs[mixer.name].view_as(states)
+            given = seen.outputs[mixer.name]
             aims.attention.append(_added(block, parts, mixer, states, given).to(states.device))
         aims.result.append(seen.result.to(states.device))
         if down is not None:
             adds = parts.adds(block, down)
-            own = aims.result[-1] if adds else seen.outputs[down.name].view_as(states).to(states.device)
-            aims.mlp.append(own)
+            aims.mlp.append(aims.result[-1] if adds else seen.outputs[down.name].to(states.device))
     return aims
 
 
@@ -309,7 +307,7 @@ def _added(block: Block, parts: _Parts, matrix: Matrix, states: Tensor, given: T
     """The stream with what a matrix gives added, or that alone where it is not simply added."""
     if not parts.adds(block, matrix):
         return given
-    factor = block.anatomy.factors[matrix.name]
+    factor, given = block.anatomy.factors[matrix.name], given.view_as(states)
     return states.to(given.device) + (given if factor == 1 else factor * given)
 
 
@@ -336,13 +334,14 @@ def _measure_group(
 
 
 def _less(wanted: Tensor, stream: Tensor, factor: float) -> Tensor:
-    """What a matrix has to give for a stream, to which it is added times a factor, to become what is wanted."""
+    """What a matrix has to give for a stream, to which it is added times a factor, to become what is
+    wanted."""
     rest = wanted - stream.to(wanted.device)
     return rest if factor == 1 else rest / factor
 
 
 def _mlp_tokens(
-    block: Block, parts: _Parts, mlp: MLPAnatomy, hidden: list[Batch], aims: _Aims | None
+    block: Block, parts: _Parts, mlp: anatomies.MLP, hidden: list[Batch], aims: _Aims | None
 ) -> Tokens:
     """What an MLP sees in a block whose attention is pruned, and what it ought to give."""
     tokens, down, anatomy = Tokens([], []), mlp.down, block.anatomy
@@ -369,7 +368,7 @@ def _mlp_tokens(
     return tokens
 
 
-def _expert_outputs(block: Block, mlp: MLPAnatomy, given: list[Tensor]) -> list[Tensor]:
+def _expert_outputs(block: Block, mlp: anatomies.MLP, given: list[Tensor]) -> list[Tensor]:
     """What an expert gives for its tokens."""
     *first, down = (block.linear(matrix) for matrix in (*mlp.first, mlp.down))
     problem = MLP(tuple(first), down, gated=mlp.gated, activation=block.activation(mlp))

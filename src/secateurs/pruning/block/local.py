@@ -120,8 +120,8 @@ class Local:
     ) -> None:
         """Prune experts one after the other, each on what it is given, and report them.
 
-        What an expert's last matrix sees are its pruned channels if `sequential` is "linear", or else the dense
-        ones.
+        What an expert's last matrix sees are its pruned channels if `sequential` is "linear", or else the
+        dense ones.
         """
         if not block.wanted(experts.matrices):
             for matrix in experts.matrices:

@@ -19,7 +19,8 @@ class Seen(NamedTuple):
     """What a block was seen to do with a batch."""
 
     inputs: dict[str, Tensor]
-    """What matrices were given, (..., in), by their names. An expert that no token goes to is given nothing."""
+    """What matrices were given, (..., in), by their names. An expert that no token goes to is given
+    nothing."""
     outputs: dict[str, Tensor]
     """What matrices gave, (..., out)."""
     result: Tensor | None
@@ -38,6 +39,7 @@ def observe(
     inputs: Collection[Matrix] = (),
     outputs: Collection[Matrix] = (),
     whole: bool = False,
+    keep: bool = False,
 ) -> Iterator[Seen]:
     """Run a materialised block, as far as it takes, and show what some of its matrices are given and give.
 
@@ -48,6 +50,7 @@ def observe(
         inputs: the matrices whose inputs are wanted.
         outputs: those whose outputs are.
         whole: run the block to its end, for its result.
+        keep: what it leaves for later blocks.
     """
     of_inputs = {(matrix.weight, matrix.expert): matrix.name for matrix in inputs}
     of_outputs = {(matrix.weight, matrix.expert): matrix.name for matrix in outputs}
@@ -74,7 +77,7 @@ def observe(
         result = None
         try:
             with watch:
-                result = model.run(index, batch)
+                result = model.run(index, batch, keep=keep)
         except _Enough:
             pass
         yield seen._replace(result=result)

@@ -71,7 +71,7 @@ def refine(
     pairs = [
         pair
         for given, wanted in zip(hidden, targets, strict=True)
-        for pair in zip(given.split(), wanted.split(1), strict=True)
+        for pair in zip(given.split(), given.split_like(wanted), strict=True)
     ]
     shown = [pair for i, pair in enumerate(pairs) if i % HELD_OUT != 1]
     unseen = pairs[1::HELD_OUT]
@@ -84,7 +84,7 @@ def refine(
     }
     parameters |= trained
     kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim > 1}
-    together = max(1, TOKENS_A_STEP // hidden[0].states.shape[1])
+    together = max(1, TOKENS_A_STEP // hidden[0].states.shape[-2])
     energy = sum(
         float((wanted.float() - given.states.float()).square().sum()) for given, wanted in pairs
     ) / len(pairs)
@@ -95,7 +95,7 @@ def refine(
     def lost(some: Sequence[tuple[Batch, Tensor]], weights: dict[str, Tensor]) -> Tensor:
         given = Batch.joined([batch for batch, _ in some])
         given.states = given.states.to(model.device).float()
-        wanted = torch.cat([tensor for _, tensor in some]).to(model.device).float()
+        wanted = torch.cat([tensor for _, tensor in some], dim=given.axis).to(model.device).float()
         # Within a caller's autocast a cache would keep what the first step multiplied by.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
             result = model.run_with(index, given, weights)
