@@ -22,7 +22,8 @@ Importance = Literal["activation", "weighted", "taylor", "magnitude", "uniform"]
 METRICS: tuple[Importance, ...] = get_args(Importance)
 
 Scores = list[dict[Kind, Tensor]]
-"""For each block, and kind that it has units of, their importance (groups, size), not negative, on the CPU."""
+"""For each block, and kind that it has units of, their importance (groups, size), not negative, on the
+CPU."""
 
 PROBE_TOKENS = 2048
 """About as many tokens are read by a probe."""

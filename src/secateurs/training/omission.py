@@ -29,9 +29,9 @@ class Omission(Cutting):
         try:
             blocks: Any = model.get_submodule(path)
         except AttributeError:
-            raise ValueError(
-                f"the model has no blocks at '{path}': load it as one that writes text"
-            ) from None
+            kind = type(model).__name__
+            kind = type(model).__name__
+            raise ValueError(f"{kind} has no '{path}', where models of its type have their blocks") from None
         super().__init__(list(blocks.children()), self.proven.blocks, path, in_place=in_place)
 
 

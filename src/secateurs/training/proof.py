@@ -2,11 +2,11 @@
 
 The block runs on half of its units, and once more whole, with what the other half hands to the layer that
 reads it silenced. If both give the same, units meet nowhere else in its code, and it knows how many they are
-only by what was replaced. Where a norm runs over all heads, or a parameter has an entry for each, they differ,
-or the code stumbles: then units of that kind run whole.
+only by what was replaced. Where a norm runs over all heads, or a parameter has an entry for each, they
+differ, or the code stumbles: then units of that kind run whole.
 
-The weights are made up, for the proof is about the code. It takes the memory of one block without its experts,
-in float32, and nothing of the model itself.
+The weights are made up, for the proof is about the code. It takes the memory of one block without its
+experts, in float32, and nothing of the model itself.
 """
 
 import copy
@@ -23,12 +23,13 @@ from transformers import PretrainedConfig
 from secateurs.anatomy import Anatomy, BlockAnatomy, anatomy_of, skeleton
 from secateurs.anatomy.anatomy import fingerprint
 from secateurs.anatomy.blocks import note_calls
+from secateurs.anatomy.experts import use_experts_one_by_one
 from secateurs.anatomy.trace import Call, Virtual, implemented_here
 from secateurs.training.cutting import Cutting
 from secateurs.training.units import KINDS, NAMES, Cut, Kind, cuts_of
 
 TOLERANCE = 1e-3
-"""Of what silencing half of the units changes: how far the block that runs without them may be from that."""
+"""Of what silencing half of the units changes: how far the block that runs without them may be from it."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def proven_cuts(config: PretrainedConfig) -> ProvenCuts:
     proven = _known[key]
     if not any(proven.blocks):
         raise ValueError(
-            f"sparse training: neither heads nor channels of {config.model_type!r} can be left out one by one: "
-            "train it with omission 0"
+            f"sparse training: neither heads nor channels of {config.model_type!r} can be left out one by "
+            "one: train it with omission 0"
         )
     return proven
 
@@ -79,14 +80,18 @@ def proven_cuts(config: PretrainedConfig) -> ProvenCuts:
 def _prove(config: PretrainedConfig) -> ProvenCuts:
     anatomy, model = anatomy_of(config), skeleton(config)
     blocks: Any = model.get_submodule(anatomy.path)
-    known: dict[int, Mapping[Kind, Cut]] = {}  # by anatomy: one for blocks of one kind
-    cuts = []
     with implemented_here(model):
         calls, _ = note_calls(model, blocks)
-        for block, call, inside in zip(blocks, calls, anatomy.blocks, strict=True):
-            if id(inside) not in known:
-                known[id(inside)] = _proven(block, call, inside)
-            cuts.append(known[id(inside)])
+    use_experts_one_by_one(model)
+    # Attention as the model has it, for some code asks; other kernels than these do not run everywhere.
+    if model.config._attn_implementation not in ("eager", "sdpa"):
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    known: dict[int, Mapping[Kind, Cut]] = {}  # by anatomy: one for blocks of one kind
+    cuts = []
+    for block, call, inside in zip(blocks, calls, anatomy.blocks, strict=True):
+        if id(inside) not in known:
+            known[id(inside)] = _proven(block, call, inside)
+        cuts.append(known[id(inside)])
     shared = _shared(blocks)
     return ProvenCuts(anatomy, tuple({} if number in shared else cut for number, cut in enumerate(cuts)))
 
@@ -151,7 +156,7 @@ def _run(block: nn.Module, call: Call) -> list[Tensor]:
 def _holds(
     block: nn.Module, call: Call, cuts: Mapping[Kind, Cut], before: list[Tensor]
 ) -> list[Tensor] | None:
-    """What a block gives with half of its units silenced, if cutting them gives that too and it is a change."""
+    """What a block gives with half of its units silenced; None if cutting them gives something else."""
     generator = torch.Generator().manual_seed(0)
     kept: dict[Kind, Tensor | None] = dict.fromkeys(KINDS)
     for kind, cut in cuts.items():
