@@ -21,7 +21,8 @@ from common import RESULTS, environment, print_table, save
 from secateurs.demo import MODEL
 from secateurs.text import load_tokenizer
 from secateurs.training.importance import Importance, Scores, measure
-from secateurs.training.omission import KINDS, Kind, Omission
+from secateurs.training.omission import Omission
+from secateurs.training.units import KINDS, Kind
 from secateurs.training.sparse import SMOOTHING
 
 LAGS = (1, 5, 10, 20, 40, 80)

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from families import build, tokens
+from secateurs.training.cutting import Kept
 from secateurs.training.frozen import FrozenOptimizer
-from secateurs.training.omission import KINDS, Kept, Kind, Omission
+from secateurs.training.omission import Omission
+from secateurs.training.units import KINDS, Kind
 
 Parameters = Iterable[nn.Parameter]
 
@@ -31,10 +33,9 @@ OPTIMIZERS: dict[str, Callable[[Parameters], Optimizer]] = {
 def halves(omission: Omission, first: bool) -> list[dict[Kind, Tensor | None]]:
     """The first or the second half of all units."""
     kept: list[dict[Kind, Tensor | None]] = []
-    for _ in omission.blocks:
+    for block in omission.blocks:
         masks: dict[Kind, Tensor | None] = {}
-        for kind in KINDS:
-            units = omission.units[kind]
+        for kind, units in block.units.items():
             mask = torch.zeros(units.groups, units.size, dtype=torch.bool)
             mask[:, : units.size // 2] = True
             masks[kind] = mask if first else ~mask

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from families import build, tokens
-from secateurs.anatomy import family_of, linear_weight
 from secateurs.training.importance import METRICS, measure
-from secateurs.training.omission import KINDS, Kind, Omission
+from secateurs.training.omission import Omission
+from secateurs.training.units import KINDS, Kind
 
 
 def call(model: PreTrainedModel, metric: Any, **batch: Any) -> list[dict[Kind, Tensor]]:
@@ -20,10 +20,8 @@ def call(model: PreTrainedModel, metric: Any, **batch: Any) -> list[dict[Kind, T
 
 def reader_inputs(model: PreTrainedModel, kind: Kind, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Of the second block: input of o or down by unit (batch, tokens, units, width), gradient, weight."""
-    family = family_of(model.config)
-    sizes = family.sizes(model.config)
-    block = list(model.get_submodule(family.blocks).children())[1]
-    layer = block.get_submodule(family.roles["o" if kind == "attention" else "down"].name)
+    block = model.model.layers[1]
+    layer = block.self_attn.o_proj if kind == "attention" else block.mlp.down_proj
     found: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor]) -> None:
@@ -33,9 +31,9 @@ def reader_inputs(model: PreTrainedModel, kind: Kind, loss: Any) -> tuple[Tensor
     hook = layer.register_forward_pre_hook(keep)
     loss(model).backward()
     hook.remove()
-    width = sizes.head_dim if kind == "attention" else 1
+    width = 8 if kind == "attention" else 1  # of a head
     [states] = found
-    weight = linear_weight(layer).detach()
+    weight = layer.weight.detach()
     return tuple(t.detach().unflatten(-1, (-1, width)) for t in (states, states.grad, weight))
 
 

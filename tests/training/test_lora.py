@@ -82,7 +82,7 @@ def test_on_some_neurons_it_is_the_whole_model_with_the_others_silenced(name: st
     loss = loss_of(model)
     loss.backward()
     omission.disengage()
-    silence(whole.get_base_model(), kept, omission.units)
+    silence(whole.get_base_model(), kept)
     expected = loss_of(whole)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)

@@ -10,9 +10,10 @@ from test_frozen import OPTIMIZERS
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from families import build, tokens
-from secateurs.anatomy import family_of, linear_weight
+from secateurs.anatomy import anatomy_of
 from secateurs.training import sparse
 from secateurs.training.callback import SparsityAcceleratedTraining
 from secateurs.training.masks import KeepZeros, Masks
@@ -30,12 +31,11 @@ def pruned(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def linears(model: nn.Module) -> dict[str, Tensor]:
-    family = family_of(model.config)
+    path = anatomy_of(model.config).path
     return {
-        f"{family.blocks}.{number}.{name}.weight": linear_weight(block.get_submodule(name)).detach()
-        for number, block in enumerate(model.get_submodule(family.blocks).children())
-        for group in family.groups
-        for name in group
+        f"{path}.{name}.weight": layer.weight.detach()
+        for name, layer in model.get_submodule(path).named_modules()
+        if isinstance(layer, nn.Linear | Conv1D)
     }
 
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 
 import families
 from families import build, tokens
-from secateurs.anatomy import family_of, linear_weight
-from secateurs.training.omission import KINDS, Kept, Kind, Omission, Units
+from secateurs.training.cutting import Kept
+from secateurs.training.omission import Omission
+from secateurs.training.units import KINDS, Kind, Units
 
 GROUPED = {
     "vocab_size": families.VOCABULARY,
@@ -23,6 +24,14 @@ GROUPED = {
     "pad_token_id": 0,
 }
 """Key-value heads enough to omit whole ones, with their queries."""
+
+READERS = {
+    "llama": ("model.layers", ("self_attn.o_proj", "mlp.down_proj")),
+    "opt": ("model.decoder.layers", ("self_attn.out_proj", "fc2")),
+    "gpt2": ("transformer.h", ("attn.c_proj", "mlp.c_proj")),
+    "gpt_neox": ("gpt_neox.layers", ("attention.dense", "mlp.dense_4h_to_h")),
+}
+"""Where the blocks are, and what reads heads and channels in them."""
 
 
 @pytest.fixture(params=[*families.FAMILIES, "llama-grouped", "phi3-grouped"])
@@ -43,31 +52,30 @@ def some_units(omission: Omission, seed: int = 0) -> list[dict[Kind, Tensor | No
         order = torch.rand(units.groups, units.size, generator=generator).argsort(1)
         return order < max(1, units.size // 2)
 
-    kept: list[dict[Kind, Tensor | None]] = [
-        {kind: choose(omission.units[kind]) for kind in KINDS} for _ in omission.blocks
-    ]
+    kept = [dict[Kind, Tensor | None](dict.fromkeys(KINDS)) for _ in omission.blocks]
+    for masks, block in zip(kept, omission.blocks, strict=True):
+        masks |= {kind: choose(units) for kind, units in block.units.items()}
     kept[-1]["attention"] = None
     return kept
 
 
-def silence(model: PreTrainedModel, kept: Kept, units: dict[Kind, Units]) -> None:
+def silence(model: PreTrainedModel, kept: Kept) -> None:
     """Zero what omitted units hand to the layers that read them (o, down), by the plain model's own code."""
-    family = family_of(model.config)
-    sizes = family.sizes(model.config)
-    for block, masks in zip(model.get_submodule(family.blocks).children(), kept, strict=True):
-        for kind, role in (("attention", "o"), ("mlp", "down")):
+    path, layers = READERS.get(model.config.model_type, READERS["llama"])
+    for block, masks in zip(model.get_submodule(path).children(), kept, strict=True):
+        for kind, name in zip(KINDS, layers, strict=True):
             mask = masks[kind]
             if mask is None:
                 continue
-            if kind == "attention":
-                heads = mask.flatten().repeat_interleave(sizes.heads // units[kind].count)
-                mask = heads.repeat_interleave(sizes.head_dim)
-            factor = mask.flatten().double()
+            layer: Any = block.get_submodule(name)
+            # In the order of their groups; a head's columns, of a unit's all heads, lie side by side.
+            weight = layer.weight.T if name.endswith("c_proj") else layer.weight
+            factor = mask.flatten().repeat_interleave(weight.shape[1] // mask.numel()).double()
 
             def multiply(_: nn.Module, args: tuple[Tensor], factor: Tensor = factor) -> tuple[Tensor]:
                 return (args[0] * factor,)
 
-            block.get_submodule(family.roles[role].name).register_forward_pre_hook(multiply)
+            layer.register_forward_pre_hook(multiply)
 
 
 def loss_of(model: nn.Module) -> Tensor:
@@ -115,7 +123,7 @@ def test_loss_and_gradients_are_those_of_the_dense_model_with_neurons_silenced(
     loss = loss_of(model)
     loss.backward()
 
-    silence(dense, kept, omission.units)
+    silence(dense, kept)
     expected = loss_of(dense)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -143,8 +151,8 @@ def test_products_run_at_the_reduced_size(model: PreTrainedModel) -> None:
         hooks = [
             layer.module.register_forward_hook(note)
             for block in omission.blocks
-            for kind in KINDS
-            for layer in block.layers[kind]
+            for layers in block.layers.values()
+            for layer in layers
         ]
         with torch.no_grad():
             model(tokens())
@@ -154,18 +162,7 @@ def test_products_run_at_the_reduced_size(model: PreTrainedModel) -> None:
     assert sizes[True] == sizes[False]
     (_, up), (down, _) = sizes[True][-2:]
     assert up[-1] in (down[-1], 2 * down[-1])  # gate and up in one layer
-    assert down[-1] == omission.units["mlp"].count // 2
-
-
-def test_what_is_described_as_a_head_count_is_one(model: PreTrainedModel) -> None:
-    family = family_of(model.config)
-    sizes = family.sizes(model.config)
-    for block in model.get_submodule(family.blocks).children():
-        for path, count in family.counts.items():
-            value: Any = block
-            for name in path.split("."):
-                value = getattr(value, name)
-            assert value == getattr(sizes, count), path
+    assert down[-1] == omission.blocks[-1].units["mlp"].count // 2
 
 
 def test_an_evaluation_between_backward_and_step_loses_no_gradient() -> None:
@@ -201,4 +198,3 @@ def test_small_weights_are_dense_views_of_the_only_copy() -> None:
     assert down.weight.shape == (48, 40)
     assert down.weight.T.is_contiguous()  # dense, as fused optimisers need it
     assert down.weight.untyped_storage().nbytes() == 4 * 48 * 80
-    assert linear_weight(down).shape == (48, 40)

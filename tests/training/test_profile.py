@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_omission import READERS
 from torch import Tensor
 
 import families
 import folders
-from secateurs.anatomy import family_of, linear_weight
 from secateurs.training.profile import BlockProfile, measure_activity, profile
 
 
@@ -32,14 +32,14 @@ def inputs_of(model: torch.nn.Module, layers: list[str], tokens: Tensor) -> dict
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_the_measures_are_what_they_say(name: str) -> None:
     model, tokens = families.build(name), families.tokens()
-    family = family_of(model.config)
-    sizes = family.sizes(model.config)
-    paths = [f"{family.blocks}.{index}." for index in range(3)]
-    layers = {kind: [path + family.roles[role].name for path in paths] for kind, role in
-              (("heads", "o"), ("channels", "down"))}  # fmt: skip
+    blocks, names = READERS.get(model.config.model_type, READERS["llama"])
+    layers = {
+        kind: [f"{blocks}.{index}.{layer}" for index in range(3)]
+        for kind, layer in zip(("heads", "channels"), names, strict=True)
+    }
     seen = inputs_of(model, [*layers["heads"], *layers["channels"]], tokens)
     for index, block in enumerate(measure_activity(model, tokens)):
-        outputs = seen[layers["heads"][index]].unflatten(1, (sizes.heads, sizes.head_dim))
+        outputs = seen[layers["heads"][index]].unflatten(1, (6, -1))
         for activity, strength in (
             (block.heads, outputs.square().sum(2).sqrt()),
             (block.channels, seen[layers["channels"][index]].abs()),
@@ -57,11 +57,10 @@ def test_the_measures_are_what_they_say(name: str) -> None:
 def test_silent_neurons_are_found() -> None:
     """Half of the channels and of the heads write nothing: they are barely active, the others keep all."""
     model = families.build("llama")
-    sizes = family_of(model.config).sizes(model.config)
     with torch.no_grad():
         for block in model.model.layers:
-            linear_weight(block.mlp.up_proj)[::2] = 0
-            linear_weight(block.self_attn.v_proj)[: sizes.head_dim] = 0  # of the first three query heads
+            block.mlp.up_proj.weight[::2] = 0
+            block.self_attn.v_proj.weight[:8] = 0  # of the first three query heads
     for block in measure_activity(model, families.tokens()):
         for activity in (block.heads, block.channels):
             assert activity.half_keeps == pytest.approx(1.0)

@@ -1,9 +1,11 @@
 """The anatomy of a model, derived from its configuration: no weight is read, no architecture is known by
 name."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from secateurs.anatomy.blocks import (
@@ -30,13 +32,33 @@ class Anatomy:
     """Which of `blocks.RESULTS` the model makes of a block's result."""
 
 
+_derived: dict[str, Anatomy] = {}
+
+
 def anatomy_of(config: PretrainedConfig) -> Anatomy:
-    """Derive a model's anatomy.
+    """Derive a model's anatomy, once for each configuration.
 
     Raises:
         UnsupportedArchitectureError: its blocks are not to be found, or cannot be run one by one.
     """
-    return derive_anatomy(skeleton(config))
+    key = fingerprint(config)
+    if key not in _derived:
+        with torch.random.fork_rng(devices=[]):  # some models' own code draws from it
+            _derived[key] = derive_anatomy(skeleton(config))
+    return _derived[key]
+
+
+def fingerprint(config: PretrainedConfig) -> str:
+    """Text that configurations share that describe the same architecture."""
+
+    def told(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        beside = {"use_cache", "dtype", "architectures", "_name_or_path", "transformers_version"}
+        return {key: told(inner) for key, inner in value.items() if key not in beside}
+
+    described = told(json.loads(config.to_json_string(use_diff=False)))
+    return f"{type(config).__name__} {json.dumps(described, sort_keys=True)}"
 
 
 def derive_anatomy(model: PreTrainedModel) -> Anatomy:

@@ -48,7 +48,7 @@ class Owners:
     """Whether no row goes into more than one part."""
 
 
-def owners(tensor: Tensor, leaf: Tensor, labels: Tensor) -> Owners:
+def owners(tensor: Tensor, leaf: Tensor, labels: Tensor, rows: int | None = None) -> Owners:
     """Ask which part of a tensor each row of a leaf goes into, at any token.
 
     The parts' numbers are spelled in bits, so that it takes two backward passes for each bit and not one for
@@ -58,8 +58,9 @@ def owners(tensor: Tensor, leaf: Tensor, labels: Tensor) -> Owners:
         tensor: (..., channels).
         leaf: (..., rows).
         labels: (channels,), the part that each channel belongs to, from 0.
+        rows: of the leaf, where they lie in more than its last dimension.
     """
-    rows = leaf.shape[-1]
+    rows = rows or leaf.shape[-1]
 
     def felt(chosen: Tensor) -> Tensor:
         weights = torch.where(chosen, _random(*tensor.shape), 0)

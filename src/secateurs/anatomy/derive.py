@@ -45,7 +45,8 @@ class Heads:
     dim: int
     """Of a query head."""
     query_rows: Mapping[str, Tensor]
-    """Of each matrix that makes queries, (rows,): the head that each row belongs to, or -1."""
+    """Of each matrix that makes queries, or gates what heads give, (rows,): the head that each row belongs
+    to, or -1."""
     key_rows: Mapping[str, Tensor]
     """Of each matrix that makes keys and values, (rows,): the key-value head, or -1."""
     reader: str
@@ -73,6 +74,8 @@ class BlockAnatomy:
     """Whether the block's result is its input, plus what these matrices give, and nothing else."""
     dense: Mapping[str, str]
     """Parameters that hold matrices and are left as they are -> why."""
+    routed: Mapping[str, float]
+    """Of each parameter that holds experts: the share of them that a token goes to."""
 
     @property
     def matrices(self) -> dict[str, Matrix]:
@@ -307,7 +310,19 @@ class _Reading:
             residual=residual,
             adds=adds,
             dense=dense,
+            routed=self._routed(),
         )
+
+    def _routed(self) -> dict[str, float]:
+        tokens = self.trace.given.numel() // self.trace.given.shape[-1]
+        routed: dict[str, float] = {}
+        for product in self.trace.products:
+            name = product.matrix.weight
+            shape = self.block.get_parameter(name).shape
+            if len(shape) == 3:
+                given = product.given.numel() // product.given.shape[-1]
+                routed[name] = routed.get(name, 0.0) + given / tokens / shape[0]
+        return routed
 
     def _experts(self, parameter: str) -> list[int | None]:
         """The numbers of the experts that a parameter holds: no more than all matrices of their MLP have."""
@@ -350,12 +365,23 @@ class _Reading:
         width = reader.given.shape[-1]
         if width != count * call.value.shape[-1]:
             return None
-        return Heads(count, kv_count, dim, *rows, reader.matrix.name, self._columns(reader, call))
+        columns = self._columns(reader, call)
+        if columns is None:
+            return None
+        for product in self._before(reader):
+            name = product.matrix.name
+            if name not in rows[1] and self._reads_stream(product):
+                gated = owners(reader.given, product.result, columns)
+                if gated.apart:
+                    rows[0][name] = torch.maximum(rows[0].get(name, gated.part), gated.part)
+        return Heads(count, kv_count, dim, *rows, reader.matrix.name, columns)
 
-    def _columns(self, reader: Product, call: AttentionCall) -> Tensor:
+    def _columns(self, reader: Product, call: AttentionCall) -> Tensor | None:
         """Which head each column of the reader belongs to."""
-        result = call.result
-        found = owners(reader.given, result.flatten(2), torch.arange(reader.given.shape[-1]))
+        result, width = call.result, reader.given.shape[-1]
+        found = owners(reader.given, result, torch.arange(width), width)
+        if not found.apart or not torch.equal(found.part.sort().values, torch.arange(width)):
+            return None
         columns = torch.empty_like(found.part)
         columns[found.part] = torch.arange(result.shape[2]).repeat_interleave(result.shape[3])
         return columns

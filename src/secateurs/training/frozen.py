@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from secateurs.training.omission import Kind, Omission, Reordered, Slice, local, stand_in
+from secateurs.training.cutting import Reordered, Slice, local, stand_in
+from secateurs.training.omission import Omission
+from secateurs.training.units import Kind
 
 Counts = Sequence[dict[Kind, Tensor]]
-"""For each block and kind, the optimiser steps that each unit has run (groups, size)."""
+"""For each block, and kind that it has units of, the optimiser steps that each has run (groups, size)."""
 
 _ROWS_AND_COLUMNS = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}
 """The dimension that transformers' Adafactor keeps in each of its factors."""

@@ -15,13 +15,15 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from secateurs.training.omission import KINDS, Kind, Omission, decoder_of
+from secateurs.training.omission import Omission, decoder_of
+from secateurs.training.units import Kind
 
 Importance = Literal["activation", "weighted", "taylor", "magnitude", "uniform"]
 METRICS: tuple[Importance, ...] = get_args(Importance)
 
 Scores = list[dict[Kind, Tensor]]
-"""For each block and kind, the importance of each unit (groups, size), not negative, on the CPU."""
+"""For each block, and kind that it has units of, their importance (groups, size), not negative, on the
+CPU."""
 
 PROBE_TOKENS = 2048
 """About as many tokens are read by a probe."""
@@ -70,7 +72,7 @@ def measure(
         kwargs: of the same call.
     """
     if metric == "uniform":
-        return [{k: torch.ones(u.groups, u.size) for k, u in omission.units.items()} for _ in omission.blocks]
+        return [{k: torch.ones(u.groups, u.size) for k, u in b.units.items()} for b in omission.blocks]
     if metric == "magnitude":
         return _shape(omission, [_magnitudes(omission, block, kind) for block, kind in _cells(omission)])
     args, kwargs, token_mask = _few_sequences(model, args, kwargs, with_loss=metric == "taylor")
@@ -83,7 +85,7 @@ def measure(
 
 
 def _cells(omission: Omission) -> list[tuple[int, Kind]]:
-    return [(block, kind) for block in range(len(omission.blocks)) for kind in KINDS]
+    return [(number, kind) for number, block in enumerate(omission.blocks) for kind in block.cuts]
 
 
 def _shape(omission: Omission, scores: Sequence[Tensor]) -> Scores:
@@ -93,7 +95,8 @@ def _shape(omission: Omission, scores: Sequence[Tensor]) -> Scores:
         dist.broadcast(flat, 0)  # where sums are rounded in another order, ranks would choose otherwise
     pieces = iter(flat.cpu().split([len(s) for s in scores]))
     return [
-        {kind: next(pieces).view(omission.units[kind].groups, -1) for kind in KINDS} for _ in omission.blocks
+        {kind: next(pieces).view(units.groups, -1) for kind, units in block.units.items()}
+        for block in omission.blocks
     ]
 
 
@@ -110,10 +113,10 @@ def _whole_weight(layer: nn.Linear | Conv1D) -> Tensor:
 
 
 def _magnitudes(omission: Omission, block: int, kind: Kind) -> Tensor:
-    units = omission.units[kind]
+    units, layers = omission.blocks[block].units[kind], omission.blocks[block].layers[kind]
     squares = [
         _by_unit(_whole_weight(layer.module).square().sum(1 - layer.slices[0].dim), layer.unit, units.count)
-        for layer in omission.blocks[block].layers[kind]
+        for layer in layers
     ]
     return torch.stack(squares).sum(0).sqrt()
 
@@ -157,8 +160,8 @@ class _Sums:
         return record
 
     def _by_unit(self, values: Tensor, block: int, kind: Kind) -> Tensor:
-        unit = self.omission.blocks[block].reader(kind).unit
-        return _by_unit(values, unit, self.omission.units[kind].count)
+        cut = self.omission.blocks[block].cuts[kind]
+        return _by_unit(values, cut.inputs, cut.units.count)
 
     def _select(self, states: Tensor) -> Tensor:
         """(tokens, width) without padding."""

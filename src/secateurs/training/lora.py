@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateurs.training.omission import running_weight
+from secateurs.training.cutting import running_weight
 
 
 class _MaskedProduct(torch.autograd.Function):

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateurs.anatomy import anatomy_of
-from secateurs.training.omission import decoder_of, kept_part, local, make_whole, unwrapped
+from secateurs.training.cutting import kept_part, local, make_whole
+from secateurs.training.omission import decoder_of, parameter_of, unwrapped
 
 
 class Masks:
@@ -52,12 +53,10 @@ class Masks:
         """
         decoder: Any = decoder_of(model)
         anatomy = anatomy_of(decoder.config)
-        matrices = set()
+        matrices = set[int]()
         for block, inside in zip(decoder.get_submodule(anatomy.path).children(), anatomy.blocks, strict=True):
-            for matrix in inside.matrices.values():
-                owner, _, leaf = matrix.weight.rpartition(".")
-                layer = block.get_submodule(owner)
-                matrices.add(id(getattr(getattr(layer, "base_layer", layer), leaf)))
+            names = {matrix.weight for matrix in inside.matrices.values()}
+            matrices |= {id(parameter_of(block, name)) for name in names}
         named = unwrapped(model).named_parameters()
         return cls(
             model, {name: p.detach() for name, p in named if id(p) in matrices and (local(p) == 0).any()}

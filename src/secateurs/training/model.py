@@ -2,19 +2,19 @@
 
 from transformers import PretrainedConfig
 
-from secateurs.anatomy.families import family_of
+from secateurs.anatomy import anatomy_of
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.config import read_config as read_causal_config
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The configuration of a model of a supported family.
+    """The configuration of a decoder.
 
     Raises:
-        ValueError: transformers cannot read it, or the family has no anatomy.
+        ValueError: transformers cannot read it, or its blocks cannot be made out.
     """
     config = read_causal_config(checkpoint)
-    family_of(config)
+    anatomy_of(config)
     return config
 
 

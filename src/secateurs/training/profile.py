@@ -9,7 +9,6 @@ Training (2406.01392) omits the same neurons for a whole batch, so what a fixed 
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateurs.anatomy.families import family_of
+from secateurs.anatomy import BlockAnatomy, anatomy_of
 from secateurs.checkpoint import Checkpoint, resolve, write_json
 from secateurs.device import resolve_device
 from secateurs.runtime.load import load_model
 from secateurs.settings import OfText, OnDevice, takes
 from secateurs.text import evaluation_tokens, load_tokenizer
 from secateurs.training.model import read_config, sequence_length
+from secateurs.training.units import dense_mlp
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 SMALL = 0.1  # of the largest activation in the layer at the same token: the neuron is barely active
 QUIET = 0.5  # of the layer's mean activation: the neuron is quiet over the whole text
 TOKENS_AT_ONCE = 2048
+
+KINDS = ("heads", "channels")
+"""What is looked at, as the fields of a profile are called."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,35 @@ class Activity:
 
 @dataclass(frozen=True)
 class BlockProfile:
-    """The activity in one block."""
+    """The activity in one block; None of what it has none of."""
 
-    heads: Activity
-    channels: Activity
+    heads: Activity | None
+    channels: Activity | None
 
 
 class _Count:
-    """Sums over tokens from which an `Activity` is made."""
+    """Sums over tokens from which an `Activity` is made.
 
-    def __init__(self, neurons: int, device: torch.device) -> None:
-        self.tokens = 0
+    Args:
+        reader: the layer, within the block, that is given what the neurons hand on.
+        neuron: (inputs of the reader,): the neuron that each belongs to, of which all have as many.
+        device: where the model is.
+    """
+
+    def __init__(self, reader: str, neuron: Tensor, device: torch.device) -> None:
+        self.reader = reader
+        self.order = neuron.argsort(stable=True).to(device)
+        self.tokens, neurons = 0, int(neuron.max()) + 1
         self.small = torch.zeros((), dtype=torch.int64, device=device)
         self.sum = torch.zeros(neurons, dtype=torch.float64, device=device)
         self.squares = torch.zeros(neurons, dtype=torch.float64, device=device)
+
+    def note(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Count what the reader is given."""
+        by_neuron = (
+            inputs[0].float()[..., self.order].reshape(-1, len(self.sum), len(self.order) // len(self.sum))
+        )
+        self.add(by_neuron.norm(dim=2))
 
     def add(self, strength: Tensor) -> None:
         """Count activations (tokens, neurons), none below zero."""
@@ -126,7 +144,10 @@ def profile(model: str | Path, *, settings: ProfileSettings) -> list[BlockProfil
     folder, text, output = resolve(model), settings.text, settings.output
     if output is not None and Path(output).exists():
         raise ValueError(f"'{output}' exists: give another output folder")
-    length = sequence_length(settings.length, read_config(Checkpoint(folder)))
+    config = read_config(Checkpoint(folder))
+    if not any(inside.heads or dense_mlp(inside) for inside in anatomy_of(config).blocks):
+        raise ValueError(f"the blocks of '{model}' have neither heads nor channels that could be told apart")
+    length = sequence_length(settings.length, config)
     tokens = evaluation_tokens(text, load_tokenizer(folder), field=settings.field)
     windows = min(settings.samples, len(tokens) // length)
     if not windows:
@@ -147,35 +168,20 @@ def measure_activity(model: PreTrainedModel, tokens: Tensor) -> list[BlockProfil
     """The activity in each block of a model, which runs where it is and stays as it was.
 
     Args:
-        model: of a supported family, in evaluation mode.
+        model: a decoder, in evaluation mode.
         tokens: (windows, length) ids.
 
     Raises:
         FloatingPointError: an activation is NaN or infinite; names the block.
     """
-    family = family_of(model.config)
-    sizes = family.sizes(model.config)
-    blocks = list(model.get_submodule(family.blocks).children())
-    heads = [_Count(sizes.heads, model.device) for _ in blocks]
-    channels = [_Count(sizes.channels, model.device) for _ in blocks]
-
-    def heads_of(count: _Count) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            count.add(inputs[0].float().reshape(-1, sizes.heads, sizes.head_dim).norm(dim=2))
-
-        return note
-
-    def channels_of(count: _Count) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            count.add(inputs[0].float().reshape(-1, sizes.channels).abs())
-
-        return note
-
-    handles = []
-    for index, block in enumerate(blocks):
-        for role, note in (("o", heads_of(heads[index])), ("down", channels_of(channels[index]))):
-            layer = block.get_submodule(family.roles[role].name)  # type: ignore[index]
-            handles.append(layer.register_forward_pre_hook(note))
+    anatomy = anatomy_of(model.config)
+    blocks: Any = model.get_submodule(anatomy.path)
+    counts = [_counted(inside, model.device) for inside in anatomy.blocks]
+    handles = [
+        block.get_submodule(count.reader).register_forward_pre_hook(count.note)
+        for block, found in zip(blocks, counts, strict=True)
+        for count in found.values()
+    ]
     try:
         for batch in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
             # Not the head: its logits are the largest tensor of all, and nobody reads them.
@@ -183,13 +189,23 @@ def measure_activity(model: PreTrainedModel, tokens: Tensor) -> list[BlockProfil
     finally:
         for handle in handles:
             handle.remove()
-    for index, counts in enumerate(zip(heads, channels, strict=True)):
-        if not all(count.squares.isfinite().all() for count in counts):
-            raise FloatingPointError(f"the activations of '{family.blocks}.{index}' hold NaN or Inf")
+    for index, found in enumerate(counts):
+        if not all(count.squares.isfinite().all() for count in found.values()):
+            raise FloatingPointError(f"the activations of '{anatomy.path}.{index}' hold NaN or Inf")
     return [
-        BlockProfile(head.activity(), channel.activity())
-        for head, channel in zip(heads, channels, strict=True)
+        BlockProfile(**{kind: found[kind].activity() if kind in found else None for kind in KINDS})
+        for found in counts
     ]
+
+
+def _counted(inside: BlockAnatomy, device: torch.device) -> dict[str, _Count]:
+    """What there is to count in a block, of each kind."""
+    found: dict[str, _Count] = {}
+    if inside.heads is not None:
+        found["heads"] = _Count(inside.heads.reader, inside.heads.columns, device)
+    if (mlp := dense_mlp(inside)) is not None:
+        found["channels"] = _Count(mlp.down.name, torch.arange(mlp.down.shape[1]), device)
+    return found
 
 
 def table(blocks: list[BlockProfile]) -> "Table":
@@ -203,14 +219,20 @@ def table(blocks: list[BlockProfile]) -> "Table":
         "activations in the strongest half of the neurons, the same half for all tokens.",
     )
     shown.add_column("block", justify="right")
-    for kind in ("heads", "channels"):
+    for kind in KINDS:
         for measure in ("barely active", "quiet", "half keeps"):
             shown.add_column(f"{kind}\n{measure}", justify="right")
     for index, block in enumerate(blocks):
         cells = [
-            f"{value:.1%}"
-            for kind in (block.heads, block.channels)
-            for value in (kind.barely_active, kind.quiet, kind.half_keeps)
+            cell
+            for activity in (block.heads, block.channels)
+            for cell in (
+                ["-"] * 3
+                if activity is None
+                else [
+                    f"{value:.1%}" for value in (activity.barely_active, activity.quiet, activity.half_keeps)
+                ]
+            )
         ]
         shown.add_row(str(index), *cells)
     return shown
@@ -245,24 +267,23 @@ def draw(blocks: list[BlockProfile], stem: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharey="row")
     colours = colormaps["viridis"].resampled(len(blocks))
-    for column, kind in enumerate(("heads", "channels")):
+    for column, kind in enumerate(KINDS):
         above, below = axes[0, column], axes[1, column]
-        activities: list[Activity] = [getattr(block, kind) for block in blocks]
-        for index, activity in enumerate(activities):
+        found = {index: getattr(block, kind) for index, block in enumerate(blocks)}
+        activities: dict[int, Activity] = {index: activity for index, activity in found.items() if activity}
+        for index, activity in activities.items():
             means = sorted(activity.means, reverse=True)
             ranks = [100 * (rank + 0.5) / len(means) for rank in range(len(means))]
             above.plot(ranks, [max(value, 1e-3) for value in means], color=colours(index), label=str(index))
         above.set(title=kind, xlabel="% of the block's neurons, strongest first", yscale="log")
         above.axhline(QUIET, color="grey", linewidth=0.8, linestyle="--")
         above.grid(alpha=0.3)
-        positions = range(len(blocks))
-        below.bar(
-            positions, [100 * x.barely_active for x in activities], color="tab:blue", label="barely active"
-        )
+        positions, shown = list(activities), activities.values()
+        below.bar(positions, [100 * x.barely_active for x in shown], color="tab:blue", label="barely active")
         below.plot(
-            positions, [100 * x.half_keeps for x in activities], "o-", color="tab:orange", label="half keeps"
+            positions, [100 * x.half_keeps for x in shown], "o-", color="tab:orange", label="half keeps"
         )
-        below.set(xlabel="block", ylim=(0, 100))
+        below.set(xlabel="block", xlim=(-0.6, len(blocks) - 0.4), ylim=(0, 100))
     axes[0, 0].set_ylabel("mean activation / layer's mean")
     axes[1, 0].set_ylabel("%")
     axes[1, 1].legend(loc="lower right")

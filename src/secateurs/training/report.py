@@ -32,6 +32,8 @@ class TrainingReport:
     validation_loss: float | None
     validation: dict[str, str] | None = None
     """Where the data for it came from, and its SHA-256."""
+    whole: str | None = None
+    """What cannot be cut and ran whole all the time."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,7 +60,7 @@ class TrainingReport:
         """The report of a trained model's folder; ValueError if it has none."""
         content = read_json(folder / RECORD)
         names = {field.name for field in dataclasses.fields(cls)} - {"output"}
-        if not names - {"validation"} <= content.keys():
+        if not names - {"validation", "whole"} <= content.keys():
             raise ValueError(f"'{folder / RECORD}' is not the record of a training run")
         return cls(output=folder, **{name: content[name] for name in names & content.keys()})
 
@@ -71,6 +73,8 @@ class TrainingReport:
         if self.flops is not None and self.dense_flops:
             share = self.flops / self.dense_flops
             lines.append(f"FLOPs: {self.flops:.3g}, {share:.1%} of what dense steps take")
+        if self.whole:
+            lines.append(self.whole)
         losses = f"train loss {self.train_loss:.4f}"
         if self.validation_loss is not None:
             losses += f", validation loss {self.validation_loss:.4f}"

@@ -29,7 +29,6 @@ from transformers import (
 )
 
 from secateurs.anatomy import anatomy_of
-from secateurs.anatomy.families import family_of
 from secateurs.checkpoint import Checkpoint, check_place, copy_companions, output_lock, resolve
 from secateurs.checkpoint.companions import bytes_of_companions
 from secateurs.checkpoint.config import quiet, refuse_quantised
@@ -52,9 +51,10 @@ from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conv
 from secateurs.training.folder import TrainingFolder, bytes_at_once
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.model import read_config, sequence_length
-from secateurs.training.omission import units_of
+from secateurs.training.proof import proven_cuts
 from secateurs.training.report import TrainingReport
 from secateurs.training.settings import TrainSettings
+from secateurs.training.sparse import units_kept
 from secateurs.training.watch import Over, Watch
 from secateurs.training.weights import StoredWeights
 from secateurs.version import __version__
@@ -113,11 +113,10 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     refuse_quantised(checkpoint, compressed=True)
     config = read_config(checkpoint)
     skeleton_of(checkpoint)
-    heads = units_of(family_of(config).sizes(config))["attention"].size
-    if round(settings.omission * heads) == heads:
-        raise ValueError(
-            f"omission {settings.omission} leaves a layer none of {heads} heads: choose a lower one"
-        )
+    proven = proven_cuts(config) if settings.omission else None
+    for cuts in proven.blocks if proven else ():
+        for unit, cut in cuts.items():
+            units_kept(unit, cut.units, settings.omission)
     length = sequence_length(settings.length, config)
     tokenizer = load_tokenizer(checkpoint.folder)
     has_template = tokenizer.chat_template is not None
@@ -215,6 +214,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             "peak_memory_bytes": _peak_memory_bytes(arguments.device),
             "flops": sparse.training.flops_done if settings.omission else None,
             "dense_flops": sparse.training.flops_dense if settings.omission else None,
+            "whole": proven.whole if proven else None,
             "train_loss": _recent_loss(run.state),
             "validation_loss": loss,
             "validation": validation,

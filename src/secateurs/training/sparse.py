@@ -1,6 +1,7 @@
 """A training run on subsets of the model that change between optimiser steps."""
 
 import math
+import warnings
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -10,11 +11,14 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from secateurs.training.cutting import local
 from secateurs.training.frozen import FrozenOptimizer
 from secateurs.training.importance import METRICS, Importance, Scores, batch_of, few_sequences, measure
 from secateurs.training.ladder import SCHEDULES, Schedule, check_rate, named_schedule
-from secateurs.training.omission import KINDS, Kept, Kind, Omission, decoder_of, local, positions, unwrapped
+from secateurs.training.omission import Omission, unwrapped
 from secateurs.training.selection import SELECTIONS, Select, select, share_out
+from secateurs.training.units import KINDS, NAMES, Kind, Units
+from secateurs.training.work import Work
 
 SMOOTHING = 0.7
 """What an older measurement of importance counts, relative to the one after it."""
@@ -109,15 +113,18 @@ class SparseTraining:
     def attach(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         """Begin: from here on the model's forward passes in training mode are sparse.
 
+        What cannot be cut (see `secateurs.training.proof`) runs whole, and a warning says what.
+
         Args:
             model: what training calls, or the model inside its wrapping (DDP, torch.compile, FSDP2, PEFT).
             optimizer: a torch optimiser, or accelerate's wrapping of one.
             total_steps: optimiser steps that training will make.
 
         Raises:
-            UnsupportedArchitectureError: the model belongs to no supported family.
-            ValueError: a rate leaves a layer without heads, a block to exempt does not exist, the schedule is
-                longer than training, or the model or optimiser is of a kind that cannot be sliced.
+            UnsupportedArchitectureError: the model's blocks cannot be made out.
+            ValueError: nothing can be cut in any block, a rate leaves a layer without heads, a block to
+                exempt does not exist, the schedule is longer than training, or the model or optimiser is of a
+                kind that cannot be sliced.
         """
         if self.attached:  # training that was cut short begins again
             self.detach()
@@ -136,6 +143,9 @@ class SparseTraining:
         self.omission = Omission(self.model, in_place=not (sharded or dist.is_initialized()))
         self._exempt = _block_indices(self.exempt, len(self.omission.blocks))
         self._keep(self.peaks)
+        whole = self.omission.proven.whole
+        if whole and not (dist.is_initialized() and dist.get_rank()):
+            warnings.warn(f"sparse training: {whole}", stacklevel=2)
         self.flops_done = self.flops_dense = 0.0
         self.step_number = 0
         """Optimiser steps made."""
@@ -143,7 +153,7 @@ class SparseTraining:
         """For each block and kind a mask (groups, size) of the units that run; None is all."""
         self.scores: Scores | None = None
         """The importance of each unit, averaged over measurements."""
-        self._keeping: dict[Kind, int] | None = None
+        self._keeping: list[dict[Kind, int]] | None = None
         self._chosen_at = 0
         self._ready = self._probing = False
         self._losses: list[Tensor] = []
@@ -161,11 +171,11 @@ class SparseTraining:
         self._frozen = FrozenOptimizer(inner, self.omission)
         self._settled = steps = self._frozen.steps  # those of an optimiser that has trained before
         self.counts: list[dict[Kind, Tensor]] = [
-            {kind: torch.full((u.groups, u.size), steps) for kind, u in self.omission.units.items()}
-            for _ in self.omission.blocks
+            {kind: torch.full((u.groups, u.size), steps) for kind, u in block.units.items()}
+            for block in self.omission.blocks
         ]
-        """For each block and kind, the optimiser steps that each unit has run."""
-        self._dense = self._work = _Work(self.omission, self.model)
+        """For each block, and kind that it has units of, the optimiser steps that each has run."""
+        self._dense = self._work = Work(self.omission, self.model)
         self.attached = True
 
     def step(self) -> None:
@@ -197,23 +207,12 @@ class SparseTraining:
         share = self.rate / self.schedule.peak if self.schedule.peak else 0.0
         return {kind: share * peak for kind, peak in self.peaks.items()}
 
-    def _keep(self, rates: dict[Kind, float]) -> dict[Kind, int]:
-        """Units that each group keeps at these rates."""
-        keep: dict[Kind, int] = {}
-        for kind, rate in rates.items():
-            size, multiple = self.omission.units[kind].size, self._multiple(kind)
-            keep[kind] = size - round(rate * size / multiple) * multiple
-            if keep[kind] == 0:
-                name = "heads" if kind == "attention" else "channels"
-                groups = self.omission.units[kind].groups
-                each = f" of each of its {groups} key-value heads" if groups > 1 else ""
-                raise ValueError(
-                    f"rate {rate} leaves a layer none of the {size} {name}{each}: choose a lower one"
-                )
-        return keep
-
-    def _multiple(self, kind: Kind) -> int:
-        return math.gcd(MULTIPLE, self.omission.units[kind].size) if kind == "mlp" else 1
+    def _keep(self, rates: dict[Kind, float]) -> list[dict[Kind, int]]:
+        """Units that each group of each block keeps at these rates."""
+        return [
+            {kind: units_kept(kind, units, rates[kind]) for kind, units in block.units.items()}
+            for block in self.omission.blocks
+        ]
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -253,7 +252,11 @@ class SparseTraining:
         """Choose what the coming optimiser step runs, if a new choice is due."""
         keep = self._keep(self.rates)
         rung = keep != self._keeping
-        some = any(keep[kind] < units.size for kind, units in self.omission.units.items())
+        some = any(
+            kept[kind] < units.size
+            for kept, block in zip(keep, self.omission.blocks, strict=True)
+            for kind, units in block.units.items()
+        )
         due = some and self.step_number - self._chosen_at >= self.probe_every
         if not (rung or due):
             return
@@ -282,31 +285,44 @@ class SparseTraining:
             self.scores = measured
             return
         for old, new in zip(self.scores, measured, strict=True):
-            for kind in KINDS:
-                old[kind].lerp_(new[kind], 1 - SMOOTHING)
+            for kind, score in old.items():
+                score.lerp_(new[kind], 1 - SMOOTHING)
 
-    def _choose(self, keep: dict[Kind, int], rung: bool) -> None:
+    def _choose(self, keep: list[dict[Kind, int]], rung: bool) -> None:
         assert self.scores is not None
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.step_number)
         how: Select = "sample" if self.importance == "uniform" else self.how
-        for kind, units in self.omission.units.items():
-            members = [b for b in range(len(self.kept)) if b not in self._exempt]
-            if keep[kind] == units.size:
-                members = []
-            if rung or not members:
-                sizes = [keep[kind]] * len(members)
-                if self.across_layers and members:
-                    scores = [self.scores[block][kind] for block in members]
-                    sizes = share_out(scores, keep[kind], self._multiple(kind))
+        for kind in KINDS:
+            sizes = self._sizes(kind, keep, rung)
+            for number, kept in enumerate(self.kept):
+                size = sizes.get(number)
+                kept[kind] = None if size is None else select(self.scores[number][kind], size, how, generator)
+
+    def _sizes(self, kind: Kind, keep: list[dict[Kind, int]], rung: bool) -> dict[int, int]:
+        """How many units each group keeps, of the blocks that omit any."""
+        assert self.scores is not None
+        alike: dict[tuple[Units, int], list[int]] = {}
+        for number, block in enumerate(self.omission.blocks):
+            if (
+                kind in block.units
+                and number not in self._exempt
+                and keep[number][kind] < block.units[kind].size
+            ):
+                alike.setdefault((block.units[kind], keep[number][kind]), []).append(number)
+        sizes: dict[int, int] = {}
+        for (units, size), members in alike.items():
+            if not rung:
+                shared = [int(cast(Tensor, self.kept[n][kind]).sum()) // units.groups for n in members]
+            elif self.across_layers:
+                scores = [self.scores[number][kind] for number in members]
+                shared = share_out(scores, size, multiple_of(kind, units))
             else:
-                sizes = [int(cast(Tensor, self.kept[block][kind]).sum()) // units.groups for block in members]
-            for block in range(len(self.kept)):
-                self.kept[block][kind] = None
-            for block, size in zip(members, sizes, strict=True):
-                self.kept[block][kind] = select(self.scores[block][kind], size, how, generator)
+                shared = [size] * len(members)
+            sizes |= zip(members, shared, strict=True)
+        return sizes
 
     def _use(self) -> None:
-        self._work = _Work(self.omission, self.model, self.kept)
+        self._work = Work(self.omission, self.model, self.kept)
         self.omission.choose(self.kept)
         self._frozen.choose(self.counts)
 
@@ -314,9 +330,9 @@ class SparseTraining:
         """Bring the counts up to date; they change only with the set otherwise."""
         steps, self._settled = self._frozen.steps - self._settled, self._frozen.steps
         for counts, kept in zip(self.counts, self.kept, strict=True):
-            for kind in KINDS:
+            for kind, count in counts.items():
                 mask = kept[kind]
-                counts[kind] += steps if mask is None else steps * mask
+                count += steps if mask is None else steps * mask
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a resumed run needs: importance, the set and the counts, by block and kind."""
@@ -327,15 +343,16 @@ class SparseTraining:
             "flops": torch.tensor([self.flops_done, self.flops_dense], dtype=torch.float64),
         }
         if self._keeping is not None:
-            state["keeping"] = torch.tensor([self._keeping[kind] for kind in KINDS])
-        for block in range(len(self.kept)):
-            for kind in KINDS:
-                name, mask = f"{block}.{kind}", self.kept[block][kind]
-                state[f"{name}.counts"] = self.counts[block][kind].clone()
+            keeping = [[kept.get(kind, 0) for kind in KINDS] for kept in self._keeping]
+            state["keeping"] = torch.tensor(keeping)  # (blocks, kinds)
+        for number, block in enumerate(self.omission.blocks):
+            for kind in block.units:
+                name, mask = f"{number}.{kind}", self.kept[number][kind]
+                state[f"{name}.counts"] = self.counts[number][kind].clone()
                 if mask is not None:
                     state[f"{name}.kept"] = mask
                 if self.scores is not None:
-                    state[f"{name}.scores"] = self.scores[block][kind].clone()
+                    state[f"{name}.scores"] = self.scores[number][kind].clone()
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -344,55 +361,51 @@ class SparseTraining:
         Raises:
             ValueError: the state is of a model of another shape.
         """
-        if (state_blocks := sum(name.endswith(".mlp.counts") for name in state)) != len(self.kept):
-            raise ValueError(
-                f"the state to resume from has {state_blocks} blocks, the model {len(self.kept)}"
-            )
+        own = {
+            f"{number}.{kind}.counts": (units.groups, units.size)
+            for number, block in enumerate(self.omission.blocks)
+            for kind, units in block.units.items()
+        }
+        given = {name: tuple(value.shape) for name, value in state.items() if name.endswith(".counts")}
+        if own != given:
+            raise ValueError("the state to resume from is of a model with other blocks, heads or channels")
         self.whole()
         self.step_number, self._chosen_at, self._frozen.steps = state["steps"].tolist()
         self.flops_done, self.flops_dense = state["flops"].tolist()
         if "keeping" in state:
-            self._keeping = dict(zip(KINDS, state["keeping"].tolist(), strict=True))
+            self._keeping = [
+                {kind: int(row[KINDS.index(kind)]) for kind in block.units}
+                for block, row in zip(self.omission.blocks, state["keeping"], strict=True)
+            ]
         self._ready, self._settled = False, self._frozen.steps
-        cells = range(len(self.kept))
-        self.counts = [{kind: state[f"{b}.{kind}.counts"].clone() for kind in KINDS} for b in cells]
-        self.kept = [{kind: state.get(f"{b}.{kind}.kept") for kind in KINDS} for b in cells]
-        if "0.mlp.scores" in state:
-            self.scores = [{kind: state[f"{b}.{kind}.scores"].clone() for kind in KINDS} for b in cells]
+        self.counts = self._read(state, "counts")
+        self.kept = [{kind: state.get(f"{b}.{kind}.kept") for kind in KINDS} for b in range(len(self.kept))]
+        if any(name.endswith(".scores") for name in state):
+            self.scores = self._read(state, "scores")
         self._use()
 
-
-class _Work:
-    """Floating point operations of the blocks' linear layers, of causal attention and of the head.
-
-    Two per multiply-add; the backward pass costs as much as the forward pass again for the gradient of the
-    input, and again for that of the weights unless they are frozen.
-    """
-
-    def __init__(self, omission: Omission, model: nn.Module, kept: Kept | None = None) -> None:
-        head: Any = decoder_of(model).get_output_embeddings()  # type: ignore[operator]
-        weights: list[tuple[Tensor, float]] = [] if head is None else [(head.weight, 1.0)]
-        self._width = 0.0  # of all the heads of all blocks
-        for number, block in enumerate(omission.blocks):
-            masks = {kind: None if kept is None else kept[number][kind] for kind in KINDS}
-            for kind in KINDS:
-                for layer in block.layers[kind]:
-                    weights.append((layer.slices[0].parameter, _share(masks[kind], layer.unit)))
-            heads = masks["attention"]
-            self._width += omission.sizes.query_width * (
-                1.0 if heads is None else float(heads.double().mean())
-            )
-        self._forward = sum(2 * share * weight.numel() for weight, share in weights)
-        self._backward = sum((4 if w.requires_grad else 2) * share * w.numel() for w, share in weights)
-
-    def passes(self, length: int) -> tuple[float, float]:
-        """Of one sequence of `length` tokens, forward and backward."""
-        attention = 2 * length * self._width  # each token with half of the others, keys and values
-        return length * (self._forward + attention), length * (self._backward + 2 * attention)
+    def _read(self, state: dict[str, Tensor], what: str) -> list[dict[Kind, Tensor]]:
+        return [
+            {kind: state[f"{number}.{kind}.{what}"].clone() for kind in block.units}
+            for number, block in enumerate(self.omission.blocks)
+        ]
 
 
-def _share(mask: Tensor | None, unit: Tensor) -> float:
-    return 1.0 if mask is None else len(positions(mask, unit)[0]) / len(unit)
+def units_kept(kind: Kind, units: Units, rate: float) -> int:
+    """How many units each group keeps at a rate; ValueError if that is none."""
+    multiple = multiple_of(kind, units)
+    keep = units.size - round(rate * units.size / multiple) * multiple
+    if keep == 0:
+        each = f" of each of its {units.groups} key-value heads" if units.groups > 1 else ""
+        raise ValueError(
+            f"rate {rate} leaves a layer none of the {units.size} {NAMES[kind]}{each}: choose a lower one"
+        )
+    return keep
+
+
+def multiple_of(kind: Kind, units: Units) -> int:
+    """Units are kept in multiples of this."""
+    return math.gcd(MULTIPLE, units.size) if kind == "mlp" else 1
 
 
 def _block_indices(exempt: Collection[int], blocks: int) -> set[int]:
