@@ -22,8 +22,8 @@ from secateurs.demo import MODEL
 from secateurs.text import load_tokenizer
 from secateurs.training.importance import Importance, Scores, measure
 from secateurs.training.omission import Omission
-from secateurs.training.units import KINDS, Kind
 from secateurs.training.sparse import SMOOTHING
+from secateurs.training.units import KINDS, Kind
 
 LAGS = (1, 5, 10, 20, 40, 80)
 

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 import families
 import folders
-from secateurs.anatomy.families import FAMILIES
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.pruning.walk import prune
+from table import FAMILIES
 
 
 def assert_walks_as_whole(folder: Path) -> None:

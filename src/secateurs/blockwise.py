@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import PretrainedConfig
 
 from secateurs.anatomy import UnsupportedArchitectureError, derive_anatomy, skeleton
-from secateurs.anatomy.blocks import RESULTS, decoder_of, states_of
+from secateurs.anatomy.blocks import RESULTS, decoder_of, states_of, use_plain_experts
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.config import read_config, refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
@@ -111,10 +110,7 @@ class BlockwiseModel:
         named: Any = self.text_config.dtype or self.config.dtype
         self.dtype: torch.dtype = named or self.pieces[f"{self.path}.{index}.{first}"][0].dtype
         self.model = skeleton(self.config, self.dtype)
-        for module in self.model.modules():
-            config: Any = getattr(module, "config", None)
-            if isinstance(config, PretrainedConfig):
-                config._experts_implementation_internal = "eager"  # expert by expert, so that each is seen
+        use_plain_experts(self.model)
         self.decoder = decoder_of(self.model)
         prefix = next(name for name, module in self.model.named_modules() if module is self.decoder)
         self._prefix = f"{prefix}." if prefix else ""

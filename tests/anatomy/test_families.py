@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import families
 from families import WINDOW, build, tokens
-from secateurs.anatomy import FAMILIES, Role, Sizes, UnsupportedArchitectureError, family_of, linear_weight
+from table import FAMILIES, Role, Sizes, UnsupportedArchitectureError, family_of, linear_weight
 
 
 @pytest.fixture(params=families.FAMILIES)

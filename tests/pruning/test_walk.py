@@ -41,10 +41,10 @@ from secateurs import (
     parse_pattern,
     prune,
 )
-from secateurs.anatomy import family_of, linear_weight
 from secateurs.pattern import Pattern
 from secateurs.pruning.block.local import Sequential
 from secateurs.pruning.block.refine import Refined
+from table import family_of, linear_weight
 
 LLAMA_LINEARS = [
     "self_attn.q_proj",

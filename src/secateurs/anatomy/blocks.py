@@ -82,6 +82,14 @@ def _outermost_lists(part: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return found
 
 
+def use_plain_experts(model: nn.Module) -> None:
+    """Let a model run its experts one by one, by its own code, so that each of their products is seen."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            config._experts_implementation_internal = "eager"
+
+
 Kind = tuple[Any, ...]
 
 

@@ -5,15 +5,16 @@ through one interface, for every family but a few. Here the parameters give way 
 the module is called through to a loop over the experts that have tokens.
 """
 
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from secateurs.anatomy.experts import expert_linear, run_experts
 from secateurs.runtime.format import ExpertsLayout
 from secateurs.runtime.kernels import expand, sparse_linear
 from secateurs.runtime.linear import Packed
@@ -74,18 +75,49 @@ def hold_packed(module: nn.Module, name: str, layout: ExpertsLayout) -> SparseEx
     return packed
 
 
+def _run(
+    module: Any, hidden: Tensor, index: Tensor, weights: Tensor, linear: Callable[..., Tensor]
+) -> Tensor:
+    """What transformers' experts give, expert by expert.
+
+    Args:
+        module: the experts, of a class that `use_experts_implementation` decorates.
+        hidden: (tokens, in).
+        index: (tokens, chosen) the experts that each token goes to.
+        weights: (tokens, chosen) what their results count.
+        linear: of an expert's number, the name of its parameter in the module, and its inputs.
+    """
+    result = torch.zeros_like(hidden)
+    for expert in index[index < module.down_proj.shape[0]].unique().tolist():
+        token, place = torch.where(index == expert)
+        channels = linear(expert, "gate_up_proj" if module.has_gate else "up_proj", hidden[token])
+        channels = module._apply_gate(channels) if module.has_gate else module.act_fn(channels)
+        given = linear(expert, "down_proj", channels)
+        if module.has_post_expert_norm:
+            given = module.post_expert_norm(given)
+        result = result.index_add(0, token, (given * weights[token, place, None]).to(result.dtype))
+    return result
+
+
+def _dense_linear(module: Any, expert: int, name: str, given: Tensor) -> Tensor:
+    """The product with one expert's matrix."""
+    weight = getattr(module, name)[expert]
+    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    return functional.linear(given, weight.T if module.is_transposed else weight, bias)
+
+
 def _linear(module: Any, expert: int, name: str, given: Tensor) -> Tensor:
     """The product with one expert's matrix, packed or not."""
     packed = getattr(module, f"{name}_packed", None)
     if packed is None:
-        return expert_linear(module, expert, name, given)
+        return _dense_linear(module, expert, name, given)
     bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
     result: Tensor = packed.linear(expert, given, bias)
     return result
 
 
 def _run_packed(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    return run_experts(module, hidden, index, weights, partial(_linear, module))
+    return _run(module, hidden, index, weights, partial(_linear, module))
 
 
 ALL_EXPERTS_FUNCTIONS.register(PACKED, _run_packed)

@@ -22,8 +22,7 @@ from transformers import PretrainedConfig
 
 from secateurs.anatomy import Anatomy, BlockAnatomy, anatomy_of, skeleton
 from secateurs.anatomy.anatomy import fingerprint
-from secateurs.anatomy.blocks import note_calls
-from secateurs.anatomy.experts import use_experts_one_by_one
+from secateurs.anatomy.blocks import note_calls, use_plain_experts
 from secateurs.anatomy.trace import Call, Virtual, implemented_here
 from secateurs.training.cutting import Cutting
 from secateurs.training.units import KINDS, NAMES, Cut, Kind, cuts_of
@@ -82,7 +81,7 @@ def _prove(config: PretrainedConfig) -> ProvenCuts:
     blocks: Any = model.get_submodule(anatomy.path)
     with implemented_here(model):
         calls, _ = note_calls(model, blocks)
-    use_experts_one_by_one(model)
+    use_plain_experts(model)
     # Attention as the model has it, for some code asks; other kernels than these do not run everywhere.
     if model.config._attn_implementation not in ("eager", "sdpa"):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from families import tokens
 from folders import save
-from secateurs import NM, OWL, Pattern, Unstructured, family_of, parse_pattern, prune
-from secateurs.anatomy import linear_weight
+from secateurs import NM, OWL, Pattern, Unstructured, parse_pattern, prune
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.pruning.allocation.survey import Patterns, Survey, layer_shapes
+from table import family_of, linear_weight
 
 
 def allocated(

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import tokens
 from folders import save, tensors_of
-from secateurs import NM, Pattern, Sensitivity, Unstructured, family_of, parse_pattern, prune
-from secateurs.anatomy import linear_weight
+from secateurs import NM, Pattern, Sensitivity, Unstructured, parse_pattern, prune
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.pruning.allocation import sensitivity
 from secateurs.pruning.allocation.sensitivity import interpolate, relative_change
 from secateurs.pruning.allocation.survey import Patterns, Survey, layer_shapes
+from table import family_of, linear_weight
 
 
 def allocated(folder: Path, budget: Pattern, text: Tensor) -> tuple[Patterns, dict[str, int]]:

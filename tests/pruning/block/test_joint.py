@@ -23,11 +23,11 @@ from secateurs import (
     Unstructured,
     prune,
 )
-from secateurs.anatomy import family_of, linear_weight
 from secateurs.pattern import Pattern
 from secateurs.pruning.block.joint import Target
 from secateurs.pruning.mlp.linear import Linear
 from secateurs.pruning.mlp.problem import MLP, Tokens
+from table import family_of, linear_weight
 
 HALF = Unstructured(0.5)
 

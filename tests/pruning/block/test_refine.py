@@ -13,10 +13,10 @@ import secateurs.pruning.block.refine
 from families import FAMILIES, build, tokens
 from folders import save, tensors_of
 from secateurs import Report, Wanda, prune
-from secateurs.anatomy import family_of
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.pruning.block.refine import Refined, refine
+from table import family_of
 
 
 def first_block(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
