@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM
 
+import decoders
 from folders import bytes_of, everything_in, rewrite, save, tensors_of
 from secateurs import Solution, Statistics, Wanda, cli
 from secateurs.checkpoint import output_lock
@@ -403,9 +404,8 @@ def test_quantised_weights(place: Place) -> None:
 
 def test_an_unsupported_architecture(place: Place) -> None:
     shutil.rmtree(place.model)
-    config = BloomConfig(vocab_size=128, hidden_size=16, n_layer=1, n_head=2)
-    BloomForCausalLM(config).save_pretrained(place.model)
-    place.refuses("unsupported architecture: 'bloom'", "supported: gemma2", "To add it")
+    decoders.save("hrm_text", place.model)
+    place.refuses("unsupported architecture: 'hrm_text'", "stacks of blocks, where one is needed")
 
 
 def test_pickled_weights(place: Place) -> None:

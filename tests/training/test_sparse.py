@@ -1,5 +1,6 @@
 """A whole run: its sets, its schedule, its parity with plain training, and what may go wrong."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +182,8 @@ def test_compiled_models_recompile_per_rung_and_not_per_set() -> None:
     def one_block() -> PreTrainedModel:  # each block is compiled anew
         model = build("llama", torch.float64)
         model.model.layers = model.model.layers[:1]
+        model.config = copy.copy(model.config)
+        model.config.num_hidden_layers = 1
         return model
 
     model = one_block()

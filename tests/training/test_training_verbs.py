@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM
 
-from characters import characters
+import decoders
 from folders import bytes_of, everything_in, save
 from secateurs import cli
 
@@ -202,15 +202,13 @@ def test_a_package_that_is_missing(
 
 
 def test_an_unsupported_family(place: Place) -> None:
-    folder = place.folder / "bloom"
-    BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(folder)
-    characters().save_pretrained(folder)
+    folder = decoders.save("hrm_text", place.folder / "hrm_text")
     text, out = str(place.folder / "text.txt"), str(place.folder / "out")
     for verb in (
         ["profile", str(folder), "--text", text],
         ["train", str(folder), "--text", text, "--output", out],
     ):
-        place.refuses("unsupported architecture: 'bloom'", verb)
+        place.refuses("unsupported architecture: 'hrm_text'", verb)
 
 
 def test_an_output_that_another_run_began(place: Place) -> None:

@@ -30,8 +30,12 @@ class Omission(Cutting):
             blocks: Any = model.get_submodule(path)
         except AttributeError:
             kind = type(model).__name__
-            kind = type(model).__name__
             raise ValueError(f"{kind} has no '{path}', where models of its type have their blocks") from None
+        if len(blocks) != len(self.proven.blocks):
+            raise ValueError(
+                f"the model has {len(blocks)} blocks in '{path}', its configuration says "
+                f"{len(self.proven.blocks)}: set num_hidden_layers to what it has"
+            )
         super().__init__(list(blocks.children()), self.proven.blocks, path, in_place=in_place)
 
 
