@@ -1,10 +1,12 @@
 """Continues a prompt, token by token, with a dense or a compressed model."""
 
+import inspect
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import torch
@@ -74,10 +76,23 @@ def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterato
         pace: is updated with each token.
     """
     start = time.perf_counter()
-    tokens, cache = prompt, None
+    accepted = inspect.signature(model.forward).parameters
+    told: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "use_cache": True}
+    if "logits_to_keep" in accepted:
+        told["logits_to_keep"] = 1
+    if "position_ids" in accepted:
+        told["position_ids"] = torch.arange(prompt.shape[1], device=prompt.device)[None]
+    ids, generator = prompt, cast(Any, model)  # not all that it is typed as can generate
     while True:
-        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        # As `generate` prepares them: what a model keeps between tokens is its own affair.
+        first = ids is prompt
+        inputs = generator.prepare_inputs_for_generation(
+            ids, next_sequence_length=None if first else 1, is_first_iteration=first, **told
+        )
+        output = model(**inputs, return_dict=True)
+        told = generator._update_model_kwargs_for_generation(output, told)
+        tokens = output.logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, tokens], dim=1)
         token = int(tokens)  # on a GPU this waits for the result
         elapsed = time.perf_counter() - start
         if pace.tokens == 0:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from secateurs.checkpoint import Checkpoint
+from secateurs.checkpoint.pieces import Piece, pieces_of
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.finite import all_finite
 
@@ -26,34 +26,30 @@ class StoredWeights:
         checkpoint: that it was loaded from.
 
     Raises:
-        ValueError: the files hold the model's tensors in another form, or a tensor holds NaN or Inf.
+        ValueError: the files do not hold a tensor of the model, or a tensor holds NaN or Inf.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._model: dict[str, Tensor] = {}  # by name in the files
-        prefix = model.base_model_prefix + "."
-        own = model.state_dict(keep_vars=True)
-        named = revert_weight_conversion(model, dict(own))  # old names, where the files have them
+        self._own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self._places: dict[str, list[tuple[str, Piece]]] = {}  # by name in the files
         homes: set[int] = set()
-        for name, tensor in named.items():
-            for stored in (name, name.removeprefix(prefix), prefix + name):
-                if checkpoint.shapes.get(stored) == tuple(tensor.shape):
-                    self._model[stored] = tensor
-                    homes.add(id(tensor))
-                    break
-        for name, tensor in own.items():
+        for name, pieces in pieces_of(checkpoint, model).items():
+            homes.add(id(self._own[name]))
+            for piece in pieces:
+                self._places.setdefault(piece.stored, []).append((name, piece))
+        for name, tensor in self._own.items():
             if id(tensor) not in homes:  # not even for one that it is tied to
                 raise ValueError(
-                    f"'{checkpoint.folder}' does not hold '{name}' in the form in which the model has it, "
-                    "so it cannot be put back there"
+                    f"'{checkpoint.folder}' does not hold '{name}', which the model has, so it cannot be "
+                    "put back there"
                 )
             if tensor.is_floating_point() and not all_finite(tensor.detach()):
                 raise ValueError(f"'{name}' in '{checkpoint.folder}' holds NaN or Inf")
         self._check_others()
 
     def _check_others(self) -> None:
-        for name in self.checkpoint.file_of.keys() - self._model.keys():
+        for name in self.checkpoint.file_of.keys() - self._places.keys():
             self.checkpoint.load([name])  # names what is not finite, which must not turn up after training
 
     @torch.no_grad()
@@ -63,25 +59,24 @@ class StoredWeights:
         Raises:
             FloatingPointError: one of them is beyond the range of its dtype.
         """
-        for name, tensor in self._tensors():
-            if name in self._model:
-                if tensor.is_floating_point() and not all_finite(tensor):
-                    raise FloatingPointError(
-                        f"'{name}' has values that {tensor.dtype} cannot hold: train at a smaller rate"
-                    )
-                self._model[name].copy_(tensor)
+        for stored, tensor in self._tensors():
+            if stored in self._places and tensor.is_floating_point() and not all_finite(tensor):
+                raise FloatingPointError(
+                    f"'{stored}' has values that {tensor.dtype} cannot hold: train at a smaller rate"
+                )
+            for name, piece in self._places.get(stored, ()):
+                piece.of(self._own[name]).copy_(piece.within(tensor.contiguous()))
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What is to be stored, one by one."""
-        for name in self.checkpoint.file_of:
-            before = self.checkpoint.load([name])[name]
-            trained = self._model.get(name)
-            if trained is None:
-                yield name, before
-                continue
-            now = trained.detach().cpu()
+        for stored in self.checkpoint.file_of:
+            before = self.checkpoint.load([stored])[stored]
+            places = self._places.get(stored, [])
+            now = before.clone() if not places else before.to(self._own[places[0][0]].dtype, copy=True)
+            for name, piece in places:
+                piece.within(now).copy_(piece.of(self._own[name].detach()))
             # A file may hold more bits than were loaded: they stay where training had nothing to change.
-            yield name, before if torch.equal(before.to(now.dtype), now) else now.to(before.dtype)
+            yield stored, before if torch.equal(before.to(now.dtype), now) else now.to(before.dtype)
 
     def write(self, folder: Path, *, most: int) -> None:
         """Write weight files into an existing folder.
