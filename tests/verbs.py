@@ -32,6 +32,7 @@ from secateurs.runtime.generate import generate
 WHOLE = "whole"
 LOCAL = "local method"
 """Of SparseLLM: no block's MLP was found, so every matrix was pruned by itself."""
+PART = "in part"
 REFUSED = "refused"
 
 LENGTH = 16
@@ -42,7 +43,7 @@ class Outcome(NamedTuple):
     """What a verb could do with a model."""
 
     word: str
-    """WHOLE, LOCAL, REFUSED, or how much of it: "3 of 4 blocks"."""
+    """WHOLE, PART, LOCAL, REFUSED, or how much of it: "80%"."""
     note: str = ""
     """What the library said."""
 
@@ -105,9 +106,9 @@ def prune_sparsegpt(place: Place) -> Outcome:
 def prune_sparsellm(place: Place) -> Outcome:
     method = secateurs.SparseLLM(secateurs.SparseGPT(), iterations=1)
     report = _prune(place, "sparsellm", method, refine=1)
-    blocks = len(blocks_of(place.dense))
-    found = len(report.mlps)
-    return Outcome(WHOLE if found == blocks else LOCAL if not found else f"{found} of {blocks} blocks")
+    if not report.alone:
+        return Outcome(WHOLE)
+    return Outcome(PART if report.mlps else LOCAL, "by the local solver: " + ", ".join(report.alone))
 
 
 def evaluate(place: Place) -> Outcome:
@@ -153,10 +154,10 @@ def train(place: Place) -> Outcome:
     assert math.isfinite(report.train_loss)
     assert report.flops is not None
     assert report.dense_flops is not None
-    assert report.flops < report.dense_flops
+    assert report.whole or report.flops < report.dense_flops
     before, after = place.dense.state_dict(), place.load(place.folder / "trained").state_dict()
     assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items()), "nothing moved"
-    return Outcome(WHOLE)
+    return Outcome(PART if report.whole else WHOLE, report.whole or "")
 
 
 VERBS: dict[str, Callable[[Place], Outcome]] = {

@@ -63,6 +63,10 @@ def _prune(model: str, settings: PruneSettings) -> None:
         f"{report.output}: {report.sparsity:.2%} zeros in {len(report.layers)} layers, "
         f"mean relative error {report.error:.4f}, {report.seconds:.1f} s"
     )
+    for name, why in report.dense.items():
+        print(f"left dense: {name} ({why})")
+    if report.alone and report.settings["method"]["name"] == "sparsellm":
+        print(f"pruned by the local solver alone: {', '.join(report.alone)}")
 
 
 def _profile(model: str, settings: ProfileSettings) -> None:

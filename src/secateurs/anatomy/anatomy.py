@@ -2,6 +2,7 @@
 name."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,17 @@ class Anatomy:
     """Blocks of one kind have one and the same anatomy."""
     result: int
     """Which of `blocks.RESULTS` the model makes of a block's result."""
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """Parameters that hold matrices and are left as they are, blocks in one -> why."""
+        return {f"{self.path}.*.{name}": why for block in self.blocks for name, why in block.dense.items()}
+
+    @property
+    def alone(self) -> list[str]:
+        """Matrices that no MLP is known to be made of, blocks and experts in one."""
+        names = [re.sub(r"\.\d+\.", ".*.", name) for block in self.blocks for name in block.alone]
+        return [f"{self.path}.*.{name}" for name in dict.fromkeys(names)]
 
 
 _derived: dict[str, Anatomy] = {}
@@ -76,11 +88,12 @@ def derive_anatomy(model: PreTrainedModel) -> Anatomy:
             kind = (*kind_of(block, call), *shared)
             if kind not in known:
                 try:
-                    known[kind] = derive(trace_block(block, call), text, shared)
+                    trace = trace_block(block, call)
                 except Exception as error:  # of whatever kind the block's code stumbles into
                     raise UnsupportedArchitectureError(
                         f"unsupported architecture: {model.config.model_type!r} "
                         f"({type(block).__name__} {index} cannot be run by itself: {short(error)})"
                     ) from error
+                known[kind] = derive(trace, text, shared)
             found.append(known[kind])
     return Anatomy(path, tuple(found), result)

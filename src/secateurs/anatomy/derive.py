@@ -72,10 +72,20 @@ class BlockAnatomy:
     """Whether the block's input goes into its result as it is."""
     adds: bool
     """Whether the block's result is its input, plus what these matrices give, and nothing else."""
+    mixing: frozenset[str]
+    """Parameters that tokens are mixed by: o's, and all that its input is made of."""
     dense: Mapping[str, str]
     """Parameters that hold matrices and are left as they are -> why."""
     routed: Mapping[str, float]
     """Of each parameter that holds experts: the share of them that a token goes to."""
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """Names of matrices that neither mix tokens nor are of an MLP whose activation is known."""
+        mlps = [mlp for mlp in self.mlps if mlp.activation is not None]
+        known = {matrix.name for mlp in mlps for matrix in (*mlp.first, mlp.down)}
+        rest = (m for m in self.matrices.values() if m.weight not in self.mixing)
+        return tuple(matrix.name for matrix in rest if matrix.name not in known)
 
     @property
     def matrices(self) -> dict[str, Matrix]:
@@ -309,6 +319,7 @@ class _Reading:
             factors={name: factor for name, factor in factors.items() if name in names},
             residual=residual,
             adds=adds,
+            mixing=self._mixing(),
             dense=dense,
             routed=self._routed(),
         )
@@ -323,6 +334,15 @@ class _Reading:
                 given = product.given.numel() // product.given.shape[-1]
                 routed[name] = routed.get(name, 0.0) + given / tokens / shape[0]
         return routed
+
+    def _mixing(self) -> frozenset[str]:
+        found, waiting = set[str](), list(self.mixers)
+        while waiting:
+            product = waiting.pop()
+            if product.matrix.weight not in found:
+                found.add(product.matrix.weight)
+                waiting += self._before(product)
+        return frozenset(found)
 
     def _experts(self, parameter: str) -> list[int | None]:
         """The numbers of the experts that a parameter holds: no more than all matrices of their MLP have."""

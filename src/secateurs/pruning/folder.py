@@ -193,6 +193,8 @@ class WorkFolder:
             "run": self.run,
             "settings": self.settings,
             "versions": self.versions,
+            "dense": self.blockwise.anatomy.dense,
+            "alone": self.blockwise.anatomy.alone,
             "seconds": round(seconds + sum(block["seconds"] for block in blocks), 3),
             "phases": {phase: round(sum(part[phase] for part in counted), 3) for phase in self.phases},
             **{

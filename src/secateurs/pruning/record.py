@@ -106,6 +106,10 @@ class Report:
     """One for each block that was refined."""
     experts: list[ExpertsReport] = field(repr=False, default_factory=list)
     """One for each module of experts that were pruned on text."""
+    dense: dict[str, str] = field(repr=False, default_factory=dict)
+    """What holds matrices and is left as it is, with blocks in one (`model.layers.*`...) -> why."""
+    alone: list[str] = field(repr=False, default_factory=list)
+    """Matrices of no attention or MLP that was understood: SparseLLM prunes them by its solver alone."""
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
@@ -120,9 +124,16 @@ class Report:
         ]
         refinements = [Refinement(**refinement) for refinement in content.get("refinements", [])]
         experts = [ExpertsReport(**entry) for entry in content.get("experts", [])]
+        parts = {"dense": content.get("dense", {}), "alone": content.get("alone", [])}
         shared = {key: content[key] for key in ("settings", "versions", "seconds", "phases")}
         return cls(
-            output=folder, layers=layers, mlps=mlps, refinements=refinements, experts=experts, **shared
+            output=folder,
+            layers=layers,
+            mlps=mlps,
+            refinements=refinements,
+            experts=experts,
+            **parts,
+            **shared,
         )
 
     @property
@@ -137,6 +148,11 @@ class Report:
             ("Zeros", f"{self.sparsity:.2%} of the weights of {len(self.layers)} linear layers"),
             ("Mean relative error of the layers' outputs", f"{self.error:.4f}"),
         ]
+        if self.dense:
+            names = ", ".join(sorted({name.removesuffix(".weight") for name in self.dense}))
+            facts.append(("Left dense", names))
+        if self.alone and method["name"] == "sparsellm":
+            facts.append(("Pruned by the local solver alone", ", ".join(self.alone)))
         if calibration is not None:
             text = f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}"
             facts.append(("Calibration", " ".join(Path(part).name for part in text.split(" "))))
