@@ -1,10 +1,10 @@
 """Published models, pruned and measured: our methods and llm-compressor's, on the same tokens and machine.
 
 A cell is one method at one pattern. Each is pruned in a process of its own (seconds and peak memory are
-that process's), then measured as transformers loads it: perplexity of whole texts (or their first windows),
-the divergence of the dense model's predictions from the pruned one's, and lm-eval's accuracy on zero-shot
-questions with standard errors, the same questions for all. Each cell has a JSON file, which is written as
-its parts come: interrupt at will, and the same command goes on where it stopped.
+that process's), then measured as transformers loads it: perplexity of whole texts (or of windows all over
+them), the divergence of the dense model's predictions from the pruned one's, and lm-eval's accuracy on
+zero-shot questions with standard errors, the same questions for all. Each cell has a JSON file, which is
+written as its parts come: interrupt at will, and the same command goes on where it stopped.
 
     python benchmarks/real.py --cache ../cache --peer-python ../venv-peer/bin/python \
         --calibration ../data/wikitext-2/train.txt --questions ../data/tasks ../data/piqa \
@@ -70,13 +70,31 @@ TASKS = {
 }
 
 
+DIVERGENCE_WINDOWS = 8
+"""Of each text; the dense model runs too."""
+
+
+def spread(tokens: torch.Tensor, length: int, windows: int | None) -> torch.Tensor:
+    """So many windows of a text, evenly from beginning to end, or the whole."""
+    whole = tokens[: len(tokens) // length * length].view(-1, length)
+    if windows is None or windows >= len(whole):
+        return tokens
+    return whole[torch.arange(windows) * len(whole) // windows].flatten()
+
+
 class Bench:
     """One model with its texts, and where its results go."""
 
     def __init__(
-        self, folder: Path, cache: Path, calibration: Path, texts: tuple[Path, ...], settings: Record
+        self,
+        name: str,
+        folder: Path,
+        cache: Path,
+        calibration: Path,
+        texts: tuple[Path, ...],
+        settings: Record,
     ) -> None:
-        self.folder, self.settings = folder, settings
+        self.name, self.folder, self.settings = name, folder, settings
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model_type = AutoConfig.from_pretrained(folder).model_type
         self.bos = bos_id(tokenizer) if wants_bos(model_type) else None
@@ -84,9 +102,10 @@ class Bench:
         self.ids = calibration_blocks(
             calibration, tokenizer, samples=samples, length=length, bos=self.bos is not None
         )
-        enough = None if windows is None else windows * length
-        self.texts = {text.stem: evaluation_tokens(text, tokenizer)[:enough] for text in texts}
-        self.work = cache / f"{folder.name} {samples}x{length}"
+        tokens = {text.stem: evaluation_tokens(text, tokenizer) for text in texts}
+        self.texts = {name: spread(ids, length, windows) for name, ids in tokens.items()}
+        self.few = {name: spread(ids, length, DIVERGENCE_WINDOWS) for name, ids in tokens.items()}
+        self.work = cache / f"{name} {samples}x{length}"
         self.work.mkdir(parents=True, exist_ok=True)
         self.tokens = self._tokens(samples)
 
@@ -111,7 +130,9 @@ class Bench:
         length = self.settings["length"]
         found = {"perplexity": perplexities(output or self.folder, self.texts, length, self.bos)}
         if output:
-            found["divergence"] = divergences(self.folder, output, self.texts, length, bos=self.bos)
+            found["divergence"] = divergences(
+                self.folder, output, self.few, length, DIVERGENCE_WINDOWS, self.bos
+            )
         return {**found, "predictions_seconds": time.perf_counter() - start}
 
     def answers(self, output: Path | None, tasks: list[str], questions: Path) -> Record:
@@ -149,14 +170,13 @@ class Bench:
             rows.append([method, *times, seconds, seconds / depth])
         print_table(["method", f"{few} samples, s", f"{more} samples, s", "whole, s", "a block, s"], rows)
         self.folder, self.tokens = whole, tokens
-        windows = sum(len(tokens) // self.settings["length"] for tokens in self.texts.values())
-        first = next(iter(self.texts))
+        length = self.settings["length"]
         start = time.perf_counter()
-        perplexities(
-            self.folder, {first: self.texts[first][: 4 * self.settings["length"]]}, self.settings["length"]
-        )
+        perplexities(whole, {"": next(iter(self.texts.values()))[: 4 * length]}, length)
         window = (time.perf_counter() - start) / 4
-        print(f"\nperplexity: {windows} windows, {window * windows:.0f} s; divergence: {window * 64:.0f} s")
+        windows = sum(len(tokens) // length for tokens in self.texts.values())
+        print(f"\nperplexity of {windows} windows: {window * windows:.0f} s")
+        print(f"divergence: {window * 2 * DIVERGENCE_WINDOWS * len(self.texts):.0f} s")
 
 
 def cell_file(results: Path, model: str, pattern: str, method: str) -> Path:
@@ -174,9 +194,9 @@ def run(
 ) -> None:
     """Bring all cells of one pattern up to date: predictions of all first, then answers."""
     for part, (method, pattern) in product(("predictions", "tasks"), cells):
-        file = cell_file(results, bench.folder.name, pattern, method)
+        file = cell_file(results, bench.name, pattern, method)
         earlier = load(file, bench.settings)
-        row = earlier[0] if earlier else {"model": bench.folder.name, "method": method, "pattern": pattern}
+        row = earlier[0] if earlier else {"model": bench.name, "method": method, "pattern": pattern}
         if f"{part}_seconds" in row or (part == "tasks" and not questions[0]):
             continue
         output = None if method == "dense" else bench.work / file.stem
@@ -266,7 +286,7 @@ def main(
         texts: to measure perplexity and divergence on.
         questions: folders with the tasks' questions.
         models: names of published ones, or folders.
-        windows: of each text, the first ones; all by default.
+        windows: of each text, evenly from beginning to end; all by default.
         limit: questions of a task, drawn at random; all by default.
     """
     if table:
@@ -285,7 +305,8 @@ def main(
     pythons = {name: str(peer_python) for name, job in METHODS.items() if job["tool"] == "llmcompressor"}
     for model in models:
         folder = Path(resolve(published_model(model, cache))) if model in MODELS else Path(model)
-        bench = Bench(folder, cache, calibration, texts, settings)
+        name = model if model in MODELS else folder.name
+        bench = Bench(name, folder, cache, calibration, texts, settings)
         if estimate:
             bench.estimate(pythons, methods)
             continue
