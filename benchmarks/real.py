@@ -157,17 +157,19 @@ class Bench:
         AutoModelForCausalLM.from_pretrained(whole, config=config, dtype="auto").save_pretrained(shallow)
         AutoTokenizer.from_pretrained(whole).save_pretrained(shallow)
         self.folder, tokens, samples = shallow, self.tokens, self.settings["samples"]
-        few, more = max(2, samples // 32), max(4, samples // 16)
+        few, more = max(2, samples // 64), max(4, samples // 8)
         rows = []
         for method in methods:
-            times = []
+            runs = []
             for count in (few, more):
                 self.tokens = self._tokens(count)
                 jobs = {method: self.job(method, "50%", self.work / "estimate")}
-                times.append(in_processes(jobs, 1, pythons)[method][0]["seconds"])
-            slope = max(0.0, times[1] - times[0]) / (more - few)
-            seconds = (times[1] + slope * (samples - more)) * depth / blocks
-            rows.append([method, *times, seconds, seconds / depth])
+                runs.append(in_processes(jobs, 1, pythons)[method][0])
+            # On a busy machine a small difference of times of day says nothing.
+            first, second = (found["processor_seconds"] for found in runs)
+            slope = max(0.0, second - first) / (more - few)
+            seconds = (runs[0]["seconds"] + slope * (samples - few)) * depth / blocks
+            rows.append([method, *(found["seconds"] for found in runs), seconds, seconds / depth])
         print_table(["method", f"{few} samples, s", f"{more} samples, s", "whole, s", "a block, s"], rows)
         self.folder, self.tokens = whole, tokens
         length = self.settings["length"]
