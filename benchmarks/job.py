@@ -66,17 +66,17 @@ def finish_imports(model: str) -> int:
     return peak_bytes()
 
 
-def secateurs(model: str, tokens: str, output: str, **settings: Any) -> Record:
+def secateurs(model: str, tokens: str | None, output: str, **settings: Any) -> Record:
     """Ours, with its default settings but for those given."""
     from safetensors.torch import load_file
 
     import secateurs
 
     imports = finish_imports(model)
-    start = time.perf_counter()
-    ids = load_file(tokens)["ids"]
+    ids = load_file(tokens)["ids"] if tokens else None
     report = secateurs.prune(model, output=output, calibration=ids, device="cpu", **settings)
-    return {"seconds": time.perf_counter() - start, "phases": report.phases, "import_bytes": imports}
+    # Those of a run that was interrupted, too.
+    return {"seconds": report.seconds, "phases": report.phases, "import_bytes": imports}
 
 
 def llmcompressor(
@@ -292,4 +292,5 @@ if __name__ == "__main__":
         "published_sparsellm": published_sparsellm,
     }
     result = tools[job.pop("tool")](**job)
-    print("\n" + json.dumps({**result, "peak_bytes": peak_bytes(), "versions": versions()}))
+    about = {"peak_bytes": peak_bytes(), "processor_seconds": time.process_time(), "versions": versions()}
+    print("\n" + json.dumps({**result, **about}))

@@ -26,23 +26,42 @@ def causal_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(resolve_device(None))
 
 
-def perplexities(folder: Path, texts: dict[str, torch.Tensor], length: int) -> dict[str, float]:
-    """Of a saved folder on each text's tokens, as transformers loads it; all its numbers must be finite."""
+def perplexities(
+    folder: Path, texts: dict[str, torch.Tensor], length: int, bos: int | None = None
+) -> dict[str, float]:
+    """Of a saved folder on each text's tokens, as transformers loads it; all its numbers must be finite.
+
+    Args:
+        bos: a token that every window begins with, as `secateurs.perplexity` takes it.
+    """
     for name, tensor in saved_tensors(folder).items():
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{folder}: {name} holds NaN or Inf")
     model = causal_model(folder)
-    return {name: secateurs.perplexity(model, tokens, length=length) for name, tokens in texts.items()}
+    return {
+        name: secateurs.perplexity(model, tokens, length=length, bos=bos) for name, tokens in texts.items()
+    }
 
 
 def divergences(
-    dense: Path, pruned: Path, texts: dict[str, torch.Tensor], length: int, windows: int = 16
+    dense: Path,
+    pruned: Path,
+    texts: dict[str, torch.Tensor],
+    length: int,
+    windows: int = 16,
+    bos: int | None = None,
 ) -> dict[str, float]:
-    """KL(dense || pruned) of saved models' predictions, nats, over the first windows of each text."""
+    """KL(dense || pruned) of saved models' predictions, nats, over the first windows of each text.
+
+    Args:
+        bos: a token that every window begins with, before as many of the text.
+    """
     models = [causal_model(folder) for folder in (dense, pruned)]
     found = {}
     for name, tokens in texts.items():
         blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows].to(models[0].device)
+        if bos is not None:
+            blocks = torch.cat([torch.full_like(blocks[..., :1], bos), blocks], dim=-1)
         total = 0.0
         with torch.no_grad():
             for block in blocks:
