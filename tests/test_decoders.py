@@ -43,7 +43,8 @@ def test_pruning(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in decoders.NAMES]
+    "name",
+    [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in decoders.NAMES],
 )
 def test_verbs(name: str, tmp_path: Path) -> None:
     """What a verb does is right, or it says in a line why it does not."""

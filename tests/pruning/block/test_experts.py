@@ -1,0 +1,75 @@
+"""Experts are pruned by the tokens that the model's own router sends them, and by as many more as they have
+inputs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import decoders
+import secateurs
+from secateurs.blockwise import BlockwiseModel
+from secateurs.checkpoint import Checkpoint
+from secateurs.pruning.block.block import Block
+from secateurs.pruning.block.experts import experts_of, route
+from secateurs.pruning.solvers.statistics import Statistics
+
+
+def routed_by_the_model(model: BlockwiseModel, index: int, home: str) -> list[Tensor]:
+    """What transformers calls a block's experts with: hidden states, and which experts they go to."""
+    seen: list[tuple[Any, ...]] = []
+    module = model.blocks[index].get_submodule(home)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    for batch in model.embed(decoders.tokens(6, 24), batch_size=2):
+        model.run(index, batch)
+    handle.remove()
+    hidden, chosen = torch.cat([args[0] for args in seen]), torch.cat([args[1] for args in seen])
+    return [hidden[(chosen == expert).any(1)] for expert in range(4)]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_each_sees_its_own_tokens_and_as_many_drawn_from_all(name: str, tmp_path: Path) -> None:
+    model = BlockwiseModel(Checkpoint(decoders.save(name, tmp_path)), torch.device("cpu"))
+    hidden = model.embed(decoders.tokens(6, 24), batch_size=2)
+    index = next(
+        i
+        for i, anatomy in enumerate(model.anatomy.blocks)
+        if any(m.expert == 0 for m in anatomy.matrices.values())
+    )
+    with model.block(index):
+        block = Block(model, index, {}, {})
+        [experts] = experts_of(block)
+        routed = route(block, hidden, experts)
+        expected = routed_by_the_model(model, index, experts.home)
+    width = experts.members[0].first[0].shape[1]
+    assert routed.counts() == [len(tokens) for tokens in expected]
+    assert len(routed.drawn) == width
+    everything = torch.cat(expected)
+    for number, tokens in enumerate(expected):
+        own = torch.cat(routed.own[number])
+        torch.testing.assert_close(own.sort(dim=0).values, tokens.sort(dim=0).values)
+        # H = (c H_routed + k H_drawn) / (c + k)
+        moments = Statistics(width)
+        for part in routed.tokens(number):
+            moments.update(part)
+        sums = tokens.T @ tokens + routed.drawn.T @ routed.drawn
+        torch.testing.assert_close(moments.moment, sums / (len(tokens) + width))
+    assert all((everything == token).all(1).any() for token in routed.drawn)
+
+
+def test_the_record_says_what_each_saw(tmp_path: Path) -> None:
+    folder = decoders.save("mixtral", tmp_path / "model")
+    report = secateurs.prune(
+        folder,
+        output=tmp_path / "out",
+        method="sparsegpt",
+        calibration=decoders.tokens(6, 24),
+        pattern="2:4",
+        device="cpu",
+    )
+    assert [len(entry.tokens) for entry in report.experts] == [4, 4]
+    assert all(sum(entry.tokens) == 6 * 24 * 2 for entry in report.experts)
+    assert all("gate" in name for name in report.dense)
+    assert not report.alone
