@@ -35,8 +35,8 @@ prune, the share is that of the blocks' weights which are pruned; what is left d
 and the like. Otherwise:
 
 - **local method**: SparseLLM prunes as its local method would, where it does not understand an MLP;
-- **channels**: training skips MLP channels, but whole heads cannot be left out;
-- **2 of 3**, **80%**: the rest is left as it is, or is done by the local method;
+- **in part**: so it does with some; or training skips heads alone, or channels alone, or not in all blocks;
+- **80%**: the rest is left as it is;
 - **refused**: one line says why, before any work is done; **breaks** and **wrong** are mistakes of ours.
 """
 
