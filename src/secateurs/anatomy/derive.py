@@ -271,7 +271,7 @@ class _Reading:
                 why[weight] = "experts that are no MLPs"
         biases = {product.matrix.bias for product in self.products}
         for name, parameter in self.block.named_parameters():
-            if parameter.ndim > 1 and name not in seen | biases:
+            if parameter.ndim > 1 and name not in seen | biases and not name.endswith("bias"):
                 multiplied = name in self.trace.real
                 why[name] = "no matrix that is multiplied by" if multiplied else "not used on this text"
         return why
