@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateurs.anatomy import BlockAnatomy, anatomy_of
+from secateurs.anatomy.blocks import decoder_of
 from secateurs.checkpoint import Checkpoint, resolve, write_json
 from secateurs.device import resolve_device
 from secateurs.runtime.load import load_model
@@ -185,7 +186,7 @@ def measure_activity(model: PreTrainedModel, tokens: Tensor) -> list[BlockProfil
     try:
         for batch in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
             # Not the head: its logits are the largest tensor of all, and nobody reads them.
-            model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
+            decoder_of(model)(input_ids=batch.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -149,7 +149,7 @@ def _run(block: nn.Module, call: Call) -> list[Tensor]:
         result = block(states, *args, **kwargs)
     containers = [dict(value) for value in kwargs.values() if isinstance(value, MutableMapping)]
     left = [leaf for leaf in pytree.tree_leaves(containers) if isinstance(leaf, Tensor)]
-    return [result[0] if isinstance(result, tuple) else result, *left]
+    return [result[0] if isinstance(result, tuple | list) else result, *left]
 
 
 def _holds(

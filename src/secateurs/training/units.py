@@ -57,6 +57,7 @@ COUNTS = {
     "num_key_value_heads": "kv_heads",
     "num_key_value_groups": "queries_per_key",
     "embed_dim": "width",
+    "hidden_size": "width",
     "split_size": "width",
 }
 """What attention's code calls the numbers that it reads, where not from the shapes of its weights."""
