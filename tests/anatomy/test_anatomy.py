@@ -86,3 +86,9 @@ def test_it_takes_no_memory_and_reads_nothing() -> None:
     anatomy = anatomy_of(config)
     assert anatomy.blocks[0].groups[0][0].shape == (3 * 14336, 14336)
     assert all(parameter.is_meta for parameter in skeleton(config).parameters())
+
+
+def test_a_caller_may_be_in_inference_mode() -> None:
+    with torch.inference_mode():
+        anatomy = anatomy_of(BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2))
+    assert anatomy.blocks[0].adds

@@ -47,6 +47,7 @@ class Anatomy:
 _derived: dict[str, Anatomy] = {}
 
 
+@torch.inference_mode(False)  # in a caller's, nothing has gradients
 def anatomy_of(config: PretrainedConfig) -> Anatomy:
     """Derive a model's anatomy, once for each configuration.
 
@@ -73,6 +74,7 @@ def fingerprint(config: PretrainedConfig) -> str:
     return f"{type(config).__name__} {json.dumps(described, sort_keys=True)}"
 
 
+@torch.inference_mode(False)
 def derive_anatomy(model: PreTrainedModel) -> Anatomy:
     """The same of a model on the meta device (`skeleton`)."""
     path, blocks = blocks_of(model)
