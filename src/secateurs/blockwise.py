@@ -16,8 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateurs.anatomy import UnsupportedArchitectureError, derive_anatomy, skeleton
-from secateurs.anatomy.blocks import RESULTS, decoder_of, states_of, use_plain_experts
+from secateurs.anatomy import UnsupportedArchitectureError, anatomy_of, skeleton
+from secateurs.anatomy.blocks import (
+    RESULTS,
+    decoder_of,
+    states_of,
+    use_plain_experts,
+    with_computed_buffers,
+)
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.config import read_config, refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
@@ -98,7 +104,7 @@ class BlockwiseModel:
         self.text_config: Any = self.config.get_text_config(decoder=True)
         whole = skeleton_of(checkpoint)
         self.pieces = pieces_of(checkpoint, whole)
-        self.anatomy = derive_anatomy(skeleton(self.config))
+        self.anatomy = anatomy_of(self.config)
         self.path = self.anatomy.path
         # Not of any tensor in the block: old GPT-2 and NeoX files hold boolean masks there.
         first = next((group[0].weight for block in self.anatomy.blocks for group in block.groups), None)
@@ -114,13 +120,13 @@ class BlockwiseModel:
         self.decoder = decoder_of(self.model)
         prefix = next(name for name, module in self.model.named_modules() if module is self.decoder)
         self._prefix = f"{prefix}." if prefix else ""
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.is_meta:
-                    setattr(module, name, buffer.to(device))
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in list(self.model.named_buffers()):
             if buffer.is_meta and name not in self.pieces:  # the model can do without, and the files do
-                self._put(name, torch.zeros_like(buffer, device=device))
+                self._put(name, torch.zeros_like(buffer, device="cpu"))
+        with_computed_buffers(self.model)
+        for name, buffer in list(self.model.named_buffers()):
+            if not buffer.is_meta:
+                self._put(name, buffer.to(device))
         blocks: Any = self.model.get_submodule(self.path)
         self.blocks: nn.ModuleList = blocks
         self._calls: list[_Calls] = []
@@ -319,7 +325,7 @@ class _Calls:
         """The same call for the next sequence."""
         leaves = pytree.tree_leaves((args[1:], kwargs))
         for i, (first, leaf) in enumerate(zip(self._leaves, leaves, strict=True)):
-            if i not in self._varying and isinstance(leaf, Tensor) and not torch.equal(first, leaf):
+            if isinstance(leaf, Tensor) and i not in self._varying and not torch.equal(first, leaf):
                 self._varying[i] = [first] * self._count
             if i in self._varying:
                 self._varying[i].append(leaf)

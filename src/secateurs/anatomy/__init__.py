@@ -1,6 +1,6 @@
 """A model as data: its blocks, the matrices in them, and what each of those is for."""
 
-from secateurs.anatomy.anatomy import Anatomy, anatomy_of, derive_anatomy
+from secateurs.anatomy.anatomy import Anatomy, anatomy_of
 from secateurs.anatomy.blocks import UnsupportedArchitectureError, skeleton
 from secateurs.anatomy.derive import MLP, BlockAnatomy, Heads, Role
 from secateurs.anatomy.matrix import Matrix
@@ -14,6 +14,5 @@ __all__ = [
     "Role",
     "UnsupportedArchitectureError",
     "anatomy_of",
-    "derive_anatomy",
     "skeleton",
 ]

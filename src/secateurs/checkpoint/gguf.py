@@ -146,7 +146,7 @@ def _readable(file: Path) -> Iterator[None]:
     """Whatever transformers stumbles over becomes one line that names the file."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # the reader, numpy and the model's code each raise their own
         if str(error).startswith(f"'{file}'") or getattr(error, "errno", None) is not None:
             raise
         raise ValueError(f"'{file}' cannot be unpacked ({short(error)})") from error

@@ -64,7 +64,7 @@ def skeleton_of(checkpoint: Checkpoint) -> PreTrainedModel:
             model, missing, mismatched = _load(kind, config, checkpoint)
     except ValueError:
         raise
-    except Exception as error:
+    except Exception as error:  # of whatever kind the model's code stumbles into
         raise ValueError(
             f"'{folder}' does not hold what its config.json describes ({config.model_type}): {short(error)}"
         ) from error

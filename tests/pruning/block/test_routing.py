@@ -73,3 +73,27 @@ def test_the_record_says_what_each_saw(tmp_path: Path) -> None:
     assert all(sum(entry.tokens) == 6 * 24 * 2 for entry in report.experts)
     assert all("gate" in name for name in report.dense)
     assert not report.alone
+
+
+@pytest.mark.parametrize("allocation", ["owl", "sensitivity"])
+@pytest.mark.parametrize("name", ["mixtral", "llama4_text"])
+def test_zeros_are_shared_out_among_experts_that_some_batches_do_not_reach(
+    name: str, allocation: str, tmp_path: Path
+) -> None:
+    folder = decoders.save(name, tmp_path / "model")
+    report = secateurs.prune(
+        folder,
+        output=tmp_path / "out",
+        method="sparsegpt",
+        allocation=allocation,
+        calibration=decoders.tokens(96, 1),  # of a batch's one token at most two of four experts get it
+        batch_size=1,
+        device="cpu",
+    )
+    assert all(sum(entry.tokens) < 4 * 96 for entry in report.experts)
+    blocks = secateurs.anatomy_of(decoders.config_of(name)).blocks
+    weights = sum(
+        out * width for block in blocks for out, width in (m.shape for m in block.matrices.values())
+    )
+    zeros = sum(layer.sparsity * layer.weights for layer in report.layers)  # without what stays dense
+    assert zeros == pytest.approx(weights / 2, abs=0.01)

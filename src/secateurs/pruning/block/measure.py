@@ -93,7 +93,8 @@ def measure(
     Args:
         model: whose block it is.
         index: of the block.
-        stage: the groups, in the order of the forward pass; not of experts.
+        stage: the groups, in the order of the forward pass. Experts count by the tokens that are routed to
+            them, and where there are none all inputs count alike.
         hidden: the block's input; without any, every input counts alike (H is the identity over its width).
 
     Raises:
@@ -106,8 +107,11 @@ def measure(
         return statistics
     for seen in observe(model, index, hidden, inputs=[group[0] for group in stage]):
         for group, moments in statistics.items():
-            moments.update(seen.inputs[group[0].name])
+            if group[0].name in seen.inputs:
+                moments.update(seen.inputs[group[0].name])
     for group, moments in statistics.items():
+        if not moments.tokens:
+            statistics[group] = alike(group[0].shape[1], model.device)
         check_finite(moments, f"{model.path}.{index}.{group[0].name}")
     return statistics
 
