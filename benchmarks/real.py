@@ -191,22 +191,28 @@ def run(
     cells: list[tuple[str, str]],
     pythons: dict[str, str],
     questions: tuple[list[str], Path],
-    about: Record,
     results: Path,
 ) -> None:
-    """Bring all cells of one pattern up to date: predictions of all first, then answers."""
+    """Bring all cells up to date: predictions of all first, then answers.
+
+    A cell's file says of each part where and when it was measured, since they may come from several runs.
+    """
+    here = environment()
     for part, (method, pattern) in product(("predictions", "tasks"), cells):
         file = cell_file(results, bench.name, pattern, method)
         earlier = load(file, bench.settings)
         row = earlier[0] if earlier else {"model": bench.name, "method": method, "pattern": pattern}
+        measured = row.setdefault("measured", {})
         if f"{part}_seconds" in row or (part == "tasks" and not questions[0]):
             continue
         output = None if method == "dense" else bench.work / file.stem
         if output and not (output.exists() and "pruning" in row):
             row["pruning"] = in_processes({method: bench.job(method, pattern, output)}, 1, pythons)[method][0]
-            save(file, about, [row])
+            measured["pruning"] = here
+            save(file, bench.settings, [row])
         row |= bench.predictions(output) if part == "predictions" else bench.answers(output, *questions)
-        save(file, about, [row])
+        measured[part] = here
+        save(file, bench.settings, [row])
         print(json.dumps(row), flush=True)
         if output and part == "tasks":
             shutil.rmtree(output)
@@ -301,7 +307,7 @@ def main(
     torch.manual_seed(0)
     settings = {"samples": samples, "length": length, "windows": windows, "limit": limit}
     settings |= {"calibration": calibration.name, "texts": [text.name for text in texts]}
-    about = {**environment(), **settings}
+    settings["divergence_windows"] = DIVERGENCE_WINDOWS
     asked = cache / f"questions-{limit}"
     tasks = write_questions(questions, asked, limit)
     pythons = {name: str(peer_python) for name, job in METHODS.items() if job["tool"] == "llmcompressor"}
@@ -312,9 +318,8 @@ def main(
         if estimate:
             bench.estimate(pythons, methods)
             continue
-        run(bench, [("dense", "0%")], pythons, (tasks, asked), about, results)
-        for pattern in patterns:
-            run(bench, [(method, pattern) for method in methods], pythons, (tasks, asked), about, results)
+        cells = [(method, pattern) for pattern in patterns for method in methods]
+        run(bench, [("dense", "0%"), *cells], pythons, (tasks, asked), results)
     if not estimate:
         print_results(results)
 
