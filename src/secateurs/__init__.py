@@ -33,6 +33,9 @@ from secateurs.pruning.solvers.sparsegpt import SparseGPT
 from secateurs.pruning.solvers.statistics import Statistics
 from secateurs.pruning.solvers.wanda import Wanda
 from secateurs.pruning.walk import prune
+from secateurs.recovery.report import RecoveryReport
+from secateurs.recovery.run import recover
+from secateurs.recovery.settings import RecoverSettings
 from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
 from secateurs.text import calibration_blocks, evaluation_tokens
 from secateurs.training.callback import SparsityAcceleratedTraining
@@ -58,6 +61,8 @@ __all__ = [
     "Measurement",
     "Pattern",
     "PruneSettings",
+    "RecoverSettings",
+    "RecoveryReport",
     "Report",
     "Sensitivity",
     "Solution",
@@ -86,5 +91,6 @@ __all__ = [
     "plot",
     "profile",
     "prune",
+    "recover",
     "train",
 ]

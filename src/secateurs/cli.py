@@ -28,6 +28,8 @@ from secateurs.evaluation.speed import table as table_of_costs
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.pruning.walk import prune
+from secateurs.recovery.run import recover
+from secateurs.recovery.settings import RecoverSettings
 from secateurs.runtime.convert import compress, decompress
 from secateurs.runtime.generate import Pace, generate
 from secateurs.runtime.serve import serve
@@ -67,6 +69,10 @@ def _prune(model: str, settings: PruneSettings) -> None:
         print(f"left dense: {name} ({why})")
     if report.alone and report.settings["method"]["name"] == "sparsellm":
         print(f"pruned by the local solver alone: {', '.join(report.alone)}")
+
+
+def _recover(model: str, settings: RecoverSettings) -> None:
+    print(recover(model, settings, progress=True))
 
 
 def _profile(model: str, settings: ProfileSettings) -> None:
@@ -131,6 +137,7 @@ def _demo(settings: DemoSettings) -> None:
 
 VERBS: dict[str, Verb] = {
     "prune": Verb(PruneSettings, _prune),
+    "recover": Verb(RecoverSettings, _recover),
     "profile": Verb(ProfileSettings, _profile),
     "train": Verb(TrainSettings, _train),
     "eval": Verb(EvaluateSettings, _evaluate),

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from secateurs.checkpoint import Checkpoint, read_json, write_json
 from secateurs.checkpoint.card import write_card
 from secateurs.pruning.record import RECORD
-from secateurs.training.report import TrainingReport
+from secateurs.training.report import RunReport, TrainingReport
 
 CLOCK = "secateurs.json"
 """The last file that is written into a checkpoint, with the time it took to get there: one without it was cut
@@ -37,15 +37,18 @@ class TrainingFolder:
     Args:
         output: the folder that the run is to make.
         identity: all that decides the resulting folder.
+        run: what stands for that, where the run is a part of another.
     """
 
-    def __init__(self, output: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, output: Path, identity: dict[str, Any], run: str | None = None) -> None:
         # Through links: the last step is a rename, which would replace or trip over a link itself.
         self.output = output.resolve()
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.model, self.checkpoints = self.partial / "model", self.partial / "checkpoints"
         self.mark = self.partial / "run.json"
-        self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        self.run = (
+            run or hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        )
 
     def finished(self) -> bool:
         """Whether the output is there already, made by this same run. Writes nothing.
@@ -124,18 +127,20 @@ class TrainingFolder:
                 f"command {whole}"
             ) from error
 
-    def finish(self, record: dict[str, Any], checkpoint: Checkpoint) -> None:
+    def finish(
+        self, record: dict[str, Any], checkpoint: Checkpoint, kind: type[RunReport] = TrainingReport
+    ) -> None:
         """Turn `model`, which is complete but for its record and its card, into the output."""
         write_json(self.model / RECORD, {"run": self.run, **record})
-        report = TrainingReport.read(self.model)
+        report = kind.read(self.model)
         write_card(
             self.model,
             checkpoint.folder,
-            record["settings"]["model"],
-            title="trained",
+            report.settings["model"],
+            title=kind.title,
             facts=report.facts,
             usage="",
-            tags=["trained"],
+            tags=kind.tags,
         )
         os.replace(self.model, self.output)
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -62,6 +62,11 @@ class Masks:
             model, {name: p.detach() for name, p in named if id(p) in matrices and (local(p) == 0).any()}
         )
 
+    @property
+    def count(self) -> int:
+        """Weights that are held at zero."""
+        return sum(int(held.sum()) for held in self._held.values())
+
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Replace all masks, between optimiser steps. What was held before and is not now may grow again."""
         held: dict[str, Tensor] = {}

@@ -3,15 +3,34 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 from secateurs.checkpoint import read_json
 from secateurs.pruning.record import RECORD
 
 
+class RunReport(Protocol):
+    """What a run of Trainer did, as far as a model card says it."""
+
+    title: ClassVar[str]
+    tags: ClassVar[tuple[str, ...]]
+    settings: dict[str, Any]
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """Names and values."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The report in a folder."""
+
+
 @dataclass(frozen=True)
 class TrainingReport:
     """What a training run did."""
+
+    title: ClassVar = "trained"
+    tags: ClassVar = ("trained",)
 
     output: Path
     settings: dict[str, Any]

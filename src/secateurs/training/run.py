@@ -6,10 +6,7 @@ which appears when it is complete; until then the same command resumes from the 
 """
 
 import os
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +14,10 @@ from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -31,7 +25,7 @@ from transformers import (
 from secateurs.anatomy import anatomy_of
 from secateurs.checkpoint import Checkpoint, check_place, copy_companions, output_lock, resolve
 from secateurs.checkpoint.companions import bytes_of_companions
-from secateurs.checkpoint.config import quiet, refuse_quantised
+from secateurs.checkpoint.config import refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.runtime.load import load_model
@@ -49,13 +43,22 @@ from secateurs.training.arguments import (
 )
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
 from secateurs.training.folder import TrainingFolder, bytes_at_once
+from secateurs.training.loop import (
+    for_training,
+    make_steps,
+    merge,
+    peak_memory_bytes,
+    recent_loss,
+    silent,
+    with_adapters,
+)
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.model import read_config, sequence_length
 from secateurs.training.proof import proven_cuts
 from secateurs.training.report import TrainingReport
 from secateurs.training.settings import TrainSettings
 from secateurs.training.sparse import units_kept
-from secateurs.training.watch import Over, Watch
+from secateurs.training.watch import Watch
 from secateurs.training.weights import StoredWeights
 from secateurs.version import __version__
 
@@ -156,7 +159,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     }
     work = TrainingFolder(Path(settings.output), identity)
     trainer["output_dir"] = str(work.checkpoints)
-    with _quiet():
+    with silent():
         arguments = trainer_arguments(kind, {**trainer, **data.settings})
     if settings.omission and arguments.n_gpu > 1:
         raise ValueError("several GPUs, one process: start training with torchrun, or choose one GPU")
@@ -169,12 +172,12 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     work.check_room(checkpoints + checkpoint.tensor_bytes + beside)
 
     # Bfloat16 would round most updates away; adapters come in float32 by themselves.
-    with _quiet():
+    with silent():
         loaded = load_model(checkpoint.folder, "cpu", None if lora else torch.float32)
     weights = StoredWeights(loaded, checkpoint)
     pruned = _is_pruned(loaded)
     set_seed(arguments.seed)
-    adapted: Any = _with_adapters(loaded, lora) if lora else loaded
+    adapted: Any = with_adapters(loaded, lora) if lora else loaded
     masks = Masks.of_zeros(adapted) if pruned else None
     callbacks: list[TrainerCallback] = [KeepZeros(masks)] if masks else []
     if settings.omission:
@@ -184,7 +187,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     with arguments.main_process_first(local=False):
         if arguments.should_save:
             work.begin()
-    with _quiet(), _for_training(loaded):
+    with silent(), for_training(loaded):
         run = data.trainer(
             model=adapted,
             args=arguments,
@@ -197,11 +200,11 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             watch.resume(last)
         try:
             with work.saving():
-                _make_steps(run, last)
+                make_steps(run, last)
         finally:
             watch.close()
         if lora:
-            (masks.merge_lora if masks else _merge)(adapted)
+            (masks.merge_lora if masks else merge)(adapted)
         weights.round()
         loss = None if data.validation is None else run.evaluate()["eval_loss"]
     if arguments.should_save:
@@ -211,11 +214,11 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             "seconds": round(watch.seconds, 3),
             "steps": run.state.global_step,
             "tokens": run.state.num_input_tokens_seen,
-            "peak_memory_bytes": _peak_memory_bytes(arguments.device),
+            "peak_memory_bytes": peak_memory_bytes(arguments.device),
             "flops": sparse.training.flops_done if settings.omission else None,
             "dense_flops": sparse.training.flops_dense if settings.omission else None,
             "whole": proven.whole if proven else None,
-            "train_loss": _recent_loss(run.state),
+            "train_loss": recent_loss(run.state),
             "validation_loss": loss,
             "validation": validation,
         }
@@ -227,17 +230,6 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         work.finish(record, checkpoint)
     run.accelerator.wait_for_everyone()
     return TrainingReport.read(work.output)
-
-
-def _make_steps(run: Trainer, last: Path | None) -> None:
-    """Make the steps that are left."""
-    try:
-        run.train(resume_from_checkpoint=str(last) if last else None)
-    except Over:  # what Trainer does after the last one
-        if run.args.load_best_model_at_end and run.state.best_model_checkpoint:
-            run._load_best_model()
-        run.callback_handler.on_train_end(run.args, run.state, run.control)
-        run.is_in_train = False
 
 
 def _finished(
@@ -253,9 +245,9 @@ def _finished(
     report = TrainingReport.read(work.output)
     if validation is None or (report.validation or {}).get("sha256") == validation["sha256"]:
         return report
-    with _quiet():
+    with silent():
         loaded = load_model(work.output, "cpu", None if lora else torch.float32)
-    with _quiet(), _for_training(loaded), set_aside(arguments) as others:
+    with silent(), for_training(loaded), set_aside(arguments) as others:
         run = data.trainer(model=loaded, args=others, processing_class=tokenizer)
         run.remove_callback(PrinterCallback)
         loss = run.evaluate()["eval_loss"]
@@ -263,10 +255,6 @@ def _finished(
         work.amend({"validation_loss": loss, "validation": validation})
     run.accelerator.wait_for_everyone()
     return TrainingReport.read(work.output)
-
-
-def _merge(model: Any) -> Any:
-    return model.merge_and_unload()
 
 
 def _read(settings: TrainSettings, length: int, tokenizer: PreTrainedTokenizerBase) -> TextData | ChatData:
@@ -299,49 +287,3 @@ def _is_pruned(model: PreTrainedModel) -> bool:
         for matrix in inside.matrices.values()
     )
     return any(int((weight == 0).sum()) > PRUNED * weight.numel() for weight in weights)
-
-
-def _with_adapters(model: PreTrainedModel, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with _quiet():
-        return get_peft_model(model, config)
-
-
-@contextmanager
-def _for_training(model: PreTrainedModel) -> Iterator[None]:
-    """Nothing is generated in training: keys and values need not be kept, and how to generate is set aside,
-    for Trainer's checkpoints would be refused for what does not go together there."""
-    config = model.config.get_text_config(decoder=True)
-    before = getattr(config, "use_cache", None), model.generation_config
-    config.use_cache, model.generation_config = False, GenerationConfig()
-    try:
-        yield
-    finally:
-        config.use_cache, model.generation_config = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers and its bars stay silent beside our own."""
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what its version and PEFT's disagree on
-        yield
-
-
-def _recent_loss(state: TrainerState) -> float:
-    """Mean training loss over the last tenth of the steps, as far as it was logged."""
-    logged = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
-    recent = [loss for step, loss in logged if step > 0.9 * state.max_steps] or [logged[-1][1]]
-    return sum(recent) / len(recent)
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """The most that tensors took on a GPU, or this process of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

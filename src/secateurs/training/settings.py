@@ -99,11 +99,11 @@ class TrainSettings(OfText):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.lora is not None:
-            _need("peft")
+            needs("peft")
             if self.lora < 1:
                 raise ValueError(f"the rank of LoRA is at least 1, not {self.lora}")
         if self.chat is not None:
-            _need("trl")
+            needs("trl")
         size_in_bytes(self.max_shard_size)
         self.callback(seed=0)
 
@@ -133,6 +133,6 @@ class TrainSettings(OfText):
         return {name: value for name, value in named.items() if value is not None}
 
 
-def _need(package: str) -> None:
+def needs(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"this needs {package}, which is not installed: pip install 'secateurs[train]'")

@@ -67,6 +67,14 @@ class StoredWeights:
             for name, piece in self._places.get(stored, ()):
                 piece.of(self._own[name]).copy_(piece.within(tensor.contiguous()))
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model the values that it was loaded with."""
+        for stored, places in self._places.items():
+            tensor = self.checkpoint.load([stored])[stored]
+            for name, piece in places:
+                piece.of(self._own[name]).copy_(piece.within(tensor))
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What is to be stored, one by one."""
         for stored in self.checkpoint.file_of:

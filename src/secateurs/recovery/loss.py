@@ -1,0 +1,68 @@
+"""How far a model's predictions are from another's, and the gradient of that, without copies of the logits.
+
+At every position: KL(dense || pruned) over the whole vocabulary, in float32. With a large vocabulary the
+logits are the largest tensors of a step, so only a few positions are in float32 beside them at any time, and
+the gradient is written where the pruned model's logits were: of tensors as large as they are, memory holds
+them and the dense model's, in the dtypes that the models gave them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 256
+"""Positions at once: a quarter of a GB in float32 with a vocabulary of 256k."""
+
+
+def divergence(logits: Tensor, wanted: Tensor, ids: Tensor, *, text: float = 0.0) -> Tensor:
+    """Mean over all positions of (1 - text) KL(dense || pruned) + text * cross-entropy with the text.
+
+    A sequence's last position has no next token in the text: there it is the KL alone.
+
+    Args:
+        logits: (batch, length, vocabulary) of the pruned model, its own: where they have a gradient they are
+            overwritten.
+        wanted: (batch, length, vocabulary) of the dense model. Where one vocabulary is larger, what is beyond
+            the other is padding and does not count.
+        ids: (batch, length), the text.
+        text: weight of the text itself, in [0, 1].
+
+    Returns:
+        A scalar, float32.
+    """
+    mean: Tensor = _Divergence.apply(logits, wanted, ids, text)
+    return mean
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, ids: Tensor, text: float) -> Tensor:
+        # The same memory and count of versions: if whoever made the logits needs them, autograd will say so.
+        place = logits.detach()
+        size = min(logits.shape[-1], wanted.shape[-1])
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for row, row_wanted, tokens in zip(place, wanted, ids, strict=True):
+            following = torch.cat([tokens[1:], tokens[:1]])
+            weights = torch.full_like(tokens, text, dtype=torch.float32)
+            weights[-1] = 0
+            for chunk in torch.arange(len(tokens), device=logits.device).split(CHUNK):
+                part = slice(int(chunk[0]), int(chunk[-1]) + 1)
+                given = row[part, :size].float().log_softmax(dim=-1)
+                target = row_wanted[part, :size].float().log_softmax(dim=-1)
+                weight, token = weights[part, None], following[part, None]
+                share = target.exp()
+                # What the dense model rules out adds nothing, though its logarithm is infinite.
+                terms = torch.where(share > 0, share * (target - given), 0)
+                total += ((1 - weight) * terms.sum(dim=-1, keepdim=True)).sum()
+                total -= (weight * given.gather(1, token)).where(weight > 0, 0).sum()
+                if ctx.needs_input_grad[0]:
+                    gradient = given.exp().sub_(share.mul_(1 - weight)).scatter_add_(1, token, -weight)
+                    row[part, :size] = gradient / ids.numel()
+                    row[part, size:] = 0
+        ctx.gradient = place
+        return total / ids.numel()
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradient.mul_(above), None, None, None

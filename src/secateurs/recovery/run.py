@@ -1,0 +1,302 @@
+"""Train what is left of a pruned model towards the dense model's predictions: what `secateurs recover` runs.
+
+Everything is Trainer's, with another loss and a callback that holds the zeros. As with `secateurs train` the
+output is the input's folder with other weights, which appears when it is complete; until then the same
+command resumes from the last checkpoint.
+"""
+
+import hashlib
+import os
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from secateurs.checkpoint import Checkpoint, check_place, copy_companions, output_lock, read_json, resolve
+from secateurs.checkpoint.companions import bytes_of_companions
+from secateurs.checkpoint.config import read_config as read_causal_config
+from secateurs.checkpoint.config import refuse_quantised
+from secateurs.checkpoint.names import skeleton_of
+from secateurs.checkpoint.shards import size_in_bytes
+from secateurs.device import multiplies_bfloat16
+from secateurs.pruning.record import RECORD
+from secateurs.recovery.report import KEY, RecoveryReport
+from secateurs.recovery.settings import RecoverSettings
+from secateurs.recovery.steps import Recovery, held_out_loss, hold_out, in_order, rows_of, without_dropout
+from secateurs.runtime.load import load_model
+from secateurs.settings import takes
+from secateurs.text import calibration_blocks, check_tokens, load_tokenizer, wants_bos
+from secateurs.training.arguments import read_settings, trainer_arguments
+from secateurs.training.folder import TrainingFolder, bytes_at_once
+from secateurs.training.loop import for_training, make_steps, peak_memory_bytes, silent, with_adapters
+from secateurs.training.masks import KeepZeros, Masks
+from secateurs.training.model import read_config, sequence_length
+from secateurs.training.watch import Watch
+from secateurs.training.weights import StoredWeights
+from secateurs.version import __version__
+
+HELD_OUT = 8192
+"""Tokens that are held out to judge by, where an eighth of the sequences is not fewer."""
+
+
+@takes(RecoverSettings)
+def recover(model: str | Path, *, settings: RecoverSettings, progress: bool = False) -> RecoveryReport:
+    """Train what is left of a pruned model towards the dense model's predictions, into a new folder.
+
+    Weights are trained in float32 (with LoRA: the adapters), with products in bfloat16 where the device is
+    fast at them. Zeros stay where they are. The output is the model's folder with other weights, each tensor
+    in the dtype it came in. If they do no better on text that was held out, the weights in it are the model's
+    own. If the run is interrupted, the same call continues it.
+
+    Args:
+        model: a pruned model's folder with safetensors, or a name on the hub. It is only read.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The record of the run, as it stands in `secateurs.json`.
+
+    Raises:
+        ValueError: a mistake in the arguments, the model folders or the text; found before a model is loaded
+            where that is possible.
+        FloatingPointError: the loss is not finite any more; the last checkpoint stays.
+        OSError: the disk is too small or fails. What is done stays, and the same call continues.
+    """
+    checkpoint = Checkpoint(resolve(model))
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes of one run
+    if first:
+        check_place(Path(settings.output), checkpoint)
+    with output_lock(Path(settings.output)) if first else nullcontext():
+        return recover_folder(checkpoint, settings, model=str(model), progress=progress)
+
+
+def recover_folder(
+    checkpoint: Checkpoint, settings: RecoverSettings, *, model: str, progress: bool, run: str | None = None
+) -> RecoveryReport:
+    """What `recover` does once it has the output to itself.
+
+    Args:
+        checkpoint: the pruned model.
+        model: how its user calls it.
+        run: what stands for all that decides the result, where this is the end of a run of `prune`.
+    """
+    dense = Checkpoint(resolve(settings.towards))
+    for one in (checkpoint, dense):
+        refuse_quantised(one, compressed=True)
+    config, dense_config = read_config(checkpoint), read_causal_config(dense)
+    for one in (checkpoint, dense):
+        skeleton_of(one)
+    _check_vocabulary(checkpoint, config, dense, dense_config)
+    tokens = _tokens(settings, checkpoint, config, dense_config, progress)
+    count, length = tokens.shape
+    if count < 2:
+        raise ValueError("some of the sequences are held out to judge by: give two or more")
+    trained, held = hold_out(tokens, max(1, min(count // 8, -(-HELD_OUT // length))), settings.seed)
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    told = {} if settings.settings is None else read_settings(Path(settings.settings), TrainingArguments)
+    trainer = {
+        **settings.defaults(length, processes),
+        **({"bf16": False} if told.get("fp16") else {}),
+        **told,
+        **settings.trainer,
+        "include_num_input_tokens_seen": "all",
+        "label_names": ["labels"],
+        "train_sampling_strategy": "sequential",
+    }
+    chosen = {
+        "model": model,
+        "towards": str(settings.towards),
+        "calibration": {
+            "source": "token ids" if isinstance(settings.calibration, Tensor) else str(settings.calibration),
+            "field": settings.field,
+            "samples": count,
+            "length": length,
+            "held_out": len(held),
+            "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        },
+        "text_loss": settings.text_loss,
+        "lora": settings.lora,
+        "max_shard_size": size_in_bytes(settings.max_shard_size),
+        "processes": processes,
+        "trainer": {name: value for name, value in trainer.items() if name != "report_to"},
+    }
+    used = ["torch", "transformers", "accelerate", *(["peft"] if settings.lora else [])]
+    versions = {"secateurs": __version__, **{name: version(name) for name in used}}
+    identity = {
+        # Not how the models were spelled, but what they are.
+        "settings": {name: value for name, value in chosen.items() if name not in ("model", "towards")},
+        "tokens": settings.tokens,
+        "versions": versions,
+        "model": checkpoint.identity(),
+        "dense": dense.identity(),
+    }
+    work = TrainingFolder(Path(settings.output), identity, run)
+    trainer["output_dir"] = str(work.checkpoints)
+    with silent():
+        arguments = trainer_arguments(TrainingArguments, trainer)
+    if arguments.n_gpu > 1:
+        raise ValueError("several GPUs, one process: start recovery with torchrun, or choose one GPU")
+    if work.finished():
+        if arguments.should_save:
+            work.clear()
+        return RecoveryReport.read(work.output)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    rows = in_order(trained, max(1, round(settings.tokens / length / batch)) * batch, settings.seed)
+    checkpoints = bytes_at_once(checkpoint, arguments, rows=len(rows), lora=settings.lora)
+    work.check_room(checkpoints + checkpoint.tensor_bytes + bytes_of_companions(checkpoint.folder))
+
+    with silent():
+        loaded = load_model(checkpoint.folder, "cpu", None if settings.lora else torch.float32)
+        towards = _load_dense(dense, arguments.device)
+    weights = StoredWeights(loaded, checkpoint)
+    without_dropout(loaded)
+    set_seed(arguments.seed)
+    adapted: Any = with_adapters(loaded, settings.lora) if settings.lora else loaded
+    masks = Masks.of_zeros(adapted)
+    watch = Watch(None, keep=arguments.save_total_limit, shown=progress)
+    arguments.save_total_limit = None
+    with arguments.main_process_first(local=False):
+        if arguments.should_save:
+            work.begin()
+    with silent(), for_training(loaded):
+        steps = Recovery(
+            dense=towards,
+            text=settings.text_loss,
+            model=adapted,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=rows_of(held),
+            data_collator=default_data_collator,
+            callbacks=[KeepZeros(masks), watch],
+        )
+        steps.remove_callback(PrinterCallback)
+        before = held_out_loss(towards, loaded, held, arguments, settings.text_loss)
+        last = work.last_checkpoint()
+        if last is not None:
+            watch.resume(last)
+        try:
+            with work.saving():
+                make_steps(steps, last)
+        finally:
+            watch.close()
+        if settings.lora:
+            masks.merge_lora(adapted)
+        weights.round()
+        after = held_out_loss(towards, loaded, held, arguments, settings.text_loss)
+    if arguments.should_save:
+        if not after < before:
+            weights.restore()
+        work.model.mkdir()
+        copy_companions(checkpoint.folder, work.model, replaced={"README.md"})
+        weights.write(work.model, most=size_in_bytes(settings.max_shard_size))
+        recovery = {
+            "settings": chosen,
+            "versions": versions,
+            "seconds": round(watch.seconds, 3),
+            "steps": steps.state.global_step,
+            "tokens": len(rows) * length,
+            "peak_memory_bytes": peak_memory_bytes(arguments.device),
+            "zeros": masks.count,
+            "before": before,
+            "after": after,
+        }
+        work.finish({**_pruning_record(checkpoint), KEY: recovery}, checkpoint, RecoveryReport)
+    steps.accelerator.wait_for_everyone()
+    return RecoveryReport.read(work.output)
+
+
+def _tokens(
+    settings: RecoverSettings,
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    dense_config: PretrainedConfig,
+    progress: bool,
+) -> Tensor:
+    """(sequences, length) ids of text."""
+    given = settings.calibration
+    length = settings.length
+    if isinstance(given, Tensor):
+        if given.ndim != 2 or given.dtype != torch.int64 or not given.numel():
+            raise ValueError("token ids must be an int64 tensor (samples, length), and not empty")
+        length = given.shape[1]
+    length = min(sequence_length(length, one) for one in (config, dense_config))
+    tokens = (
+        given.cpu()
+        if isinstance(given, Tensor)
+        else calibration_blocks(
+            given,
+            load_tokenizer(checkpoint.folder),
+            samples=settings.sequences(length),
+            length=length,
+            seed=settings.seed,
+            field=settings.field,
+            bos=wants_bos(config.model_type, settings.asked_bos),
+            progress=progress,
+        )
+    )
+    check_tokens(tokens, min(_vocabulary(config), _vocabulary(dense_config)))
+    return tokens
+
+
+def _vocabulary(config: PretrainedConfig) -> int:
+    size: int = config.get_text_config(decoder=True).vocab_size
+    return size
+
+
+def _check_vocabulary(
+    checkpoint: Checkpoint, config: PretrainedConfig, dense: Checkpoint, dense_config: PretrainedConfig
+) -> None:
+    """Raises ValueError if a token of one model is another one of the other, or none."""
+    names = []
+    for one in (checkpoint, dense):
+        try:
+            names.append({id: text for text, id in load_tokenizer(one.folder).get_vocab().items()})
+        except ValueError:  # token ids may be all that there is
+            names.append({})
+    own, others = names
+    for token in sorted(own.keys() & others.keys()):
+        if own[token] != others[token]:
+            raise ValueError(
+                f"the vocabularies do not agree: token {token} is {own[token]!r} in '{checkpoint.folder}' "
+                f"and {others[token]!r} in '{dense.folder}'"
+            )
+    sizes = _vocabulary(config), _vocabulary(dense_config)
+    # Of two sizes the larger one may be padded: with rows that are no token's.
+    known = max([*own, *others], default=None)
+    if sizes[0] != sizes[1] and (known is None or known >= min(sizes)):
+        raise ValueError(
+            f"the vocabularies do not agree: '{checkpoint.folder}' has {sizes[0]} tokens, '{dense.folder}' "
+            f"{sizes[1]}"
+        )
+
+
+def _load_dense(dense: Checkpoint, device: torch.device) -> PreTrainedModel:
+    """In its own dtype, if the device is fast at that."""
+    model = load_model(dense.folder, "cpu")
+    fast = (torch.bfloat16,) if multiplies_bfloat16(device) else ()
+    if device.type == "cuda":
+        fast = (*fast, torch.float16)
+    if model.dtype not in fast:
+        model = model.float()
+    model.config.get_text_config(decoder=True).use_cache = False
+    model.requires_grad_(False)
+    placed: PreTrainedModel = nn.Module.to(model, device)
+    return placed
+
+
+def _pruning_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `prune` said of the model, which stays true: the zeros are the same."""
+    file = checkpoint.folder / RECORD
+    content = read_json(file) if file.is_file() else {}
+    return {name: value for name, value in content.items() if name != "run"} if "layers" in content else {}

@@ -1,0 +1,131 @@
+"""What `recover` can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateurs.checkpoint.shards import size_in_bytes
+from secateurs.device import multiplies_bfloat16, resolve_device
+from secateurs.settings import InWindows
+from secateurs.training.arguments import DEFAULTS, hardware
+from secateurs.training.settings import needs
+
+STEP_TOKENS = 2048
+"""Tokens to an optimiser step, where the sequences are not longer."""
+
+SAMPLES = 1024
+"""Sequences by default, at most."""
+
+LEARNING_RATE = 1e-3
+LORA_LEARNING_RATE = 2e-3
+WARMUP = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverSettings(InWindows):
+    """Train what is left of a pruned model towards the dense model's predictions.
+
+    Zeros stay where they are. Text held out decides whether the new weights are kept. Interrupt it whenever
+    you like: the same command continues from the last checkpoint.
+
+    Example: secateurs recover my-llama-80 --towards my-llama --calibration text.txt --output my-llama-80-r
+    """
+
+    output: str | Path
+    """The folder to make. It must not exist, unless this same command began it."""
+
+    towards: str | Path
+    """The dense model: a folder, a .gguf file, or a name on the hub. Any with the same vocabulary will do."""
+
+    calibration: str | Path | Tensor
+    """Text like that which the model will see: a file or a folder (docs/text.md says of what), a dataset on
+    the hub, or wikitext2, ptb, c4. In Python also token ids (samples, length)."""
+
+    tokens: int = 1_000_000
+    """To train on, 2048 to a step. Text that has fewer is repeated."""
+
+    samples: int | None = None
+    """Sequences to draw from the text. By default as many as the tokens make, at most 1024."""
+
+    text_loss: float = 0.0
+    """The share of the text's own loss, in [0, 1], in what is lowered; the rest is that of the divergence."""
+
+    lora: int | None = None
+    """Train adapters of this rank, which are merged into the weights at the end, and not the weights
+    themselves: for want of memory."""
+
+    learning_rate: float | None = None
+    """Its peak. By default 1e-3, with LoRA 2e-3."""
+
+    warmup: float | None = None
+    """Steps until then, or below 1 their share of all steps. By default 0.05. From there on it falls to 0."""
+
+    batch_size: int | None = None
+    """Sequences on each device at once. By default 2048 tokens' worth."""
+
+    seed: int = 0
+    """Of the text's sample, its order, and all else that is random."""
+
+    settings: str | Path | None = None
+    """A YAML file with any of Trainer's settings (`transformers.TrainingArguments`), gradient_checkpointing
+    say; the options here come before it."""
+
+    report_to: tuple[str, ...] = ()
+    """Loggers that Trainer knows: tensorboard, wandb, mlflow..."""
+
+    device: str | None = None
+    """cpu or cuda. By default a GPU if there is one."""
+
+    max_shard_size: str | int = "5GB"
+    """The largest a file of weights may be: 500MB, 5GB, or a number of bytes."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what does not suit, alone or together."""
+        if self.tokens < 1:
+            raise ValueError(f"tokens are at least 1, not {self.tokens}")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples are at least 1, not {self.samples}")
+        if not 0 <= self.text_loss <= 1:
+            raise ValueError(f"text_loss is a share from 0 to 1, not {self.text_loss}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is a number of sequences, not {self.batch_size}")
+        if self.lora is not None:
+            needs("peft")
+            if self.lora < 1:
+                raise ValueError(f"the rank of LoRA is at least 1, not {self.lora}")
+        size_in_bytes(self.max_shard_size)
+        hardware(self.device)
+
+    def sequences(self, length: int) -> int:
+        """How many of that length are to be drawn."""
+        return self.samples or min(-(-self.tokens // length), SAMPLES)
+
+    def defaults(self, length: int, processes: int) -> dict[str, Any]:
+        """Trainer's settings by default, for sequences of that length.
+
+        A step has 2048 tokens on all devices together, or one sequence on each.
+        """
+        sequences = max(1, STEP_TOKENS // length // processes)
+        at_once = min(self.batch_size or sequences, sequences)
+        return {
+            **DEFAULTS,
+            **hardware(self.device),
+            "bf16": multiplies_bfloat16(resolve_device(self.device)),
+            "per_device_train_batch_size": at_once,
+            "gradient_accumulation_steps": sequences // at_once,
+            "learning_rate": LORA_LEARNING_RATE if self.lora else LEARNING_RATE,
+            "warmup_steps": WARMUP,
+        }
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """What is given here of Trainer's settings, by their names there."""
+        named = {
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup,
+            "seed": self.seed,
+            "report_to": list(self.report_to) or None,
+        }
+        return {name: value for name, value in named.items() if value is not None}

@@ -1,0 +1,115 @@
+"""Steps towards a dense model's predictions, and how far they got."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from secateurs.recovery.loss import divergence
+
+ALIKE = 32
+"""Tokens that two sequences have in common only where they are from the same place of a text."""
+
+
+class Recovery(Trainer):
+    """A Trainer whose loss is the divergence of a model from another.
+
+    Args:
+        dense: the other, where the steps are made.
+        text: weight of the text's own loss.
+        parts: Trainer's own.
+    """
+
+    def __init__(self, *, dense: PreTrainedModel, text: float, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.dense, self.text = dense, text
+        self.model_accepts_loss_kwargs = False  # a batch's loss is a mean, and batches are of one size
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The mean over all positions of a batch of sequences without padding."""
+        loss = divergence_from(self.dense, model, inputs["input_ids"], self.text)
+        return (loss, {}) if return_outputs else loss
+
+
+def divergence_from(dense: nn.Module, model: nn.Module, ids: Tensor, text: float) -> Tensor:
+    """See `divergence`; the dense model runs in its own dtype."""
+    with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+        wanted = dense(input_ids=ids, use_cache=False).logits
+    return divergence(model(input_ids=ids, use_cache=False).logits, wanted, ids, text=text)
+
+
+@torch.no_grad()
+def held_out_loss(
+    dense: nn.Module, model: nn.Module, tokens: Tensor, arguments: TrainingArguments, text: float
+) -> float:
+    """What training lowers, on (sequences, length) tokens, in the arithmetic of its steps."""
+    model.eval()
+    total = 0.0
+    for ids in tokens.split(arguments.per_device_train_batch_size):
+        ids = ids.to(arguments.device)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=arguments.bf16):
+            total += len(ids) * divergence_from(dense, model, ids, text).item()
+    return total / len(tokens)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Noise has no place in a comparison with a model that runs without."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def hold_out(tokens: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Sequences to train on, and others that have no place of the text in common with them.
+
+    Args:
+        tokens: (sequences, length), places of which may overlap.
+        count: how many to hold out.
+        seed: of which.
+
+    Returns:
+        What is left, and what is held out, (count, length).
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    held, rest = tokens[order[:count]], tokens[order[count:]]
+    window = min(ALIKE, tokens.shape[1])
+    rest = rest[~torch.isin(_hashes(rest, window), _hashes(held, window)).any(dim=1)]
+    if not len(rest):
+        raise ValueError(
+            f"the text is too short to hold some of it out: give more, or shorter sequences than "
+            f"{tokens.shape[1]} tokens"
+        )
+    return rest, held
+
+
+def _hashes(tokens: Tensor, window: int) -> Tensor:
+    """Of every run of so many tokens of each sequence."""
+    powers = torch.tensor([pow(1_000_003, i, 2**61 - 1) for i in range(window)])
+    return (tokens.unfold(1, window, 1) * powers).sum(dim=-1)
+
+
+def in_order(tokens: Tensor, rows: int, seed: int) -> list[dict[str, Tensor]]:
+    """So many rows for Trainer: pass after pass over the sequences, each in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = math.ceil(rows / len(tokens))
+    order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(passes)])
+    return rows_of(tokens[order[:rows]])
+
+
+def rows_of(tokens: Tensor) -> list[dict[str, Tensor]]:
+    """Sequences as Trainer takes them."""
+    return [{"input_ids": row, "labels": row} for row in tokens]
