@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 from secateurs.checkpoint import read_json
 from secateurs.pruning.record import RECORD
+from secateurs.training.report import TrainerReport
 
 KEY = "recovery"
 
 
 @dataclass(frozen=True)
-class RecoveryReport:
+class RecoveryReport(TrainerReport):
     """What a recovery did."""
 
     title: ClassVar = "recovered"

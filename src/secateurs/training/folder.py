@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from secateurs.checkpoint import Checkpoint, read_json, write_json
 from secateurs.checkpoint.card import write_card
 from secateurs.pruning.record import RECORD
-from secateurs.training.report import RunReport, TrainingReport
+from secateurs.training.report import TrainerReport, TrainingReport
 
 CLOCK = "secateurs.json"
 """The last file that is written into a checkpoint, with the time it took to get there: one without it was cut
@@ -128,7 +128,7 @@ class TrainingFolder:
             ) from error
 
     def finish(
-        self, record: dict[str, Any], checkpoint: Checkpoint, kind: type[RunReport] = TrainingReport
+        self, record: dict[str, Any], checkpoint: Checkpoint, kind: type[TrainerReport] = TrainingReport
     ) -> None:
         """Turn `model`, which is complete but for its record and its card, into the output."""
         write_json(self.model / RECORD, {"run": self.run, **record})

@@ -1,15 +1,16 @@
 """What a training run did, in Python and as `secateurs.json` in the output folder."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar
 
 from secateurs.checkpoint import read_json
 from secateurs.pruning.record import RECORD
 
 
-class RunReport(Protocol):
+class TrainerReport(ABC):
     """What a run of Trainer did, as far as a model card says it."""
 
     title: ClassVar[str]
@@ -17,16 +18,18 @@ class RunReport(Protocol):
     settings: dict[str, Any]
 
     @property
+    @abstractmethod
     def facts(self) -> list[tuple[str, str]]:
         """Names and values."""
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    @abstractmethod
+    def read(cls, folder: Path) -> "TrainerReport":
         """The report in a folder."""
 
 
 @dataclass(frozen=True)
-class TrainingReport:
+class TrainingReport(TrainerReport):
     """What a training run did."""
 
     title: ClassVar = "trained"
