@@ -28,6 +28,7 @@ from secateurs.evaluation.speed import table as table_of_costs
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.pruning.walk import prune
+from secateurs.recovery.report import RecoveryReport
 from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
 from secateurs.runtime.convert import compress, decompress
@@ -69,6 +70,8 @@ def _prune(model: str, settings: PruneSettings) -> None:
         print(f"left dense: {name} ({why})")
     if report.alone and report.settings["method"]["name"] == "sparsellm":
         print(f"pruned by the local solver alone: {', '.join(report.alone)}")
+    if settings.recover:
+        print(RecoveryReport.read(report.output))
 
 
 def _recover(model: str, settings: RecoverSettings) -> None:

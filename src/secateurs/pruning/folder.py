@@ -75,6 +75,7 @@ class WorkFolder:
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.model, self.progress = self.partial / "model", self.partial / "progress"
+        self.recovered = self.partial / "recovered"
         inside = {name for names in blocks for name in names}
         self.parts = [sorted(set(checkpoint.file_of) - inside), *blocks]
         self.shards = Shards(
@@ -178,8 +179,13 @@ class WorkFolder:
     def _report(self, index: int) -> Path:
         return self.progress / f"block-{index:05}.json"
 
-    def finish(self, seconds: float) -> Report:
-        """Turn the working folder, all of whose blocks are done, into the output.
+    @property
+    def pruned(self) -> bool:
+        """Whether `model` is complete, its card being what is written last: it may still be recovered."""
+        return (self.model / "README.md").is_file()
+
+    def complete(self, seconds: float) -> None:
+        """Make `model`, all of whose blocks are done, a whole model folder.
 
         Args:
             seconds: what the run took beside its blocks.
@@ -213,7 +219,11 @@ class WorkFolder:
             usage="",
             tags=["pruned", "sparse"],
         )
-        os.replace(self.model, self.output)
+
+    def release(self, folder: Path) -> Report:
+        """Turn a complete folder into the output."""
+        report = Report.read(folder)
+        os.replace(folder, self.output)
         self._clear()
         return replace(report, output=self.output)
 

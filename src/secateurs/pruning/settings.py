@@ -16,6 +16,7 @@ from secateurs.pruning.block.local import Local, Sequential
 from secateurs.pruning.methods import Method, describe_method, parse_method
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.solvers.magnitude import Magnitude
+from secateurs.recovery.settings import RecoverSettings
 from secateurs.settings import InWindows, OnDevice
 
 REPAIR = 0.5
@@ -85,6 +86,10 @@ class PruneSettings(InWindows, OnDevice):
     (linear). Sparsellm and targets beyond the layer always see every layer, and set the biases of what they
     prune anew."""
 
+    recover: int = 0
+    """Tokens to train on at the end, towards the dense model's predictions, with the zeros held: what
+    `secateurs recover` does with the same text. A million is a good many; memory has to hold both models."""
+
     batch_size: int | None = None
     """Sequences run at once. By default 2048 tokens' worth."""
 
@@ -124,6 +129,12 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError(f"refine is a number of passes, not {self.refine}")
         if self.passes and self.aim == "layer":
             raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
+        if self.recover < 0:
+            raise ValueError(f"recover is a number of tokens, not {self.recover}")
+        if self.recover:
+            if self.calibration is None:
+                raise ValueError("calibration text is needed to recover")
+            self.recovery("", self.output)
         if self.calibration is None:
             defaults = {field.name: field.default for field in fields(self)}
             idle = [name for name in OF_CALIBRATION if getattr(self, name) != defaults[name]]
@@ -175,6 +186,22 @@ class PruneSettings(InWindows, OnDevice):
             return Joint(SparseLLM(solver, iterations=0), self.aim, self.share_repaired, self.passes)
         return Local(solver, self.seen)
 
+    def recovery(self, model: str | Path, output: str | Path) -> RecoverSettings:
+        """What the last phase is told; ValueError for what does not suit it."""
+        assert self.calibration is not None
+        return RecoverSettings(
+            output=output,
+            towards=model,
+            calibration=self.calibration,
+            tokens=self.recover,
+            seed=self.seed,
+            length=self.length,
+            field=self.field,
+            bos=self.bos,
+            device=self.device,
+            max_shard_size=self.max_shard_size,
+        )
+
     def record(self) -> dict[str, Any]:
         """What was chosen, defaults filled in, for `secateurs.json`.
 
@@ -187,5 +214,6 @@ class PruneSettings(InWindows, OnDevice):
             "repair": self.share_repaired if self.aim == "dense" else None,
             "refine": self.passes,
             "sequential": self.seen,
+            "recover": self.recover,
             "max_shard_size": size_in_bytes(self.max_shard_size),
         }

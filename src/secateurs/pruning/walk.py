@@ -29,6 +29,7 @@ from secateurs.pruning.mlp.problem import HELD_OUT
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
+from secateurs.recovery.run import read_text, recover_folder
 from secateurs.settings import takes
 from secateurs.text import calibration_blocks, check_tokens, load_tokenizer, wants_bos
 
@@ -78,12 +79,21 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         work = WorkFolder(Path(settings.output), blockwise, run, most=size_in_bytes(settings.max_shard_size))
         if work.finished:
             return Report.read(work.output)
-        with work.clock("write"):
-            work.write_outside()
-        patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
-        with _progress_bar(len(patterns), shown=progress) as advance:
-            in_blocks = _walk(blockwise, settings.pruner, patterns, tokens, batch_size, work, advance)
-        return work.finish(time.monotonic() - start - in_blocks)
+        if not work.pruned:
+            if settings.recover:  # what would stop it is to be found before the work
+                read_text(settings.recovery(model, work.recovered), checkpoint, checkpoint, False)
+            with work.clock("write"):
+                work.write_outside()
+            patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
+            with _progress_bar(len(patterns), shown=progress) as advance:
+                in_blocks = _walk(blockwise, settings.pruner, patterns, tokens, batch_size, work, advance)
+            work.complete(time.monotonic() - start - in_blocks)
+        if not settings.recover:
+            return work.release(work.model)
+        recovery = settings.recovery(model, work.recovered)
+        pruned = Checkpoint(work.model)
+        recover_folder(pruned, recovery, model=str(model), progress=progress, run=work.run)
+        return work.release(work.recovered)
 
 
 def _tokens(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> Tensor | None:

@@ -91,18 +91,8 @@ def recover_folder(
         run: what stands for all that decides the result, where this is the end of a run of `prune`.
     """
     dense = Checkpoint(resolve(settings.towards))
-    for one in (checkpoint, dense):
-        refuse_quantised(one, compressed=True)
-    config, dense_config = read_config(checkpoint), read_causal_config(dense)
-    for one in (checkpoint, dense):
-        skeleton_of(one)
-    _check_vocabulary(checkpoint, config, dense, dense_config)
-    tokens = _tokens(settings, checkpoint, config, dense_config, progress)
+    tokens, trained, held = read_text(settings, checkpoint, dense, progress)
     count, length = tokens.shape
-    if count < 2:
-        raise ValueError("some of the sequences are held out to judge by: give two or more")
-    trained, held = hold_out(tokens, max(1, min(count // 8, -(-HELD_OUT // length))), settings.seed)
-
     processes = int(os.environ.get("WORLD_SIZE", 1))
     told = {} if settings.settings is None else read_settings(Path(settings.settings), TrainingArguments)
     trainer = {
@@ -214,6 +204,27 @@ def recover_folder(
         work.finish({**_pruning_record(checkpoint), KEY: recovery}, checkpoint, RecoveryReport)
     steps.accelerator.wait_for_everyone()
     return RecoveryReport.read(work.output)
+
+
+def read_text(
+    settings: RecoverSettings, checkpoint: Checkpoint, dense: Checkpoint, progress: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All sequences, those to train on and those that are held out: (sequences, length) each.
+
+    Raises:
+        ValueError: the text or the models are not fit for it.
+    """
+    for one in (checkpoint, dense):
+        refuse_quantised(one, compressed=True)
+    config, dense_config = read_config(checkpoint), read_causal_config(dense)
+    for one in (checkpoint, dense):
+        skeleton_of(one)
+    _check_vocabulary(checkpoint, config, dense, dense_config)
+    tokens = _tokens(settings, checkpoint, config, dense_config, progress)
+    count, length = tokens.shape
+    if count < 2:
+        raise ValueError("some of the sequences are held out to judge by: give two or more")
+    return tokens, *hold_out(tokens, max(1, min(count // 8, -(-HELD_OUT // length))), settings.seed)
 
 
 def _tokens(
