@@ -36,7 +36,7 @@ from secateurs.recovery.settings import RecoverSettings
 from secateurs.recovery.steps import Recovery, held_out_loss, hold_out, in_order, rows_of, without_dropout
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
-from secateurs.text import calibration_blocks, check_tokens, load_tokenizer, wants_bos
+from secateurs.text import TooShortError, calibration_blocks, check_tokens, load_tokenizer, wants_bos
 from secateurs.training.arguments import read_settings, trainer_arguments
 from secateurs.training.folder import TrainingFolder, bytes_at_once
 from secateurs.training.loop import for_training, make_steps, peak_memory_bytes, silent, with_adapters
@@ -243,21 +243,33 @@ def _tokens(
         length = given.shape[1]
     length = min(sequence_length(length, one) for one in (config, dense_config))
     tokens = (
-        given.cpu()
-        if isinstance(given, Tensor)
-        else calibration_blocks(
-            given,
-            load_tokenizer(checkpoint.folder),
-            samples=settings.sequences(length),
-            length=length,
-            seed=settings.seed,
-            field=settings.field,
-            bos=wants_bos(config.model_type, settings.asked_bos),
-            progress=progress,
-        )
+        given.cpu() if isinstance(given, Tensor) else _draw(settings, checkpoint, config, length, progress)
     )
     check_tokens(tokens, min(_vocabulary(config), _vocabulary(dense_config)))
     return tokens
+
+
+def _draw(
+    settings: RecoverSettings, checkpoint: Checkpoint, config: PretrainedConfig, length: int, progress: bool
+) -> Tensor:
+    """Sequences of a text: of one that has fewer than they are by default, half as many, and half again."""
+    samples = settings.sequences(length)
+    while True:
+        try:
+            return calibration_blocks(
+                settings.calibration,
+                load_tokenizer(checkpoint.folder),
+                samples=samples,
+                length=length,
+                seed=settings.seed,
+                field=settings.field,
+                bos=wants_bos(config.model_type, settings.asked_bos),
+                progress=progress,
+            )
+        except TooShortError:
+            if settings.samples is not None or samples < 4:
+                raise
+            samples //= 2
 
 
 def _vocabulary(config: PretrainedConfig) -> int:

@@ -47,7 +47,8 @@ class RecoverSettings(InWindows):
     """To train on, 2048 to a step. Text that has fewer is repeated."""
 
     samples: int | None = None
-    """Sequences to draw from the text. By default as many as the tokens make, at most 1024."""
+    """Sequences to draw from the text. By default as many as the tokens make, at most 1024 and what there
+    is."""
 
     text_loss: float = 0.0
     """The share of the text's own loss, in [0, 1], in what is lowered; the rest is that of the divergence."""

@@ -5,6 +5,7 @@ from secateurs.text.documents import Text
 from secateurs.text.folders import Split
 from secateurs.text.sources import load_conversations, load_text
 from secateurs.text.tokens import (
+    TooShortError,
     bos_id,
     calibration_blocks,
     check_tokens,
@@ -17,6 +18,7 @@ __all__ = [
     "Conversation",
     "Split",
     "Text",
+    "TooShortError",
     "bos_id",
     "calibration_blocks",
     "check_tokens",

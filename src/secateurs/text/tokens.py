@@ -27,6 +27,10 @@ PATIENCE = 20_000
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
+class TooShortError(ValueError):
+    """A text has fewer tokens than were to be drawn."""
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder; its code is never run if it brings some.
 
@@ -124,14 +128,16 @@ def calibration_blocks(
     elif source not in PUBLISHED and _is_large(text):
         blocks = drawn_blocks(text, tokenizer, samples, of_text, random, progress=progress)
         if len(blocks) < samples:
-            raise ValueError(f"'{source}' is too short for samples of {of_text} tokens: ask for shorter ones")
+            raise TooShortError(
+                f"'{source}' is too short for samples of {of_text} tokens: ask for shorter ones"
+            )
     else:
         tokens = _tokenised(text, tokenizer, progress)
         if begin and tokens[:1].tolist() == begin:
             tokens = tokens[1:]
         needed = samples * of_text + 1
         if len(tokens) < needed:
-            raise ValueError(
+            raise TooShortError(
                 f"'{source}' has {len(tokens)} tokens, {samples} samples of {of_text} need {needed}: "
                 "give more text, or ask for fewer or shorter samples"
             )
