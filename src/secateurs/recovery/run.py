@@ -242,22 +242,28 @@ def _tokens(
             raise ValueError("token ids must be an int64 tensor (samples, length), and not empty")
         length = given.shape[1]
     length = min(sequence_length(length, one) for one in (config, dense_config))
-    tokens = (
-        given.cpu() if isinstance(given, Tensor) else _draw(settings, checkpoint, config, length, progress)
-    )
+    if isinstance(given, Tensor):
+        tokens = given.cpu()
+    else:
+        tokens = _draw(given, settings, checkpoint, config, length, progress)
     check_tokens(tokens, min(_vocabulary(config), _vocabulary(dense_config)))
     return tokens
 
 
 def _draw(
-    settings: RecoverSettings, checkpoint: Checkpoint, config: PretrainedConfig, length: int, progress: bool
+    source: str | Path,
+    settings: RecoverSettings,
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    length: int,
+    progress: bool,
 ) -> Tensor:
     """Sequences of a text: of one that has fewer than they are by default, half as many, and half again."""
     samples = settings.sequences(length)
     while True:
         try:
             return calibration_blocks(
-                settings.calibration,
+                source,
                 load_tokenizer(checkpoint.folder),
                 samples=samples,
                 length=length,
