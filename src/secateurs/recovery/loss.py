@@ -46,8 +46,8 @@ class _Divergence(torch.autograd.Function):
             following = torch.cat([tokens[1:], tokens[:1]])
             weights = torch.full_like(tokens, text, dtype=torch.float32)
             weights[-1] = 0
-            for chunk in torch.arange(len(tokens), device=logits.device).split(CHUNK):
-                part = slice(int(chunk[0]), int(chunk[-1]) + 1)
+            for start in range(0, len(tokens), CHUNK):
+                part = slice(start, start + CHUNK)
                 given = row[part, :size].float().log_softmax(dim=-1)
                 target = row_wanted[part, :size].float().log_softmax(dim=-1)
                 weight, token = weights[part, None], following[part, None]

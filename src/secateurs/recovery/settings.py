@@ -18,8 +18,8 @@ STEP_TOKENS = 2048
 SAMPLES = 1024
 """Sequences by default, at most."""
 
-LEARNING_RATE = 1e-3
-LORA_LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-4
+LORA_LEARNING_RATE = 1e-3
 WARMUP = 0.05
 
 
@@ -58,7 +58,7 @@ class RecoverSettings(InWindows):
     themselves: for want of memory."""
 
     learning_rate: float | None = None
-    """Its peak. By default 1e-3, with LoRA 2e-3."""
+    """Its peak. By default 3e-4, with LoRA 1e-3. Small models bear more (docs/recover.md)."""
 
     warmup: float | None = None
     """Steps until then, or below 1 their share of all steps. By default 0.05. From there on it falls to 0."""
