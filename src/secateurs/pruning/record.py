@@ -55,7 +55,7 @@ class MLPReport:
 
 @dataclass(frozen=True)
 class Refinement:
-    """The descent on one block's remaining weights, judged by sequences that it was not shown."""
+    """The descent on one block's remaining weights, judged by a few of the sequences."""
 
     name: str
     """Of the block."""

@@ -21,7 +21,7 @@ from secateurs.settings import InWindows, OnDevice
 REPAIR = 0.5
 """By default: whether none or all of it is better depends on the text and the sparsity."""
 
-REFINE = 8
+REFINE = 4
 """Passes over the calibration text by default, where there is something to refine towards."""
 
 OF_CALIBRATION = ("samples", "length", "seed", "field", "bos", "batch_size", "sequential")
@@ -77,7 +77,7 @@ class PruneSettings(InWindows, OnDevice):
 
     refine: int | None = None
     """Passes over the calibration text in which the weights that are left in a pruned block are trained
-    towards the target. By default 8 for sparsellm, 0 for the others and for the target layer."""
+    towards the target. By default 4 for sparsellm, 0 for the others and for the target layer."""
 
     sequential: Sequential | None = None
     """What a layer's inputs have seen when they are measured: the pruned blocks before it (block, as local

@@ -66,13 +66,13 @@ def test_it_reports_what_it_gains_and_touches_what_is_pruned(name: str, tmp_path
 
     errors = []
     given, wanted = (
-        part[1::8].detach() for part in first_block(AutoModelForCausalLM.from_pretrained(dense), ids)
+        part[::8].detach() for part in first_block(AutoModelForCausalLM.from_pretrained(dense), ids)
     )
     everything_given, everything = first_block(AutoModelForCausalLM.from_pretrained(dense), ids)
     energy = (everything - everything_given).detach().square().sum() / len(ids)
     for folder in ("before", "after"):
         _, result = first_block(AutoModelForCausalLM.from_pretrained(tmp_path / folder), ids)
-        errors.append(float((result[1::8] - wanted).detach().square().sum() / energy / len(given)))
+        errors.append(float((result[::8] - wanted).detach().square().sum() / energy / len(given)))
     first = report.refinements[0]
     assert first.after is not None
     assert [first.before, min(first.before, first.after)] == pytest.approx(errors, rel=1e-3)
@@ -136,16 +136,15 @@ def test_its_steps_are_those_of_adam_where_weights_are_left(
     wanted = torch.cat(targets).double()
     weight = model.get_parameter(name)
     weight.data = start.double()
-    shown = [i for i in range(10) if i % 8 != 1]
     given, _ = first_block(model, ids)
     energy = (wanted - given.detach()).square().sum() / 10
     order = torch.Generator().manual_seed(0)
     first_moment, second_moment = torch.zeros_like(weight), torch.zeros_like(weight)
-    rate = secateurs.pruning.block.refine.RATE * start[start != 0].double().square().mean().sqrt()
-    step, steps = 0, 6  # twice, of three, three and two sequences
+    rate = min(0.0125, 3 / given.shape[-1]) * start[start != 0].double().square().mean().sqrt()
+    step, steps = 0, 8  # twice, of three, three, three and one sequences
     for _ in range(passes):
-        for chosen in torch.randperm(len(shown), generator=order).split(3):
-            some = [shown[i] for i in chosen]
+        for chosen in torch.randperm(10, generator=order).split(3):
+            some = chosen.tolist()
             _, result = first_block(model, ids[some])
             loss = (result - wanted[some]).square().sum() / energy / len(some)
             (gradient,) = torch.autograd.grad(loss, weight)
@@ -153,7 +152,7 @@ def test_its_steps_are_those_of_adam_where_weights_are_left(
             first_moment = 0.9 * first_moment + 0.1 * gradient
             second_moment = 0.95 * second_moment + 0.05 * gradient**2
             scaled = second_moment / (1 - 0.95 ** (step + 1))
-            now = rate * min(1, (step + 1) / 2) * (1 - step / steps)
+            now = rate * min(1, (step + 1) / 3) * (1 - step / steps)
             weight.data -= now * first_moment / (1 - 0.9 ** (step + 1)) / (scaled.sqrt() + 1e-8)
             step += 1
     assert found.parameters is not None
@@ -191,6 +190,7 @@ def test_a_descent_that_makes_it_worse_is_not_taken(
     rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(secateurs.pruning.block.refine, "RATE", rate)
+    monkeypatch.setattr(secateurs.pruning.block.refine, "MOST_RATE", rate)
     settings: Any = {"calibration": tokens(batch=4), "method": "wanda", "target": "block"}
     dense = save(tmp_path / "dense", "opt")
     prune(dense, output=tmp_path / "before", **settings)
@@ -211,7 +211,6 @@ def test_a_descent_that_makes_it_worse_is_not_taken(
         ({"repair": 0.5, "target": "block"}, "repair goes with the target dense, not with block"),
         ({"refine": 2, "target": "layer"}, "set target to block or dense"),
         ({"refine": 2, "method": "wanda"}, "set target to block or dense"),
-        ({"refine": 2, "calibration": tokens(batch=1)}, "give two or more"),
     ],
 )
 def test_settings_that_leave_nothing_to_refine(
