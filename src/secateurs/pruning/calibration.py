@@ -5,10 +5,7 @@ the model write what is still missing, and keeps it for a run that goes on.
 """
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -23,131 +20,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from secateurs.checkpoint import Checkpoint, write_tensors
 from secateurs.checkpoint.config import model_class, quiet
-from secateurs.pruning.methods import parse_named
+from secateurs.pruning.sources import Calibration, Source, counts_of, interleaved, sources_of
 from secateurs.runtime.load import load_model
 from secateurs.text import calibration_blocks, check_tokens, load_tokenizer, wants_bos
-from secateurs.text.written import Form, SelfWritten, form_of, write
-
-Calibration = str | Path | Tensor | Sequence[str | Path] | Mapping[str, float | None]
-"""Token ids, a source of text, several, or several with their shares. `self` is the dense model."""
-
-SELF = "self"
+from secateurs.text.written import Form, form_of, write
 
 AT_ONCE = 32_768
 """Tokens of the sequences that are written together: a step reads all weights, however many there are."""
-
-CLOSE = 0.01
-"""How far shares may be from adding up to 1: thirds are written as 0.33."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a share of the calibration sequences comes from."""
-
-    text: str | Path
-    """As `load_text` takes it, or `self`, perhaps with settings."""
-    share: float
-    """Above 0 and up to 1."""
-
-    @property
-    def writer(self) -> SelfWritten | None:
-        """How the model is to write it; None if it is read. A file that is called self is `./self`."""
-        if isinstance(self.text, Path) or self.text.partition(":")[0] != SELF:
-            return None
-        writer: SelfWritten = parse_named(self.text, {SELF: SelfWritten}, "source")
-        return writer
-
-
-def sources_of(calibration: str | Path | Sequence[str | Path] | Mapping[str, float | None]) -> list[Source]:
-    """Where calibration sequences are to come from.
-
-    Args:
-        calibration: one source or several; each may have its share behind it ("a.txt=0.25", "self=25%"),
-            unless that is the name of a file. Those without share what the others leave equally.
-
-    Raises:
-        ValueError: there is none, one is there twice, or the shares do not add up.
-    """
-    given: list[tuple[str | Path, Any]]
-    if isinstance(calibration, Mapping):
-        given = list(calibration.items())
-    elif isinstance(calibration, str | Path):
-        given = [_with_share(calibration)]
-    else:
-        given = [_with_share(source) for source in calibration]
-    if not given:
-        raise ValueError("calibration text is needed (a file, a folder, a dataset's name, or self)")
-    names = [str(name) for name, _ in given]
-    for name, (_, share) in zip(names, given, strict=True):
-        if names.count(name) > 1:
-            raise ValueError(f"'{name}' is among the calibration texts twice: give it a larger share")
-        if share is not None and not (isinstance(share, float | int) and 0 < share <= 1):
-            raise ValueError(f"the share of '{name}' is above 0 and up to 1, not {share}")
-    said = sum(share for _, share in given if share is not None)
-    silent = sum(share is None for _, share in given)
-    if said > 1 + CLOSE or (said < 1 - CLOSE and not silent) or (said > 1 - CLOSE and silent):
-        rest = f", and {silent} more have none" if silent else ""
-        raise ValueError(f"the shares of the calibration texts add up to {said:g}{rest}: make it 1")
-    sources = [
-        Source(name, (1 - said) / silent if share is None else share if silent else share / said)
-        for name, share in given
-    ]
-    for source in sources:
-        _ = source.writer  # its settings are read
-    return sources
-
-
-def _with_share(source: str | Path) -> tuple[str | Path, float | None]:
-    if isinstance(source, Path) or Path(source).exists():
-        return source, None
-    name, _, share = source.rpartition("=")
-    if name.startswith(f"{SELF}:") and "=" not in name.rpartition(",")[2]:
-        return source, None  # that was the value of a setting
-    try:
-        return (
-            (name, float(share.removesuffix("%")) / (100 if share.endswith("%") else 1))
-            if name
-            else (source, None)
-        )
-    except ValueError:
-        return source, None
-
-
-def counts_of(sources: Sequence[Source], samples: int) -> list[int]:
-    """How many of the sequences each source gives: its share, and what rounding leaves to the largest rests.
-
-    Raises:
-        ValueError: one would give none.
-    """
-    exact = [source.share * samples for source in sources]
-    counts = [math.floor(each + 1e-9) for each in exact]
-    rests = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    for i in rests[: samples - sum(counts)]:
-        counts[i] += 1
-    for source, count in zip(sources, counts, strict=True):
-        if not count:
-            raise ValueError(f"of {samples} samples '{source.text}' would give none: ask for more samples")
-    return counts
-
-
-def interleaved(counts: Sequence[int]) -> list[int]:
-    """Which part gives each sequence, where so many come from each part.
-
-    Multiples of the square root of 2 modulo 1 are spread evenly, whether one takes the first few or, as
-    descent does to judge itself, every eighth: either has all parts in it in about their proportions.
-    """
-    places = sorted(range(sum(counts)), key=lambda place: (place + 1) * math.sqrt(2) % 1)
-    parts = chain.from_iterable(repeat(part, count) for part, count in enumerate(counts))
-    return [part for _, part in sorted(zip(places, parts, strict=True))]
 
 
 class _Part(NamedTuple):
     """What one source gives."""
 
-    count: int
-    """Sequences."""
+    samples: int
     read: Tensor | None
-    """(count, length); None if the model is to write them."""
+    """(samples, length); None if the model is to write them."""
     temperature: float = 1.0
     talking: int = 0
     """How many of them are conversations: the last ones."""
@@ -197,7 +84,7 @@ class CalibrationText:
         with _Writer(self, memory, progress) as writer:
             for part in self.parts:
                 tokens = writer.written(part) if part.read is None else part.read
-                kinds += tokens.split([part.count - part.talking, part.talking])
+                kinds += tokens.split([part.samples - part.talking, part.talking])
         rows = [iter(kind) for kind in kinds]
         return torch.stack([next(rows[kind]) for kind in interleaved([len(kind) for kind in kinds])])
 
@@ -208,7 +95,7 @@ class _Writer:
     def __init__(self, text: CalibrationText, memory: Path | None, progress: bool) -> None:
         self.text, self.memory, self.number = text, memory, 0
         self.model: PreTrainedModel | None = None
-        total = sum(part.count * (text.length - 1) for part in text.parts if part.read is None)
+        total = sum(part.samples * (text.length - 1) for part in text.parts if part.read is None)
         self.bar, self.task = _progress_bar(total, shown=progress and total > 0)
 
     def __enter__(self) -> "_Writer":
@@ -222,10 +109,10 @@ class _Writer:
             torch.cuda.empty_cache()  # what it held would not be seen as free for activations
 
     def written(self, part: _Part) -> Tensor:
-        """(count, length)"""
-        talks = [row >= part.count - part.talking for row in range(part.count)]
+        """(samples, length)"""
+        talks = [row >= part.samples - part.talking for row in range(part.samples)]
         rows, batches = max(1, AT_ONCE // self.text.length), []
-        for first in range(0, part.count, rows):
+        for first in range(0, part.samples, rows):
             batches.append(self._batch(talks[first : first + rows], part.temperature))
             self.number += 1
         return torch.cat(batches)
@@ -289,7 +176,8 @@ def calibration_text(
         ValueError: a source cannot be had or is too short (see `calibration_blocks`), the model has fewer
             positions or tokens, or cannot write (see `form_of`).
     """
-    limit: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    decoder: Any = config.get_text_config(decoder=True)
+    vocabulary, limit = int(decoder.vocab_size), getattr(decoder, "max_position_embeddings", None)
     bos = not isinstance(calibration, Tensor) and wants_bos(str(config.model_type), bos)
     form: Form | None = None
     parts: list[_Part] = []
@@ -316,9 +204,10 @@ def calibration_text(
                     f"transformers cannot generate with a model of type {config.model_type}: "
                     "give a text instead of 'self'"
                 )
+            check_tokens(torch.tensor(form.forced), vocabulary)
         for source, count in zip(sources, counts, strict=True):
             if source.writer is None:
-                read = calibration_blocks(
+                blocks = calibration_blocks(
                     source.text,
                     tokenizer,
                     samples=count,
@@ -328,14 +217,14 @@ def calibration_text(
                     bos=bos,
                     progress=progress,
                 )
-                parts.append(_Part(count, read))
+                parts.append(_Part(count, blocks))
             else:
                 assert form is not None
                 parts.append(_Part(count, None, source.writer.temperature, form.talking(count)))
         described = _described(sources, parts)
     read = [part.read for part in parts if part.read is not None]
     for tokens in read:
-        check_tokens(tokens, config.get_text_config(decoder=True).vocab_size)
+        check_tokens(tokens, vocabulary)
     record = {
         "source": described,
         "field": field,
@@ -360,8 +249,12 @@ def _described(sources: list[Source], parts: list[_Part]) -> str | dict[str, Any
     return {
         str(source.text): {
             "share": source.share,
-            "samples": part.count,
-            **({} if part.read is not None else {"temperature": part.temperature, "talking": part.talking}),
+            "samples": part.samples,
+            **(
+                {}
+                if part.read is not None
+                else {"temperature": part.temperature, "conversations": part.talking}
+            ),
         }
         for source, part in zip(sources, parts, strict=True)
     }

@@ -13,10 +13,10 @@ from secateurs.pattern import Pattern
 from secateurs.pruning.allocation.plan import Allocation, as_pattern
 from secateurs.pruning.block.joint import Joint, Target
 from secateurs.pruning.block.local import Local, Sequential
-from secateurs.pruning.calibration import Calibration, counts_of, sources_of
 from secateurs.pruning.methods import Method, describe_method, parse_method
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.solvers.magnitude import Magnitude
+from secateurs.pruning.sources import Calibration, counts_of, sources_of
 from secateurs.settings import InWindows, OnDevice
 
 REPAIR = 0.5

@@ -80,7 +80,7 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
             return Report.read(work.output)
         with work.clock("write"):
             work.write_outside()
-        tokens = text and work.calibration(text, progress)
+        tokens = None if text is None else work.calibration(text, progress)
         patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
         with _progress_bar(len(patterns), shown=progress) as advance:
             in_blocks = _walk(blockwise, settings.pruner, patterns, tokens, batch_size, work, advance)

@@ -77,6 +77,14 @@ class Form:
     never: frozenset[int]
     """Tokens that stand for images and sound."""
 
+    @property
+    def forced(self) -> list[int]:
+        """All tokens that are written whatever the model predicts."""
+        words = (
+            [] if self.turns is None else [*self.turns.head, *self.turns.between[0], *self.turns.between[1]]
+        )
+        return words if self.opening is None else [self.opening, *words]
+
     def talking(self, sequences: int) -> int:
         """How many of so many are conversations: half of them, where there is a choice."""
         if self.turns is None:
