@@ -311,5 +311,5 @@ def test_descent_and_allocation_on_a_mixture(llama: Path, texts: tuple[str, str]
         refine=1,
         pattern="50%",
     )
-    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
