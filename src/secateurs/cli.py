@@ -201,7 +201,7 @@ def _subject_first(verb: Verb, arguments: list[str]) -> list[str]:
         if argument.startswith("--"):
             name, _, value = argument.removeprefix("--").partition("=")
             kind = known.get(name.replace("_", "-"), bool)
-            several = tuple in map(get_origin, (kind, *get_args(kind)))
+            several = any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
             taken = 0 if value or kind is bool else len(arguments) if several else 1
             first = place + 1
         elif not taken:

@@ -146,6 +146,8 @@ class WorkFolder:
 
     def calibration(self, text: CalibrationText, progress: bool) -> Tensor:
         """The calibration tokens. What the model writes of them is kept: a run that goes on has the same."""
+        if text.form is None:
+            return text.tokens()
         with self.clock("run"):
             tokens = text.tokens(self.progress, progress=progress)
         self.settings["calibration"] = {**text.record, "sha256": sha256_of(tokens)}
