@@ -45,7 +45,7 @@ from secateurs.pruning.block.experts import Expert, Routed
 from secateurs.pruning.record import BlockReport
 from secateurs.pruning.solvers.statistics import Statistics
 from secateurs.text import calibration_blocks, evaluation_tokens
-from small_moe import small_moe
+from small_moe import BATCH, LENGTH, STEPS, small_moe
 
 DIVERGENCE_WINDOWS = 16
 """Of each text; the dense model runs too."""
@@ -234,7 +234,7 @@ def main(
     samples: tuple[int, ...] = (2, 64),
     seeds: tuple[int, ...] = (0, 1, 2),
     length: int = 256,
-    windows: int = 128,
+    windows: int = 64,
     table: bool = False,
     results: Path = RESULTS / "experts.json",
 ) -> None:
@@ -258,7 +258,7 @@ def main(
     settings = {"calibration": calibration.name, "texts": [text.name for text in texts]}
     settings |= {"pattern": pattern, "length": length, "windows": windows}
     settings["divergence_windows"] = DIVERGENCE_WINDOWS
-    about = {**environment(), **settings}
+    about = {**environment(), **settings, "trained_on_tokens": STEPS * BATCH * LENGTH}
     rows = load(results, settings)
     model = small_moe(cache / "small-moe", books, without={text.name for text in texts})
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -2,8 +2,8 @@
 
 A Qwen3-MoE of 9.5 M parameters: 4 blocks of width 192, each with 16 experts of 224 channels of which 4 see a
 token, and the bundled model's tokenizer. Matrices, each expert's by itself, are trained by Muon, the rest by
-AdamW, with transformers' auxiliary loss for an even load; the rate follows a cosine. Two million tokens take
-half an hour on a core.
+AdamW, with transformers' auxiliary loss for an even load; the rate follows a cosine. 800,000 tokens take
+seven minutes of a core.
 """
 
 import math
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 import secateurs.demo as demo
 from secateurs.text import evaluation_tokens
 
-BATCH, LENGTH, STEPS, WARM_UP = 8, 256, 1000, 50
+BATCH, LENGTH, STEPS, WARM_UP = 8, 256, 400, 40
 MUON_RATE, ADAM_RATE = 0.005, 0.004
 
 
