@@ -12,7 +12,8 @@ six times the block's weights in float32, 15 GB). Its solver's seconds per matri
     python benchmarks/expert_block.py
 
 Processor seconds, the imports' among them, are what a run takes where nothing else runs; on a busy machine
-the clock shows more. Where the table says "x 48", that is 48 times a block's, the model's depth: not measured.
+the clock shows more. Where the table says "x 48", that is 48 times a block's, for the model's depth, and not
+measured.
 """
 
 import tempfile
