@@ -7,7 +7,7 @@ not the imports; memory is the whole process's. At last what SparseGPT leaves is
 
 SparseLLM's default is not run on all 128 experts, which would take hours here: attention and the first few
 experts are pruned by it, each as it would be among the others, without the descent (which would hold about
-six times the block's weights in float32, 15 GB). Its solver's seconds per matrix tell what the rest would be.
+six times the block's weights in float32, 15 GB).
 
     python benchmarks/expert_block.py
 
@@ -62,7 +62,7 @@ def print_results(rows: list[Record]) -> None:
 def main(
     samples: int = 16,
     length: int = 512,
-    experts: int = 4,
+    experts: int = 2,
     table: bool = False,
     results: Path = RESULTS / "expert_block.json",
 ) -> None:

@@ -18,6 +18,7 @@ the sequences are drawn, and beside a perplexity its least and most.
         --calibration ../data/books/Bleak-House_1023.txt \
         --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
 
+`--kinds` takes others, too: "shrunk, k / 4" and "ours, 4 x drawn", four times as many as a matrix has inputs.
 `--table` prints what is in the results.
 """
 
