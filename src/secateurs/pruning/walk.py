@@ -27,6 +27,7 @@ from secateurs.pruning.block.block import Advance, Block, BlockPruner, Streams
 from secateurs.pruning.folder import WorkFolder
 from secateurs.pruning.mlp.problem import HELD_OUT
 from secateurs.pruning.mlp.sparsellm import SparseLLM
+from secateurs.pruning.reap import Cut, plan_cut
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.settings import takes
@@ -60,8 +61,14 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     start = time.monotonic()
     checkpoint = Checkpoint(resolve(model))
     check_place(Path(settings.output), checkpoint)
-    blockwise = BlockwiseModel(checkpoint, resolve_device(settings.device))
-    planned = plan(settings.allocation, settings.budget, layer_shapes(blockwise))
+    blockwise, cut = BlockwiseModel(checkpoint, resolve_device(settings.device)), None
+    if settings.share_of_experts < 1:
+        cut = plan_cut(blockwise, settings.share_of_experts)
+        blockwise = BlockwiseModel(cut.checkpoint, blockwise.device)
+    shapes = layer_shapes(blockwise)
+    planned: Patterns | Allocator = dict.fromkeys(shapes)
+    if not settings.drops_only:
+        planned = plan(settings.allocation, settings.budget, shapes)
     if settings.calibration is None and isinstance(planned, Sensitivity):
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
     tokens = _tokens(settings, blockwise, progress)
@@ -80,6 +87,11 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
             return Report.read(work.output)
         with work.clock("write"):
             work.write_outside()
+        if cut is not None:
+            assert tokens is not None
+            _choose(cut, tokens, batch_size, work, progress)
+        if settings.drops_only:
+            tokens = None  # there is nothing more to be seen of them
         patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
         with _progress_bar(len(patterns), shown=progress) as advance:
             in_blocks = _walk(blockwise, settings.pruner, patterns, tokens, batch_size, work, advance)
@@ -113,6 +125,8 @@ def _tokens(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> T
             progress=progress,
         )
     check_tokens(tokens, model.text_config.vocab_size)
+    if settings.drops_only:
+        return tokens
     iterates = isinstance(settings.solver, SparseLLM) and settings.solver.iterations > 0
     if iterates and tokens.numel() < HELD_OUT:
         raise ValueError(
@@ -146,6 +160,12 @@ def _describe_tokens(
         "seed": settings.seed,
         "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
     }
+
+
+def _choose(cut: Cut, tokens: Tensor, batch_size: int | None, work: WorkFolder, progress: bool) -> None:
+    """Choose the experts that are kept, by the dense model."""
+    with _progress_bar(max(cut.homes) + 1, shown=progress) as advance:
+        cut.keep(work.choice(lambda: cut.choose(tokens, batch_size or 1, advance)))
 
 
 def _allocate(
