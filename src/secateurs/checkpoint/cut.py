@@ -23,9 +23,12 @@ class Side:
     """The side of a parameter along which a block's experts lie, one after the other."""
 
     block: int
+    """The number of the block."""
     axis: int
+    """Which of the parameter's sides it is."""
     size: int
     experts: int
+    """How many there are."""
     each: int
     """Places of an expert: 1, or more where the parameter has the experts' matrices one below the other. What
     the side has beyond all of theirs stays, such as a router's rows for experts that compute nothing."""
@@ -90,10 +93,8 @@ class CutCheckpoint(Checkpoint):
             self._find(pieces[name], side)
         self.file_of, self.shapes, self.dtypes = {}, {}, {}
         for name, file in dense.file_of.items():
-            shape = dense.shapes[name]
-            if name in self._own and self._own[name].number >= len(
-                self._own[name].side.numbers(range(count))
-            ):
+            shape, own = dense.shapes[name], self._own.get(name)
+            if own and own.number >= len(own.side.numbers(range(count))):
                 continue
             if name in self._shared:
                 axis, left = self._shared[name].axis, len(self._shared[name].places(range(count)))
