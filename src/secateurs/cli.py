@@ -66,6 +66,8 @@ def _prune(model: str, settings: PruneSettings) -> None:
             f"mean relative error {report.error:.4f}",
         ]
     print(f"{report.output}: {', '.join(parts)}, {report.seconds:.1f} s")
+    if not report.layers:
+        return
     for name, why in report.dense.items():
         print(f"left dense: {name} ({why})")
     if report.alone and report.settings["method"]["name"] == "sparsellm":

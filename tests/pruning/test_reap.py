@@ -267,7 +267,12 @@ def test_an_interrupted_run_goes_on_with_the_same_choice(
     [
         ("llama", {}, {}, "has no experts to drop"),
         ("doge", {}, {}, "has no experts to drop"),
-        ("mixtral", {}, {"experts": "25%"}, "keeps 1 of 4 where each token goes to 2: keep 2 or more (0.5)"),
+        (
+            "mixtral",
+            {},
+            {"experts": "25%"},
+            "keeps 1 of 4 where each token goes to 2: keep 2 or more (50.0%)",
+        ),
         ("deepseek_v3", GROUPED, {"experts": 0.25}, "keeps 2 of 8, in 2 groups, where"),
         ("deepseek_v4", {}, {}, "takes them from a table, 'model.layers.0.mlp.gate.tid2eid'"),
         ("jetmoe", {}, {}, "the router of 'model.layers.0' should have one matrix of a row for each"),
@@ -291,6 +296,21 @@ def test_mistakes_are_found_before_the_work(
         drop(folder, tmp_path / "out", **settings)
     assert "\n" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_nothing_but_experts_may_be_dropped(tmp_path: Path) -> None:
+    folder, out = save("mixtral", tmp_path / "model"), tmp_path / "out"
+    report = drop(folder, out)
+    assert (report.layers, report.sparsity, report.error) == ([], 0, 0)
+    assert "Zeros" not in (out / "README.md").read_text()
+    with pytest.raises(ValueError, match="nothing to plot"):
+        secateurs.plot(out)
+    before, after = tensors_of(folder), tensors_of(out)
+    for block, choice in enumerate(report.choice):
+        for new, old in enumerate(choice.kept):
+            path = f"model.layers.{block}.block_sparse_moe.experts."
+            for name in ("w1", "w2", "w3"):
+                assert torch.equal(after[f"{path}{new}.{name}.weight"], before[f"{path}{old}.{name}.weight"])
 
 
 def test_all_experts_are_as_if_nothing_was_said(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ class Numbers:
         if each < least:
             groups = f", in {self.groups} groups," if self.groups > 1 else ""
             raise ValueError(
-                f"experts {share:.4g} keeps {each * self.groups} of {self.count}{groups} where each token "
-                f"goes to {self.chosen}: keep {least * self.groups} or more ({least / size:.4g})"
+                f"experts {100 * share:.4g}% keeps {each * self.groups} of {self.count}{groups} where each "
+                f"token goes to {self.chosen}: keep {least * self.groups} or more ({least / size:.1%})"
             )
         return each * self.groups
 

@@ -171,10 +171,10 @@ class Report:
                 ("Zeros", f"{self.sparsity:.2%} of the weights of {len(self.layers)} linear layers"),
                 ("Mean relative error of the layers' outputs", f"{self.error:.4f}"),
             ]
-        if self.dense:
+        if self.dense and self.layers:
             names = ", ".join(sorted({name.removesuffix(".weight") for name in self.dense}))
             facts.append(("Left dense", names))
-        if self.alone and method["name"] == "sparsellm":
+        if self.alone and self.layers and method["name"] == "sparsellm":
             facts.append(("Pruned by the local solver alone", ", ".join(self.alone)))
         if calibration is not None:
             text = f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}"
