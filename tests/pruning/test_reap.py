@@ -131,6 +131,7 @@ def test_what_is_left_is_the_dense_model_that_cannot_choose_the_others(name: str
         assert all(sum(number < 4 for number in block.kept) == 3 for block in report.choice)
 
 
+@torch.no_grad()
 def mixtral(mlp: Any, token: Tensor) -> dict[int, float]:
     shares = (mlp.gate.weight.double() @ token).softmax(0)
     chosen = shares.topk(2).indices.tolist()
@@ -142,6 +143,7 @@ def mixtral(mlp: Any, token: Tensor) -> dict[int, float]:
     return given
 
 
+@torch.no_grad()
 def llama4(mlp: Any, token: Tensor) -> dict[int, float]:
     logits = mlp.router.weight.double() @ token
     given = {}
