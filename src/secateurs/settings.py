@@ -15,7 +15,7 @@ import json
 import re
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -168,8 +168,10 @@ def options(kind: type[Any]) -> list[Option]:
 
 def spoken(annotation: Any) -> Any:
     """The part of a type that can be typed: text stands for whatever else than numbers may be given in
-    Python."""
+    Python, and several texts for a sequence that may be given."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if any(get_origin(member) is Sequence for member in members):
+        return tuple[str, ...] | None if types.NoneType in members else tuple[str, ...]
     if str in members:
         return str | None if types.NoneType in members else str
     return annotation
@@ -295,6 +297,8 @@ def fitted(value: Any, annotation: Any) -> Any:
             return value
     elif get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
+        if isinstance(value, Mapping):  # as it is typed
+            value = [name if part is None else f"{name}={part}" for name, part in value.items()]
         return tuple(fitted(part, item) for part in (value if isinstance(value, list) else [value]))
     elif annotation is str and isinstance(value, Mapping):  # a table, such as an allocation
         return json.dumps(value)

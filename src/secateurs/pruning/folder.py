@@ -26,6 +26,7 @@ from secateurs.checkpoint.card import write_card
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.pattern import parse_pattern
 from secateurs.pruning.allocation.survey import Patterns
+from secateurs.pruning.calibration import CalibrationText, sha256_of
 from secateurs.pruning.record import RECORD, BlockReport, ChoiceReport, Report
 from secateurs.version import __version__
 
@@ -73,7 +74,7 @@ class WorkFolder:
             "checkpoint": checkpoint.identity(),
         }
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.partial = _partial(self.output)
         self.model, self.progress = self.partial / "model", self.partial / "progress"
         inside = {name for names in blocks for name in names}
         self.parts = [sorted(set(checkpoint.file_of) - inside), *blocks]
@@ -142,6 +143,15 @@ class WorkFolder:
         if not done.exists():
             self.shards.write((name, self.checkpoint.load([name])[name]) for name in self.parts[0])
             write_json(done, {})
+
+    def calibration(self, text: CalibrationText, progress: bool) -> Tensor:
+        """The calibration tokens. What the model writes of them is kept: a run that goes on has the same."""
+        if text.form is None:
+            return text.tokens()
+        with self.clock("run"):
+            tokens = text.tokens(self.progress, progress=progress)
+        self.settings["calibration"] = {**text.record, "sha256": sha256_of(tokens)}
+        return tokens
 
     def allocation(self, survey: Callable[[], Patterns]) -> Patterns:
         """Each layer's pattern by a survey, which is made once: a run that goes on remembers it."""
@@ -239,6 +249,15 @@ class WorkFolder:
                 with suppress(OSError):
                     path.unlink()
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def begun(output: Path) -> bool:
+    """Whether something is where a run's output is to be, or in the folder that it works in before."""
+    return output.exists() or _partial(output.resolve()).exists()
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def _apart(blocks: list[list[str]]) -> list[list[str]]:

@@ -177,7 +177,10 @@ class Report:
         if self.alone and self.layers and method["name"] == "sparsellm":
             facts.append(("Pruned by the local solver alone", ", ".join(self.alone)))
         if calibration is not None:
-            text = f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}"
+            source = calibration["source"]
+            if isinstance(source, dict):  # several, or what the model wrote
+                source = ", ".join(f"{name} ({given['samples']})" for name, given in source.items())
+            text = f"{calibration['samples']} x {calibration['length']} tokens of {source}"
             facts.append(("Calibration", " ".join(Path(part).name for part in text.split(" "))))
         return [*facts, ("secateurs", self.versions["secateurs"])]
 

@@ -16,6 +16,7 @@ from secateurs.pruning.block.local import Local, Sequential
 from secateurs.pruning.methods import Method, describe_method, parse_method
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.solvers.magnitude import Magnitude
+from secateurs.pruning.sources import Calibration, counts_of, sources_of
 from secateurs.settings import InWindows, OnDevice
 
 REPAIR = 0.5
@@ -41,10 +42,11 @@ class PruneSettings(InWindows, OnDevice):
     output: str | Path
     """The folder to make. It must not exist, unless this same command began it."""
 
-    calibration: str | Path | Tensor | None = None
+    calibration: Calibration | None = None
     """Text like that which the model will see: a file or a folder (docs/text.md says of what), a dataset on
-    the hub, or wikitext2, ptb, c4. Only magnitude does without. In Python also token ids (samples,
-    length)."""
+    the hub, wikitext2, ptb, c4, or self, which the model writes (self:temperature=0.9). Several are mixed,
+    in equal shares or as text.txt=0.25 says. Only magnitude does without. In Python also shares by name, or
+    token ids (samples, length)."""
 
     method: str | Method = "sparsellm"
     """sparsellm, or a local method by itself: magnitude, wanda, sparsegpt or admm. With settings:
@@ -104,11 +106,13 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError("experts are chosen by what they do on calibration text: give some")
         if self.calibration is None and not isinstance(solver, Magnitude):
             raise ValueError(
-                "calibration text is needed (a file, a folder or a dataset's name): only magnitude does "
-                "without"
+                "calibration text is needed (a file, a folder, a dataset's name, or self): only magnitude "
+                "does without"
             )
         if self.samples < 1:
             raise ValueError(f"samples are at least 1, not {self.samples}")
+        if self.calibration is not None and not isinstance(self.calibration, Tensor):
+            counts_of(sources_of(self.calibration), self.samples)
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is a number of sequences, not {self.batch_size}")
         for given, known in ((self.target, Target), (self.sequential, Sequential)):
