@@ -59,10 +59,15 @@ class Verb(NamedTuple):
 
 def _prune(model: str, settings: PruneSettings) -> None:
     report: Report = prune(model, settings, progress=True)
-    print(
-        f"{report.output}: {report.sparsity:.2%} zeros in {len(report.layers)} layers, "
-        f"mean relative error {report.error:.4f}, {report.seconds:.1f} s"
-    )
+    parts = [f"{report.kept_experts} kept"] if report.choice else []
+    if report.layers:
+        parts += [
+            f"{report.sparsity:.2%} zeros in {len(report.layers)} layers",
+            f"mean relative error {report.error:.4f}",
+        ]
+    print(f"{report.output}: {', '.join(parts)}, {report.seconds:.1f} s")
+    if not report.layers:
+        return
     for name, why in report.dense.items():
         print(f"left dense: {name} ({why})")
     if report.alone and report.settings["method"]["name"] == "sparsellm":

@@ -27,7 +27,7 @@ from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.pattern import parse_pattern
 from secateurs.pruning.allocation.survey import Patterns
 from secateurs.pruning.calibration import CalibrationText, sha256_of
-from secateurs.pruning.record import RECORD, BlockReport, Report
+from secateurs.pruning.record import RECORD, BlockReport, ChoiceReport, Report
 from secateurs.version import __version__
 
 FORMAT = 3
@@ -160,6 +160,16 @@ class WorkFolder:
             write_json(memory, {name: pattern and str(pattern) for name, pattern in survey().items()})
         return {name: text and parse_pattern(text) for name, text in read_json(memory).items()}
 
+    def choice(self, choose: Callable[[], list[ChoiceReport]]) -> list[ChoiceReport]:
+        """Which experts are kept, chosen once: a run that goes on remembers them."""
+        if not self._choice.exists():
+            write_json(self._choice, {"choice": [asdict(block) for block in choose()]})
+        return [ChoiceReport(**block) for block in read_json(self._choice)["choice"]]
+
+    @property
+    def _choice(self) -> Path:
+        return self.progress / "choice.json"
+
     def block(self, index: int) -> dict[str, Tensor] | None:
         """A finished block's tensors by their names in the files, or None."""
         return self.shards.read(self.parts[index + 1]) if self._report(index).exists() else None
@@ -195,7 +205,10 @@ class WorkFolder:
             seconds: what the run took beside its blocks.
         """
         with self.clock("write"):
-            copy_companions(self.checkpoint.folder, self.model, replaced={"README.md"})
+            written = {"config.json"} if self.checkpoint.edited else set()
+            copy_companions(self.checkpoint.folder, self.model, replaced={"README.md", *written})
+            for name in written:
+                write_json(self.model / name, self.checkpoint.config)
             self.shards.finish()
         blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
         counted = [self.phases, *(block["phases"] for block in blocks)]
@@ -211,6 +224,7 @@ class WorkFolder:
                 part.name: [entry for block in blocks for entry in block[part.name]]
                 for part in fields(BlockReport)
             },
+            **(read_json(self._choice) if self._choice.exists() else {}),
         }
         write_json(self.model / RECORD, record)
         report = Report.read(self.model)
@@ -218,7 +232,7 @@ class WorkFolder:
             self.model,
             self.checkpoint.folder,
             self.settings["model"],
-            title=f"pruned to {report.sparsity:.0%} zeros",
+            title=report.title,
             facts=report.facts,
             usage="",
             tags=["pruned", "sparse"],

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import resolve_device
-from secateurs.pattern import Pattern
-from secateurs.pruning.allocation.plan import Allocation, as_pattern
+from secateurs.pattern import Pattern, Unstructured, share_of
+from secateurs.pruning.allocation.plan import UNIFORM, Allocation, as_pattern
 from secateurs.pruning.block.joint import Joint, Target
 from secateurs.pruning.block.local import Local, Sequential
 from secateurs.pruning.methods import Method, describe_method, parse_method
@@ -53,7 +53,13 @@ class PruneSettings(InWindows, OnDevice):
     sparsellm:solver=sparsegpt,iterations=2 or sparsegpt:block=64,damping=0.02."""
 
     pattern: str | float | Pattern = "50%"
-    """70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m)."""
+    """70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m). With experts also 0%: then
+    nothing else is done."""
+
+    experts: str | float = "100%"
+    """The share of each block's experts to keep, above 0% and up to 100%: 75% keeps 12 of 16. The others are
+    dropped whole, before anything is pruned, and the router is cut to match: those that add least to what
+    the block gives for the calibration text (REAP)."""
 
     allocation: Allocation = "uniform"
     """How the pattern's zeros are shared out between layers: uniform; sensitivity (most where that moves a
@@ -95,7 +101,9 @@ class PruneSettings(InWindows, OnDevice):
 
     def __post_init__(self) -> None:
         """Raises ValueError for what does not suit, alone or together."""
-        solver, _ = self.solver, self.budget
+        solver, share, _ = self.solver, self.share_of_experts, self.budget
+        if self.calibration is None and share < 1:
+            raise ValueError("experts are chosen by what they do on calibration text: give some")
         if self.calibration is None and not isinstance(solver, Magnitude):
             raise ValueError(
                 "calibration text is needed (a file, a folder, a dataset's name, or self): only magnitude "
@@ -142,7 +150,24 @@ class PruneSettings(InWindows, OnDevice):
 
     @property
     def budget(self) -> Pattern:
+        if self.share_of_experts < 1 and share_of(str(self.pattern)) == 0:
+            return Unstructured(0.0)
         return as_pattern(self.pattern)
+
+    @property
+    def drops_only(self) -> bool:
+        """Whether nothing is to be done but to drop experts."""
+        return self.budget == Unstructured(0.0) and self.share_of_experts < 1 and self.allocation == UNIFORM
+
+    @property
+    def share_of_experts(self) -> float:
+        """To keep."""
+        share = share_of(str(self.experts))
+        if share is None or not 0 < share <= 1:
+            raise ValueError(
+                f"experts are a share to keep, above 0% and up to 100%, not '{self.experts}': give 75%, say"
+            )
+        return share
 
     @property
     def aim(self) -> Target:
@@ -187,6 +212,7 @@ class PruneSettings(InWindows, OnDevice):
         return {
             "method": describe_method(self.solver),
             "pattern": str(self.budget),
+            **({"experts": self.share_of_experts} if self.share_of_experts < 1 else {}),
             "target": self.aim,
             "repair": self.share_repaired if self.aim == "dense" else None,
             "refine": self.passes,

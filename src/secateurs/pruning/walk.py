@@ -26,6 +26,7 @@ from secateurs.pruning.calibration import CalibrationText, calibration_text
 from secateurs.pruning.folder import WorkFolder, begun
 from secateurs.pruning.mlp.problem import HELD_OUT
 from secateurs.pruning.mlp.sparsellm import SparseLLM
+from secateurs.pruning.reap import Cut, plan_cut
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.settings import takes
@@ -58,11 +59,18 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     start = time.monotonic()
     checkpoint = Checkpoint(resolve(model))
     check_place(Path(settings.output), checkpoint)
-    blockwise = BlockwiseModel(checkpoint, resolve_device(settings.device))
-    planned = plan(settings.allocation, settings.budget, layer_shapes(blockwise))
+    blockwise = dense = BlockwiseModel(checkpoint, resolve_device(settings.device))
+    cut = None
+    if settings.share_of_experts < 1:
+        cut = plan_cut(dense, settings.share_of_experts)
+        blockwise = BlockwiseModel(cut.checkpoint, dense.device)
+    shapes = layer_shapes(blockwise)
+    planned: Patterns | Allocator = dict.fromkeys(shapes)
+    if not settings.drops_only:
+        planned = plan(settings.allocation, settings.budget, shapes)
     if settings.calibration is None and isinstance(planned, Sensitivity):
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
-    text = _calibration(settings, blockwise, progress)
+    text = _calibration(settings, dense, progress)
     batch_size = _batch_size(settings, text)
     run = {
         "model": str(model),
@@ -81,6 +89,11 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         with work.clock("write"):
             work.write_outside()
         tokens = None if text is None else work.calibration(text, progress)
+        if cut is not None:
+            assert tokens is not None
+            _choose(cut, tokens, batch_size, work, progress)
+        if settings.drops_only:
+            tokens = None  # there is nothing more to be seen of them
         patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
         with _progress_bar(len(patterns), shown=progress) as advance:
             in_blocks = _walk(blockwise, settings.pruner, patterns, tokens, batch_size, work, advance)
@@ -103,6 +116,8 @@ def _calibration(settings: PruneSettings, model: BlockwiseModel, progress: bool)
         bos=settings.asked_bos,
         progress=progress,
     )
+    if settings.drops_only:
+        return text
     tokens = text.samples * text.length
     iterates = isinstance(settings.solver, SparseLLM) and settings.solver.iterations > 0
     if iterates and tokens < HELD_OUT:
@@ -116,6 +131,12 @@ def _batch_size(settings: PruneSettings, text: CalibrationText | None) -> int | 
     if text is None:
         return settings.batch_size
     return settings.batch_size or max(1, TOKENS_AT_ONCE // text.length)
+
+
+def _choose(cut: Cut, tokens: Tensor, batch_size: int | None, work: WorkFolder, progress: bool) -> None:
+    """Choose the experts that are kept, by the dense model."""
+    with _progress_bar(max(cut.homes) + 1, shown=progress) as advance:
+        cut.keep(work.choice(lambda: cut.choose(tokens, batch_size or 1, advance)))
 
 
 def _allocate(
