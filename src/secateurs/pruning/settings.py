@@ -1,7 +1,7 @@
 """What `prune` can be told."""
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +13,7 @@ from secateurs.pattern import Pattern, Unstructured, share_of
 from secateurs.pruning.allocation.plan import UNIFORM, Allocation, as_pattern
 from secateurs.pruning.block.joint import Joint, Target
 from secateurs.pruning.block.local import Local, Sequential
+from secateurs.pruning.block.refine import passes_for
 from secateurs.pruning.methods import Method, describe_method, parse_method
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.solvers.magnitude import Magnitude
@@ -21,9 +22,6 @@ from secateurs.settings import InWindows, OnDevice
 
 REPAIR = 0.5
 """By default: whether none or all of it is better depends on the text and the sparsity."""
-
-REFINE = 4
-"""Passes over the calibration text by default, where there is something to refine towards."""
 
 OF_CALIBRATION = ("samples", "length", "seed", "field", "bos", "batch_size", "sequential")
 """What says how calibration text is read and used."""
@@ -85,7 +83,8 @@ class PruneSettings(InWindows, OnDevice):
 
     refine: int | None = None
     """Passes over the calibration text in which the weights that are left in a pruned block are trained
-    towards the target. By default 4 for sparsellm, 0 for the others and for the target layer."""
+    towards the target. By default 0, but for sparsellm, unless its target is layer, what makes about 128
+    steps: 4 passes over 16,000 tokens, one over 65,000 or more."""
 
     sequential: Sequential | None = None
     """What a layer's inputs have seen when they are measured: the pruned blocks before it (block, as local
@@ -132,9 +131,9 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError(
                 f"repair is a share above 0 and up to 1, not {self.repair} (for 0, set target to block)"
             )
-        if not isinstance(self.passes, int) or self.passes < 0:
+        if self.refine is not None and (not isinstance(self.refine, int) or self.refine < 0):
             raise ValueError(f"refine is a number of passes, not {self.refine}")
-        if self.passes and self.aim == "layer":
+        if self.refine and self.aim == "layer":
             raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
         if self.calibration is None:
             defaults = {field.name: field.default for field in fields(self)}
@@ -187,21 +186,21 @@ class PruneSettings(InWindows, OnDevice):
     def share_repaired(self) -> float:
         return REPAIR if self.repair is None else self.repair
 
-    @property
-    def passes(self) -> int:
-        """Of refinement."""
+    def resolved(self, samples: int, length: int) -> "PruneSettings":
+        """With the passes of refinement that suit so many calibration sequences of so many tokens."""
         if self.refine is not None:
-            return self.refine
-        return REFINE if isinstance(self.solver, SparseLLM) and self.aim != "layer" else 0
+            return self
+        refines = isinstance(self.solver, SparseLLM) and self.aim != "layer"
+        return replace(self, refine=passes_for(samples, length) if refines else 0)
 
     @property
     def pruner(self) -> Joint | Local:
         """How a block is pruned."""
-        solver = self.solver
+        solver, refine = self.solver, self.refine or 0
         if isinstance(solver, SparseLLM):
-            return Joint(solver, self.aim, self.share_repaired, self.passes)
+            return Joint(solver, self.aim, self.share_repaired, refine)
         if self.aim != "layer":
-            return Joint(SparseLLM(solver, iterations=0), self.aim, self.share_repaired, self.passes)
+            return Joint(SparseLLM(solver, iterations=0), self.aim, self.share_repaired, refine)
         return Local(solver, self.seen)
 
     def record(self) -> dict[str, Any]:
@@ -215,7 +214,7 @@ class PruneSettings(InWindows, OnDevice):
             **({"experts": self.share_of_experts} if self.share_of_experts < 1 else {}),
             "target": self.aim,
             "repair": self.share_repaired if self.aim == "dense" else None,
-            "refine": self.passes,
+            "refine": self.refine or 0,
             "sequential": self.seen,
             "max_shard_size": size_in_bytes(self.max_shard_size),
         }

@@ -72,6 +72,8 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
     text = _calibration(settings, dense, progress)
     batch_size = _batch_size(settings, text)
+    if text is not None:
+        settings = settings.resolved(text.samples, text.length)
     run = {
         "model": str(model),
         "allocation": describe_allocation(planned, settings.budget),

@@ -1,5 +1,6 @@
 """Refinement against whole models that transformers runs, and against Adam written out."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from folders import save, tensors_of
 from secateurs import Report, Wanda, prune
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
-from secateurs.pruning.block.refine import Refined, refine
+from secateurs.pruning.block.refine import STEPS, TOKENS_A_STEP, Refined, refine
+from secateurs.pruning.settings import PruneSettings
 from table import family_of
 
 
@@ -200,6 +202,22 @@ def test_a_descent_that_makes_it_worse_is_not_taken(
     assert report == Report.read(tmp_path / "after")
     for name, tensor in tensors_of(tmp_path / "before").items():
         assert torch.equal(tensor, tensors_of(tmp_path / "after")[name])
+
+
+@pytest.mark.parametrize("samples", [1, 8, 32, 64, 100, 128, 512])
+@pytest.mark.parametrize("length", [100, 256, 512, 2048])
+def test_passes_make_up_for_a_short_text(samples: int, length: int) -> None:
+    chosen = PruneSettings(output="out", calibration="self").resolved(samples, length)
+    steps_a_pass = math.ceil(samples / max(1, TOKENS_A_STEP // length))
+    distances = {passes: abs(passes * steps_a_pass - STEPS) for passes in range(1, 5)}
+    assert chosen.refine is not None
+    assert distances[chosen.refine] == min(distances.values())
+
+
+def test_passes_that_are_given_stay() -> None:
+    assert PruneSettings(output="out", calibration="self", refine=7).resolved(128, 2048).refine == 7
+    assert PruneSettings(output="out", calibration="self", target="layer").resolved(8, 64).refine == 0
+    assert PruneSettings(output="out", calibration="self", method="admm").resolved(8, 64).refine == 0
 
 
 @pytest.mark.parametrize(

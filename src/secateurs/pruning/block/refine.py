@@ -17,6 +17,12 @@ from secateurs.device import multiplies_bfloat16
 
 TOKENS_A_STEP = 512
 
+STEPS = 128
+"""By default: what did as well as twice as many on every model and text that was tried."""
+
+MOST_PASSES = 4
+"""By default, over a text that is short."""
+
 JUDGES = 8
 """One sequence in so many, and at least one, tells whether the descent gained anything. It is shown to it, as
 it was to the fits before: judged on sequences that these alone have seen, a descent that does well on other
@@ -43,6 +49,11 @@ class Refined(NamedTuple):
     block is asked to add: its target less its input."""
     after: float | None
     """The same with what was found; None where that is not finite."""
+
+
+def passes_for(samples: int, length: int) -> int:
+    """Over so many sequences of so many tokens, for about `STEPS` steps."""
+    return min(MOST_PASSES, max(1, round(STEPS / math.ceil(samples / _together(length)))))
 
 
 def refine(
@@ -88,7 +99,7 @@ def refine(
     }
     parameters |= trained
     kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim > 1}
-    together = max(1, TOKENS_A_STEP // hidden[0].states.shape[-2])
+    together = _together(hidden[0].states.shape[-2])
     energy = sum(
         float((wanted.float() - given.states.float()).square().sum()) for given, wanted in pairs
     ) / len(pairs)
@@ -142,6 +153,11 @@ def refine(
     result = {name: parameter.detach().to(stored[name].dtype) + 0 for name, parameter in trained.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
     return Refined(result if after < before else None, before, after if math.isfinite(after) else None)
+
+
+def _together(length: int) -> int:
+    """Sequences that a step sees."""
+    return max(1, TOKENS_A_STEP // length)
 
 
 def _typical(parameter: Tensor) -> float:
