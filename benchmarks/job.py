@@ -76,7 +76,26 @@ def secateurs(model: str, tokens: str | None, output: str, **settings: Any) -> R
     ids = load_file(tokens)["ids"] if tokens else None
     report = secateurs.prune(model, output=output, calibration=ids, device="cpu", **settings)
     # Those of a run that was interrupted, too.
-    return {"seconds": report.seconds, "phases": report.phases, "import_bytes": imports}
+    matrices = len(report.layers)
+    return {"seconds": report.seconds, "phases": report.phases, "matrices": matrices, "import_bytes": imports}
+
+
+def compress(model: str, output: str) -> Record:
+    """Ours, of what was pruned."""
+    import secateurs
+
+    imports = finish_imports(model)
+    start = time.perf_counter()
+    done = secateurs.compress(model, output=output)
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "import_bytes": imports,
+        "bytes_before": done.bytes_before,
+        "bytes_after": done.bytes_after,
+        "packed": done.layers,
+        "packed_experts": done.experts,
+    }
 
 
 def llmcompressor(
@@ -287,6 +306,7 @@ if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     tools: dict[str, Callable[..., Record]] = {
         "secateurs": secateurs,
+        "compress": compress,
         "llmcompressor": llmcompressor,
         "published": published,
         "published_sparsellm": published_sparsellm,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from secateurs.runtime.format import Layout, pack, row_offsets
 
@@ -28,14 +28,34 @@ def random_llama(folder: Path, layers: int, dtype: str) -> Path:
     return folder
 
 
-def random_ids(samples: int, length: int) -> Tensor:
+def block_of_experts(folder: Path, vocabulary: int) -> Path:
+    """A saved bfloat16 model of one block like those of Qwen3-30B-A3B: width 2048, 32 query and 4 key-value
+    heads of 128, 128 experts of 768 channels of which 8 see a token. No tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=2048,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def random_ids(samples: int, length: int, vocabulary: int = VOCABULARY) -> Tensor:
     """Calibration ids (samples, length)."""
-    return torch.randint(VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
 
 
-def random_tokens(file: Path, samples: int, length: int) -> Path:
+def random_tokens(file: Path, samples: int, length: int, vocabulary: int = VOCABULARY) -> Path:
     """The same in a file, for a run in a process of its own."""
-    save_file({"ids": random_ids(samples, length)}, file)
+    save_file({"ids": random_ids(samples, length, vocabulary)}, file)
     return file
 
 

@@ -156,6 +156,32 @@ def test_a_file_of_settings(place: Place) -> None:
     assert everything_in(place.folder) == before
 
 
+def test_several_texts_and_what_the_model_writes(place: Place) -> None:
+    """On the command line, and in a file as a list or as a table of shares."""
+    text, file = str(place.text), place.folder / "run.yaml"
+    sizes = ["--method", "wanda", "--samples", "4", "--length", "24", "--output"]
+    model, several = str(place.model), ["--calibration", f"{text}=0.25", "self"]
+    runs = [
+        ["prune", model, *several, *sizes],
+        ["prune", *several, model, *sizes],  # in the last place of many values, it is the model
+        ["prune", "--config", str(file), *sizes],
+        ["prune", "--config", str(file), *several, *sizes],
+    ]
+    file.write_text(f'model: "{model}"\ncalibration: {{"{text}": 0.25, self: 0.75}}\n')
+    found = []
+    for number, run in enumerate(runs):
+        output = place.folder / f"out{number}"
+        result = place.run([*run, str(output)])
+        assert result.status == 0, result.err
+        found.append(json.loads((output / "secateurs.json").read_text())["settings"]["calibration"])
+    assert found == [found[0]] * 4
+    assert {name: source["samples"] for name, source in found[0]["source"].items()} == {text: 1, "self": 3}
+    file.write_text(f"model: {model}\ncalibration: [{text}, self]\n")
+    assert place.run([*runs[2], str(place.output)]).status == 0
+    listed = json.loads((place.output / "secateurs.json").read_text())["settings"]["calibration"]["source"]
+    assert [source["share"] for source in listed.values()] == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -278,6 +304,9 @@ def test_help_teaches(place: Place, arguments: list[str], words: list[str]) -> N
         (("--samples", "1000"), "1000 samples of 24 need 24001"),
         (("--batch-size", "0"), "batch_size"),
         (("--calibration", "missing.txt"), "missing.txt"),
+        (("--calibration", "self", "self:warm=1"), "'self' has no setting 'warm'"),
+        (("--calibration", "self=0.2", "other.txt=0.2"), "add up to 0.4: make it 1"),
+        (("--calibration",), "calibration text is needed"),
         (("--calibration", "None"), "calibration text is needed"),
     ],
 )

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 import torch
 import tyro
@@ -62,10 +62,15 @@ class Verb(NamedTuple):
 
 def _prune(model: str, settings: PruneSettings) -> None:
     report: Report = prune(model, settings, progress=True)
-    print(
-        f"{report.output}: {report.sparsity:.2%} zeros in {len(report.layers)} layers, "
-        f"mean relative error {report.error:.4f}, {report.seconds:.1f} s"
-    )
+    parts = [f"{report.kept_experts} kept"] if report.choice else []
+    if report.layers:
+        parts += [
+            f"{report.sparsity:.2%} zeros in {len(report.layers)} layers",
+            f"mean relative error {report.error:.4f}",
+        ]
+    print(f"{report.output}: {', '.join(parts)}, {report.seconds:.1f} s")
+    if not report.layers:
+        return
     for name, why in report.dense.items():
         print(f"left dense: {name} ({why})")
     if report.alone and report.settings["method"]["name"] == "sparsellm":
@@ -178,7 +183,10 @@ def _run(arguments: list[str]) -> None:
     name = next(iter(arguments), "")
     commands: dict[str, Callable[..., Any]] = {known: _summary(known, verb) for known, verb in VERBS.items()}
     if name in VERBS:
-        commands[name] = _command(name, VERBS[name], _from_config(VERBS[name], arguments))
+        written = _from_config(VERBS[name], arguments)
+        if VERBS[name].subject and VERBS[name].subject not in written:
+            arguments = [name, *_subject_first(VERBS[name], arguments[1:])]
+        commands[name] = _command(name, VERBS[name], written)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -197,6 +205,26 @@ def _run(arguments: list[str]) -> None:
     given = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(verb.settings)}
     subject = [] if verb.subject is None else [getattr(parsed, verb.subject)]
     verb.run(*subject, settings=verb.settings(**given))
+
+
+def _subject_first(verb: Verb, arguments: list[str]) -> list[str]:
+    """With the subject in front, where it would be taken for the last of an option's several values."""
+    known = {option.name: option.type for option in [*options(verb.settings), CONFIG]}
+    taken, last = 0, None  # how many values the option before may still take; where the last of several is
+    first = 0
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, _, value = argument.removeprefix("--").partition("=")
+            kind = known.get(name.replace("_", "-"), bool)
+            several = any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
+            taken = 0 if value or kind is bool else len(arguments) if several else 1
+            first = place + 1
+        elif not taken:
+            return arguments  # here it is
+        else:
+            taken -= 1
+            last = place if place > first else last
+    return arguments if last is None else [arguments[last], *arguments[:last], *arguments[last + 1 :]]
 
 
 def _unboxed(text: str) -> str:

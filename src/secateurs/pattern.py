@@ -182,9 +182,15 @@ def parse_pattern(text: str) -> Pattern:
         if not 1 <= n < m:
             raise ValueError(f"pattern '{text}' does not satisfy 1 <= n < m: {examples}")
         return NM(n, m)
-    if number := re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*(%?)", text):
-        sparsity = float(Decimal(text.rstrip("% ")) / (100 if number[3] else 1))
+    if (sparsity := share_of(text)) is not None:
         if not 0 < sparsity < 1:
             raise ValueError(f"pattern '{text}' is a sparsity outside (0, 1): {examples}")
         return Unstructured(sparsity)
     raise ValueError(f"'{text}' is not a pattern: {examples}")
+
+
+def share_of(text: str) -> float | None:
+    """Read a share as people write it, "70%" or "0.7"; None for what is none. It may be above 1."""
+    text = text.strip()
+    number = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*(%?)", text)
+    return None if number is None else float(Decimal(text.rstrip("% ")) / (100 if number[3] else 1))

@@ -15,7 +15,7 @@ import json
 import re
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -168,8 +168,10 @@ def options(kind: type[Any]) -> list[Option]:
 
 def spoken(annotation: Any) -> Any:
     """The part of a type that can be typed: text stands for whatever else than numbers may be given in
-    Python."""
+    Python, and several texts for a sequence that may be given."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if any(get_origin(member) is Sequence for member in members):
+        return tuple[str, ...] | None if types.NoneType in members else tuple[str, ...]
     if str in members:
         return str | None if types.NoneType in members else str
     return annotation
@@ -295,6 +297,8 @@ def fitted(value: Any, annotation: Any) -> Any:
             return value
     elif get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
+        if isinstance(value, Mapping):  # as it is typed
+            value = [name if part is None else f"{name}={part}" for name, part in value.items()]
         return tuple(fitted(part, item) for part in (value if isinstance(value, list) else [value]))
     elif annotation is str and isinstance(value, Mapping):  # a table, such as an allocation
         return json.dumps(value)
@@ -317,3 +321,46 @@ def _is(value: Any, annotation: Any) -> bool:
     if not isinstance(annotation, type):
         return False
     return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
+
+
+def parse_named(
+    text: str,
+    kinds: Mapping[str, type[Any]],
+    what: str,
+    parts: Mapping[Any, Callable[[str], Any]] = types.MappingProxyType({}),
+) -> Any:
+    """Read one of several dataclasses with its settings: "name" or "name:setting=value,...".
+
+    Args:
+        text: as people write it. A field that avoids a keyword of Python (`lambda_`) goes by the keyword.
+        kinds: the dataclasses by name.
+        what: they are, for the message.
+        parts: how to read a field that is such a thing itself, by its type.
+
+    Raises:
+        ValueError: an unknown name or setting, or a value of the wrong type.
+    """
+    name, _, settings = text.strip().partition(":")
+    if name.lower() not in kinds:
+        raise ValueError(f"unknown {what} '{name}'; there are {', '.join(kinds)}")
+    kind = kinds[name.lower()]
+    hints = get_type_hints(kind)
+    known = {field.name.rstrip("_"): field.name for field in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = map(str.strip, setting.partition("="))
+        if key.rstrip("_") not in known:
+            raise ValueError(f"'{name}' has no setting '{key}'; it has: {', '.join(known) or 'none'}")
+        field = known[key.rstrip("_")]
+        if hints[field] in parts:
+            if ":" in value:  # at the next comma it would be unclear whose setting that is
+                raise ValueError(
+                    f"'{setting}': a {key} inside '{name}' is a name alone here; use Python for its settings"
+                )
+            values[field] = parts[hints[field]](value)
+            continue
+        try:
+            values[field] = hints[field](value)
+        except ValueError:
+            raise ValueError(f"'{key}={value}' of '{name}': expected {hints[field].__name__}") from None
+    return kind(**values)

@@ -147,6 +147,21 @@ def test_every_verb_takes_it(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
 
 
+def test_it_writes_its_own_calibration_text(tmp_path: Path) -> None:
+    file = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.llama(), "Q8_0")
+    report = prune(
+        file,
+        output=tmp_path / "pruned",
+        calibration="self",
+        method="wanda",
+        samples=4,
+        length=16,
+        device="cpu",
+    )
+    source = report.settings["calibration"]["source"]["self"]
+    assert source == {"share": 1.0, "samples": 4, "temperature": 1.0, "conversations": 2}  # it has a template
+
+
 def test_it_is_unpacked_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.llama())
     calls, unpack = [], unpacking._unpack

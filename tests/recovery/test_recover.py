@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import decoders
 import folders
 from secateurs import RecoveryReport, Report, compress, prune, recover
+from secateurs.calibration import sequences
 from secateurs.pruning import walk
 from secateurs.recovery import run as module
 from secateurs.recovery.steps import hold_out
@@ -150,6 +151,50 @@ def test_a_stopped_run_ends_like_one_that_was_not(
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_text_that_the_dense_model_writes(
+    dense: Path, pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half of it, written once: a run that goes on finds it."""
+    arguments = {**QUICK, "towards": dense, "calibration": [text, "self"], "samples": 64}
+    whole = recover(pruned, output=tmp_path / "whole", **arguments)
+    calibration = whole.settings["calibration"]
+    assert {name: part["samples"] for name, part in calibration["source"].items()} == {
+        str(text): 32,
+        "self": 32,
+    }
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Stop):
+            recover(pruned, output=tmp_path / "out", **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(sequences, "write", None)
+        resumed = recover(pruned, output=tmp_path / "out", **arguments)
+    assert resumed.settings["calibration"] == calibration
+    assert (resumed.before, resumed.after) == (whole.before, whole.after)
+    assert (
+        folders.bytes_of(tmp_path / "out")["model.safetensors"]
+        == (folders.bytes_of(tmp_path / "whole")["model.safetensors"])
+    )
+    check_zeros(pruned, tmp_path / "out")
+
+
+def test_without_a_text_the_dense_model_writes_all(dense: Path, pruned: Path, tmp_path: Path) -> None:
+    report = recover(pruned, towards=dense, output=tmp_path / "out", samples=16, **QUICK)
+    assert report.kept
+    assert report.settings["calibration"]["source"]["self"]["samples"] == 16
+
+
+def test_of_a_model_with_fewer_experts(text: Path, tmp_path: Path) -> None:
+    """Towards the dense one, which has all of them."""
+    dense = decoders.save("mixtral", tmp_path / "dense")
+    settings = {**PRUNING, "calibration": text, "experts": "50%", "recover": 4_096}
+    prune(dense, output=tmp_path / "out", **settings)
+    report = RecoveryReport.read(tmp_path / "out")
+    assert report.steps == 2
+    ids = torch.randint(3, 100, (4, 32), generator=torch.Generator().manual_seed(0))
+    assert kl(dense, tmp_path / "out", ids) < 10
+
+
 def test_after_pruning(
     dense: Path, pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +272,7 @@ def test_mistakes_are_found_before_the_work(
         ({"calibration": torch.ones(1, 8, dtype=torch.int64)}, "give two or more"),
         ({"calibration": torch.full((4, 8), 999)}, "token 999 is outside"),
         ({"length": 999}, "sequences of 999 tokens"),
+        ({"calibration": [text, "self=200%"]}, "above 0 and up to 1"),
         ({"tokens": 0}, "tokens are at least 1"),
         ({"text_loss": 1.5}, "a share from 0 to 1"),
         ({"learning_rate": float("nan")}, "learning_rate is"),

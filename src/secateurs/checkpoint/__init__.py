@@ -7,12 +7,13 @@
 from secateurs.checkpoint.companions import companions, copy_companions
 from secateurs.checkpoint.hub import resolve
 from secateurs.checkpoint.lock import output_lock
-from secateurs.checkpoint.output import check_output, check_place, new_folder
+from secateurs.checkpoint.output import RECORD, check_output, check_place, new_folder
 from secateurs.checkpoint.reading import INDEX, SINGLE, Checkpoint
 from secateurs.checkpoint.writing import as_object, copy_file, read_json, write_json, write_tensors
 
 __all__ = [
     "INDEX",
+    "RECORD",
     "SINGLE",
     "Checkpoint",
     "as_object",

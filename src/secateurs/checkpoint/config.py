@@ -5,6 +5,8 @@ Every place that reads a configuration reads it here, so that all verbs take and
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import (
@@ -18,6 +20,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from secateurs.checkpoint.reading import Checkpoint
+from secateurs.checkpoint.writing import write_json
 
 COMPRESSED = "secateurs"
 """What `quantization_config` calls this library's own format, whose values are not quantised."""
@@ -46,7 +49,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     kind = checkpoint.config.get("model_type")
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+            config = _as_transformers_reads_it(checkpoint)
     except Exception as error:  # a wrong value comes out as whatever the model's code stumbles over
         if checkpoint.config.get("auto_map") and "trust_remote_code" in str(error):
             reason = "it comes with code of its own, which is not run"
@@ -60,6 +63,17 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     check_causal(config, where, str(kind))
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None
+    return config
+
+
+def _as_transformers_reads_it(checkpoint: Checkpoint) -> PretrainedConfig:
+    config: PretrainedConfig
+    if not checkpoint.edited:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        return config
+    with TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", checkpoint.config)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return config
 
 

@@ -13,6 +13,9 @@ from secateurs.checkpoint.reading import Checkpoint
 MARGIN_BYTES = 16 * 2**20
 """For records, cards and indices."""
 
+RECORD = "secateurs.json"
+"""The file in a model folder that says how it came to be."""
+
 MARK = "secateurs-unfinished"
 """The file in `OUTPUT.partial` that says that what lies there may be deleted."""
 

@@ -32,6 +32,9 @@ class Checkpoint:
             malformed, or the index points outside the folder. One line; names the file.
     """
 
+    edited = False
+    """Whether `config` is another than the folder's."""
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from secateurs.pruning.record import RECORD, MLPReport, Report
+from secateurs.checkpoint import RECORD
+from secateurs.pruning.record import MLPReport, Report
 from secateurs.settings import takes
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def plot(folder: str | Path, *, settings: PlotSettings) -> list[Path]:
     if not (folder / RECORD).is_file():
         raise ValueError(f"'{folder}' has no {RECORD}: only what `secateurs prune` wrote can be plotted")
     report = Report.read(folder)
+    if not report.layers:
+        raise ValueError(f"of '{folder}' there is nothing to plot: experts were dropped, and no layer pruned")
     output = folder / "plots" if settings.output is None else Path(settings.output)
     files = save(_layers(report), output, "layers")
     if report.mlps:

@@ -21,12 +21,13 @@ import transformers
 from torch import Tensor
 
 from secateurs.blockwise import BlockwiseModel
-from secateurs.checkpoint import check_output, copy_companions, read_json, write_json
+from secateurs.calibration.sequences import CalibrationText, sha256_of
+from secateurs.checkpoint import RECORD, check_output, copy_companions, read_json, write_json
 from secateurs.checkpoint.card import write_card
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.pattern import parse_pattern
 from secateurs.pruning.allocation.survey import Patterns
-from secateurs.pruning.record import RECORD, BlockReport, Report
+from secateurs.pruning.record import BlockReport, ChoiceReport, Report
 from secateurs.version import __version__
 
 FORMAT = 3
@@ -73,7 +74,7 @@ class WorkFolder:
             "checkpoint": checkpoint.identity(),
         }
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.partial = _partial(self.output)
         self.model, self.progress = self.partial / "model", self.partial / "progress"
         self.recovered = self.partial / "recovered"
         inside = {name for names in blocks for name in names}
@@ -144,12 +145,31 @@ class WorkFolder:
             self.shards.write((name, self.checkpoint.load([name])[name]) for name in self.parts[0])
             write_json(done, {})
 
+    def calibration(self, text: CalibrationText, progress: bool) -> Tensor:
+        """The calibration tokens. What the model writes of them is kept: a run that goes on has the same."""
+        if text.form is None:
+            return text.tokens()
+        with self.clock("run"):
+            tokens = text.tokens(self.progress, progress=progress)
+        self.settings["calibration"] = {**text.record, "sha256": sha256_of(tokens)}
+        return tokens
+
     def allocation(self, survey: Callable[[], Patterns]) -> Patterns:
         """Each layer's pattern by a survey, which is made once: a run that goes on remembers it."""
         memory = self.progress / "allocation.json"
         if not memory.exists():
             write_json(memory, {name: pattern and str(pattern) for name, pattern in survey().items()})
         return {name: text and parse_pattern(text) for name, text in read_json(memory).items()}
+
+    def choice(self, choose: Callable[[], list[ChoiceReport]]) -> list[ChoiceReport]:
+        """Which experts are kept, chosen once: a run that goes on remembers them."""
+        if not self._choice.exists():
+            write_json(self._choice, {"choice": [asdict(block) for block in choose()]})
+        return [ChoiceReport(**block) for block in read_json(self._choice)["choice"]]
+
+    @property
+    def _choice(self) -> Path:
+        return self.progress / "choice.json"
 
     def block(self, index: int) -> dict[str, Tensor] | None:
         """A finished block's tensors by their names in the files, or None."""
@@ -191,7 +211,10 @@ class WorkFolder:
             seconds: what the run took beside its blocks.
         """
         with self.clock("write"):
-            copy_companions(self.checkpoint.folder, self.model, replaced={"README.md"})
+            written = {"config.json"} if self.checkpoint.edited else set()
+            copy_companions(self.checkpoint.folder, self.model, replaced={"README.md", *written})
+            for name in written:
+                write_json(self.model / name, self.checkpoint.config)
             self.shards.finish()
         blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
         counted = [self.phases, *(block["phases"] for block in blocks)]
@@ -207,6 +230,7 @@ class WorkFolder:
                 part.name: [entry for block in blocks for entry in block[part.name]]
                 for part in fields(BlockReport)
             },
+            **(read_json(self._choice) if self._choice.exists() else {}),
         }
         write_json(self.model / RECORD, record)
         report = Report.read(self.model)
@@ -214,7 +238,7 @@ class WorkFolder:
             self.model,
             self.checkpoint.folder,
             self.settings["model"],
-            title=f"pruned to {report.sparsity:.0%} zeros",
+            title=report.title,
             facts=report.facts,
             usage="",
             tags=["pruned", "sparse"],
@@ -235,6 +259,15 @@ class WorkFolder:
                 with suppress(OSError):
                     path.unlink()
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def begun(output: Path) -> bool:
+    """Whether something is where a run's output is to be, or in the folder that it works in before."""
+    return output.exists() or _partial(output.resolve()).exists()
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def _apart(blocks: list[list[str]]) -> list[list[str]]:

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateurs.checkpoint import read_json
-
-RECORD = "secateurs.json"
+from secateurs.calibration.sequences import in_words
+from secateurs.checkpoint import RECORD, read_json
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class MLPReport:
 
 @dataclass(frozen=True)
 class Refinement:
-    """The descent on one block's remaining weights, judged by sequences that it was not shown."""
+    """The descent on one block's remaining weights, judged by a few of the sequences."""
 
     name: str
     """Of the block."""
@@ -71,6 +70,21 @@ class ExpertsReport:
 
     name: str
     """Of the module that holds them."""
+    tokens: list[int]
+    """That were routed to each."""
+
+
+@dataclass(frozen=True)
+class ChoiceReport:
+    """Which of a block's experts were kept, before anything else was done."""
+
+    name: str
+    """Of the module that holds them."""
+    kept: list[int]
+    """Their numbers in the model as it was, rising: the first of them is number 0 now."""
+    scores: list[float]
+    """Of all: the mean, over the tokens routed to one, of the router's weight times the norm of what it
+    gives."""
     tokens: list[int]
     """That were routed to each."""
 
@@ -106,6 +120,8 @@ class Report:
     """One for each block that was refined."""
     experts: list[ExpertsReport] = field(repr=False, default_factory=list)
     """One for each module of experts that were pruned on text."""
+    choice: list[ChoiceReport] = field(repr=False, default_factory=list)
+    """Of experts, one for each block, if only a share of them was kept."""
     dense: dict[str, str] = field(repr=False, default_factory=dict)
     """What holds matrices and is left as it is, with blocks in one (`model.layers.*`...) -> why."""
     alone: list[str] = field(repr=False, default_factory=list)
@@ -124,6 +140,7 @@ class Report:
         ]
         refinements = [Refinement(**refinement) for refinement in content.get("refinements", [])]
         experts = [ExpertsReport(**entry) for entry in content.get("experts", [])]
+        choice = [ChoiceReport(**entry) for entry in content.get("choice", [])]
         parts = {"dense": content.get("dense", {}), "alone": content.get("alone", [])}
         shared = {key: content[key] for key in ("settings", "versions", "seconds", "phases")}
         return cls(
@@ -132,6 +149,7 @@ class Report:
             mlps=mlps,
             refinements=refinements,
             experts=experts,
+            choice=choice,
             **parts,
             **shared,
         )
@@ -142,28 +160,47 @@ class Report:
         settings = self.settings
         method, calibration = settings["method"], settings["calibration"]
         inner = method.get("solver")
-        facts = [
-            ("Method", f"{method['name']} ({inner['name']} inside)" if inner else method["name"]),
-            ("Pattern", settings["pattern"]),
-            ("Zeros", f"{self.sparsity:.2%} of the weights of {len(self.layers)} linear layers"),
-            ("Mean relative error of the layers' outputs", f"{self.error:.4f}"),
-        ]
-        if self.dense:
+        facts = []
+        if self.choice:
+            facts.append(("Experts", f"{self.kept_experts} kept, by router-weighted activation (REAP)"))
+        if self.layers:
+            facts += [
+                ("Method", f"{method['name']} ({inner['name']} inside)" if inner else method["name"]),
+                ("Pattern", settings["pattern"]),
+                ("Zeros", f"{self.sparsity:.2%} of the weights of {len(self.layers)} linear layers"),
+                ("Mean relative error of the layers' outputs", f"{self.error:.4f}"),
+            ]
+        if self.dense and self.layers:
             names = ", ".join(sorted({name.removesuffix(".weight") for name in self.dense}))
             facts.append(("Left dense", names))
-        if self.alone and method["name"] == "sparsellm":
+        if self.alone and self.layers and method["name"] == "sparsellm":
             facts.append(("Pruned by the local solver alone", ", ".join(self.alone)))
         if calibration is not None:
-            text = f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}"
+            text = in_words(calibration)
             facts.append(("Calibration", " ".join(Path(part).name for part in text.split(" "))))
         return [*facts, ("secateurs", self.versions["secateurs"])]
 
     @property
+    def title(self) -> str:
+        """What became of the model, in a few words."""
+        parts = [f"with {self.kept_experts}"] if self.choice else []
+        if self.layers:
+            parts.append(f"pruned to {self.sparsity:.0%} zeros")
+        return ", ".join(parts)
+
+    @property
+    def kept_experts(self) -> str:
+        """What was kept of each block's experts: "12 of 16 experts in each of 24 blocks"."""
+        first, blocks = self.choice[0], len(self.choice)
+        each = f"each of {blocks} blocks" if blocks > 1 else "one block"
+        return f"{len(first.kept)} of {len(first.scores)} experts in {each}"
+
+    @property
     def sparsity(self) -> float:
-        """Share of zeros in all pruned layers together."""
-        return sum(x.sparsity * x.weights for x in self.layers) / sum(x.weights for x in self.layers)
+        """Share of zeros in all pruned layers together; 0 if there are none."""
+        return sum(x.sparsity * x.weights for x in self.layers) / max(1, sum(x.weights for x in self.layers))
 
     @property
     def error(self) -> float:
-        """Mean relative error of the pruned layers."""
-        return sum(layer.error for layer in self.layers) / len(self.layers)
+        """Mean relative error of the pruned layers; 0 if there are none."""
+        return sum(layer.error for layer in self.layers) / max(1, len(self.layers))

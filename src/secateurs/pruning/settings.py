@@ -1,18 +1,20 @@
 """What `prune` can be told."""
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor
 
+from secateurs.calibration.sources import Calibration, counts_of, sources_of
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import resolve_device
-from secateurs.pattern import Pattern
-from secateurs.pruning.allocation.plan import Allocation, as_pattern
+from secateurs.pattern import Pattern, Unstructured, share_of
+from secateurs.pruning.allocation.plan import UNIFORM, Allocation, as_pattern
 from secateurs.pruning.block.joint import Joint, Target
 from secateurs.pruning.block.local import Local, Sequential
+from secateurs.pruning.block.refine import passes_for
 from secateurs.pruning.methods import Method, describe_method, parse_method
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.solvers.magnitude import Magnitude
@@ -21,9 +23,6 @@ from secateurs.settings import InWindows, OnDevice
 
 REPAIR = 0.5
 """By default: whether none or all of it is better depends on the text and the sparsity."""
-
-REFINE = 8
-"""Passes over the calibration text by default, where there is something to refine towards."""
 
 OF_CALIBRATION = ("samples", "length", "seed", "field", "bos", "batch_size", "sequential")
 """What says how calibration text is read and used."""
@@ -42,17 +41,24 @@ class PruneSettings(InWindows, OnDevice):
     output: str | Path
     """The folder to make. It must not exist, unless this same command began it."""
 
-    calibration: str | Path | Tensor | None = None
+    calibration: Calibration | None = None
     """Text like that which the model will see: a file or a folder (docs/text.md says of what), a dataset on
-    the hub, or wikitext2, ptb, c4. Only magnitude does without. In Python also token ids (samples,
-    length)."""
+    the hub, wikitext2, ptb, c4, or self, which the model writes (self:temperature=0.9). Several are mixed,
+    in equal shares or as text.txt=0.25 says. Only magnitude does without. In Python also shares by name, or
+    token ids (samples, length)."""
 
     method: str | Method = "sparsellm"
     """sparsellm, or a local method by itself: magnitude, wanda, sparsegpt or admm. With settings:
     sparsellm:solver=sparsegpt,iterations=2 or sparsegpt:block=64,damping=0.02."""
 
     pattern: str | float | Pattern = "50%"
-    """70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m)."""
+    """70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m). With experts also 0%: then
+    nothing else is done."""
+
+    experts: str | float = "100%"
+    """The share of each block's experts to keep, above 0% and up to 100%: 75% keeps 12 of 16. The others are
+    dropped whole, before anything is pruned, and the router is cut to match: those that add least to what
+    the block gives for the calibration text (REAP)."""
 
     allocation: Allocation = "uniform"
     """How the pattern's zeros are shared out between layers: uniform; sensitivity (most where that moves a
@@ -78,7 +84,8 @@ class PruneSettings(InWindows, OnDevice):
 
     refine: int | None = None
     """Passes over the calibration text in which the weights that are left in a pruned block are trained
-    towards the target. By default 8 for sparsellm, 0 for the others and for the target layer."""
+    towards the target. By default 0, but for sparsellm, unless its target is layer, what makes about 128
+    steps: 4 passes over 16,000 tokens, one over 65,000 or more."""
 
     sequential: Sequential | None = None
     """What a layer's inputs have seen when they are measured: the pruned blocks before it (block, as local
@@ -98,14 +105,18 @@ class PruneSettings(InWindows, OnDevice):
 
     def __post_init__(self) -> None:
         """Raises ValueError for what does not suit, alone or together."""
-        solver, _ = self.solver, self.budget
+        solver, share, _ = self.solver, self.share_of_experts, self.budget
+        if self.calibration is None and share < 1:
+            raise ValueError("experts are chosen by what they do on calibration text: give some")
         if self.calibration is None and not isinstance(solver, Magnitude):
             raise ValueError(
-                "calibration text is needed (a file, a folder or a dataset's name): only magnitude does "
-                "without"
+                "calibration text is needed (a file, a folder, a dataset's name, or self): only magnitude "
+                "does without"
             )
         if self.samples < 1:
             raise ValueError(f"samples are at least 1, not {self.samples}")
+        if self.calibration is not None and not isinstance(self.calibration, Tensor):
+            counts_of(sources_of(self.calibration), self.samples)
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is a number of sequences, not {self.batch_size}")
         for given, known in ((self.target, Target), (self.sequential, Sequential)):
@@ -125,9 +136,9 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError(
                 f"repair is a share above 0 and up to 1, not {self.repair} (for 0, set target to block)"
             )
-        if not isinstance(self.passes, int) or self.passes < 0:
+        if self.refine is not None and (not isinstance(self.refine, int) or self.refine < 0):
             raise ValueError(f"refine is a number of passes, not {self.refine}")
-        if self.passes and self.aim == "layer":
+        if self.refine and self.aim == "layer":
             raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
         if self.recover < 0:
             raise ValueError(f"recover is a number of tokens, not {self.recover}")
@@ -149,7 +160,24 @@ class PruneSettings(InWindows, OnDevice):
 
     @property
     def budget(self) -> Pattern:
+        if self.share_of_experts < 1 and share_of(str(self.pattern)) == 0:
+            return Unstructured(0.0)
         return as_pattern(self.pattern)
+
+    @property
+    def drops_only(self) -> bool:
+        """Whether nothing is to be done but to drop experts."""
+        return self.budget == Unstructured(0.0) and self.share_of_experts < 1 and self.allocation == UNIFORM
+
+    @property
+    def share_of_experts(self) -> float:
+        """To keep."""
+        share = share_of(str(self.experts))
+        if share is None or not 0 < share <= 1:
+            raise ValueError(
+                f"experts are a share to keep, above 0% and up to 100%, not '{self.experts}': give 75%, say"
+            )
+        return share
 
     @property
     def aim(self) -> Target:
@@ -169,21 +197,21 @@ class PruneSettings(InWindows, OnDevice):
     def share_repaired(self) -> float:
         return REPAIR if self.repair is None else self.repair
 
-    @property
-    def passes(self) -> int:
-        """Of refinement."""
+    def resolved(self, samples: int, length: int) -> "PruneSettings":
+        """With the passes of refinement that suit so many calibration sequences of so many tokens."""
         if self.refine is not None:
-            return self.refine
-        return REFINE if isinstance(self.solver, SparseLLM) and self.aim != "layer" else 0
+            return self
+        refines = isinstance(self.solver, SparseLLM) and self.aim != "layer"
+        return replace(self, refine=passes_for(samples, length) if refines else 0)
 
     @property
     def pruner(self) -> Joint | Local:
         """How a block is pruned."""
-        solver = self.solver
+        solver, refine = self.solver, self.refine or 0
         if isinstance(solver, SparseLLM):
-            return Joint(solver, self.aim, self.share_repaired, self.passes)
+            return Joint(solver, self.aim, self.share_repaired, refine)
         if self.aim != "layer":
-            return Joint(SparseLLM(solver, iterations=0), self.aim, self.share_repaired, self.passes)
+            return Joint(SparseLLM(solver, iterations=0), self.aim, self.share_repaired, refine)
         return Local(solver, self.seen)
 
     def recovery(self, model: str | Path, output: str | Path) -> RecoverSettings:
@@ -210,9 +238,10 @@ class PruneSettings(InWindows, OnDevice):
         return {
             "method": describe_method(self.solver),
             "pattern": str(self.budget),
+            **({"experts": self.share_of_experts} if self.share_of_experts < 1 else {}),
             "target": self.aim,
             "repair": self.share_repaired if self.aim == "dense" else None,
-            "refine": self.passes,
+            "refine": self.refine or 0,
             "sequential": self.seen,
             "recover": self.recover,
             "max_shard_size": size_in_bytes(self.max_shard_size),

@@ -4,18 +4,17 @@ Memory holds one block, its second moments and the calibration activations, what
 state is the weights: a run that finds finished blocks pushes the activations through them and goes on.
 """
 
-import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateurs.blockwise import Batch, BlockwiseModel
+from secateurs.calibration.sequences import CalibrationText, calibration_text
 from secateurs.checkpoint import Checkpoint, check_place, output_lock, resolve
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import home_of, resolve_device
@@ -24,14 +23,14 @@ from secateurs.pruning.allocation.plan import describe_allocation, plan
 from secateurs.pruning.allocation.sensitivity import Sensitivity
 from secateurs.pruning.allocation.survey import Allocator, Patterns, Survey, layer_shapes
 from secateurs.pruning.block.block import Advance, Block, BlockPruner, Streams
-from secateurs.pruning.folder import WorkFolder
+from secateurs.pruning.folder import WorkFolder, begun
 from secateurs.pruning.mlp.problem import HELD_OUT
 from secateurs.pruning.mlp.sparsellm import SparseLLM
+from secateurs.pruning.reap import Cut, plan_cut
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
-from secateurs.recovery.run import read_text, recover_folder
+from secateurs.recovery.run import recover_folder, recovery_text
 from secateurs.settings import takes
-from secateurs.text import calibration_blocks, check_tokens, load_tokenizer, wants_bos
 
 TOKENS_AT_ONCE = 2048
 
@@ -61,29 +60,46 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     start = time.monotonic()
     checkpoint = Checkpoint(resolve(model))
     check_place(Path(settings.output), checkpoint)
-    blockwise = BlockwiseModel(checkpoint, resolve_device(settings.device))
-    planned = plan(settings.allocation, settings.budget, layer_shapes(blockwise))
+    blockwise = dense = BlockwiseModel(checkpoint, resolve_device(settings.device))
+    cut = None
+    if settings.share_of_experts < 1:
+        cut = plan_cut(dense, settings.share_of_experts)
+        blockwise = BlockwiseModel(cut.checkpoint, dense.device)
+    shapes = layer_shapes(blockwise)
+    planned: Patterns | Allocator = dict.fromkeys(shapes)
+    if not settings.drops_only:
+        planned = plan(settings.allocation, settings.budget, shapes)
     if settings.calibration is None and isinstance(planned, Sensitivity):
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
-    tokens = _tokens(settings, blockwise, progress)
-    batch_size = _batch_size(settings, tokens)
+    text = _calibration(settings, dense, progress)
+    batch_size = _batch_size(settings, text)
+    if text is not None:
+        settings = settings.resolved(text.samples, text.length)
     run = {
         "model": str(model),
         "allocation": describe_allocation(planned, settings.budget),
-        "calibration": _describe_tokens(settings, tokens, blockwise),
+        "calibration": text and text.record,
         "batch_size": batch_size,
         "device": blockwise.device.type,
         **settings.record(),
     }
+    if text and text.form and not begun(Path(settings.output)):
+        text.check_room()
     with output_lock(Path(settings.output)):
         work = WorkFolder(Path(settings.output), blockwise, run, most=size_in_bytes(settings.max_shard_size))
         if work.finished:
             return Report.read(work.output)
         if not work.pruned:
             if settings.recover:  # what would stop it is to be found before the work
-                read_text(settings.recovery(model, work.recovered), checkpoint, checkpoint, False)
+                recovery_text(settings.recovery(model, work.recovered), checkpoint, checkpoint, False)
             with work.clock("write"):
                 work.write_outside()
+            tokens = None if text is None else work.calibration(text, progress)
+            if cut is not None:
+                assert tokens is not None
+                _choose(cut, tokens, batch_size, work, progress)
+            if settings.drops_only:
+                tokens = None  # there is nothing more to be seen of them
             patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
             with _progress_bar(len(patterns), shown=progress) as advance:
                 in_blocks = _walk(blockwise, settings.pruner, patterns, tokens, batch_size, work, advance)
@@ -96,66 +112,43 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         return work.release(work.recovered)
 
 
-def _tokens(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> Tensor | None:
-    """(samples, length) ids to calibrate on."""
-    calibration = settings.calibration
-    if calibration is None:
+def _calibration(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> CalibrationText | None:
+    """What to calibrate on, enough of it for the method."""
+    if settings.calibration is None:
         return None
-    length, limit = settings.length, getattr(model.text_config, "max_position_embeddings", None)
-    if isinstance(calibration, Tensor):
-        tokens = calibration.cpu()
-        if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
-            raise ValueError("token ids must be an int64 tensor (samples, length), and not empty")
-        length = tokens.shape[1]
-    elif length is None:
-        length = min(limit or 2048, 2048)
-    if limit is not None and length > limit:
-        raise ValueError(f"length {length} is more than the {limit} positions that the model was made for")
-    if not isinstance(calibration, Tensor):
-        tokens = calibration_blocks(
-            calibration,
-            load_tokenizer(model.checkpoint.folder),
-            samples=settings.samples,
-            length=length,
-            seed=settings.seed,
-            field=settings.field,
-            bos=wants_bos(model.config.model_type, settings.asked_bos),
-            progress=progress,
-        )
-    check_tokens(tokens, model.text_config.vocab_size)
+    text = calibration_text(
+        settings.calibration,
+        model.checkpoint,
+        model.config,
+        model.device,
+        samples=settings.samples,
+        length=settings.length,
+        seed=settings.seed,
+        field=settings.field,
+        bos=settings.asked_bos,
+        progress=progress,
+    )
+    if settings.drops_only:
+        return text
+    tokens = text.samples * text.length
     iterates = isinstance(settings.solver, SparseLLM) and settings.solver.iterations > 0
-    if iterates and tokens.numel() < HELD_OUT:
+    if iterates and tokens < HELD_OUT:
         raise ValueError(
-            f"{tokens.numel()} calibration tokens are too few for SparseLLM's iterations: give {HELD_OUT} "
-            "or more"
+            f"{tokens} calibration tokens are too few for SparseLLM's iterations: give {HELD_OUT} or more"
         )
-    if settings.passes and len(tokens) < 2:
-        raise ValueError("refinement holds a calibration sequence out: give two or more (or refine 0)")
-    return tokens
+    return text
 
 
-def _batch_size(settings: PruneSettings, tokens: Tensor | None) -> int | None:
-    if tokens is None:
+def _batch_size(settings: PruneSettings, text: CalibrationText | None) -> int | None:
+    if text is None:
         return settings.batch_size
-    return settings.batch_size or max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    return settings.batch_size or max(1, TOKENS_AT_ONCE // text.length)
 
 
-def _describe_tokens(
-    settings: PruneSettings, tokens: Tensor | None, model: BlockwiseModel
-) -> dict[str, Any] | None:
-    """What the record says of the calibration tokens."""
-    if tokens is None:
-        return None
-    given = settings.calibration
-    return {
-        "source": "token ids" if isinstance(given, Tensor) else str(given),
-        "field": settings.field,
-        "bos": not isinstance(given, Tensor) and wants_bos(model.config.model_type, settings.asked_bos),
-        "samples": tokens.shape[0],
-        "length": tokens.shape[1],
-        "seed": settings.seed,
-        "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-    }
+def _choose(cut: Cut, tokens: Tensor, batch_size: int | None, work: WorkFolder, progress: bool) -> None:
+    """Choose the experts that are kept, by the dense model."""
+    with _progress_bar(max(cut.homes) + 1, shown=progress) as advance:
+        cut.keep(work.choice(lambda: cut.choose(tokens, batch_size or 1, advance)))
 
 
 def _allocate(

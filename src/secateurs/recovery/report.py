@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from secateurs.checkpoint import read_json
-from secateurs.pruning.record import RECORD
+from secateurs.calibration.sequences import in_words
+from secateurs.checkpoint import RECORD, read_json
 from secateurs.training.report import TrainerReport
 
 KEY = "recovery"
@@ -46,7 +46,7 @@ class RecoveryReport(TrainerReport):
     def facts(self) -> list[tuple[str, str]]:
         """What a model card says of the run."""
         settings, calibration = self.settings, self.settings["calibration"]
-        text = f"{calibration['samples']} x {calibration['length']} tokens of {calibration['source']}"
+        text = in_words(calibration)
         facts = [
             ("Trained towards", Path(settings["towards"]).name),
             ("Steps", f"{self.steps}, {self.tokens} tokens"),

@@ -5,7 +5,6 @@ output is the input's folder with other weights, which appears when it is comple
 command resumes from the last checkpoint.
 """
 
-import hashlib
 import os
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -23,20 +22,28 @@ from transformers import (
     set_seed,
 )
 
-from secateurs.checkpoint import Checkpoint, check_place, copy_companions, output_lock, read_json, resolve
+from secateurs.calibration.sequences import CalibrationText, calibration_text, sha256_of
+from secateurs.checkpoint import (
+    RECORD,
+    Checkpoint,
+    check_place,
+    copy_companions,
+    output_lock,
+    read_json,
+    resolve,
+)
 from secateurs.checkpoint.companions import bytes_of_companions
 from secateurs.checkpoint.config import read_config as read_causal_config
 from secateurs.checkpoint.config import refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.shards import size_in_bytes
-from secateurs.device import multiplies_bfloat16
-from secateurs.pruning.record import RECORD
+from secateurs.device import multiplies_bfloat16, resolve_device
 from secateurs.recovery.report import KEY, RecoveryReport
 from secateurs.recovery.settings import RecoverSettings
 from secateurs.recovery.steps import Recovery, held_out_loss, hold_out, in_order, rows_of, without_dropout
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
-from secateurs.text import TooShortError, calibration_blocks, check_tokens, load_tokenizer, wants_bos
+from secateurs.text import TooShortError, check_tokens, load_tokenizer
 from secateurs.training.arguments import read_settings, trainer_arguments
 from secateurs.training.folder import TrainingFolder, bytes_at_once
 from secateurs.training.loop import for_training, make_steps, peak_memory_bytes, silent, with_adapters
@@ -91,8 +98,8 @@ def recover_folder(
         run: what stands for all that decides the result, where this is the end of a run of `prune`.
     """
     dense = Checkpoint(resolve(settings.towards))
-    tokens, trained, held = read_text(settings, checkpoint, dense, progress)
-    count, length = tokens.shape
+    text = recovery_text(settings, checkpoint, dense, progress)
+    length = text.length
     processes = int(os.environ.get("WORLD_SIZE", 1))
     told = {} if settings.settings is None else read_settings(Path(settings.settings), TrainingArguments)
     trainer = {
@@ -107,14 +114,7 @@ def recover_folder(
     chosen = {
         "model": model,
         "towards": str(settings.towards),
-        "calibration": {
-            "source": "token ids" if isinstance(settings.calibration, Tensor) else str(settings.calibration),
-            "field": settings.field,
-            "samples": count,
-            "length": length,
-            "held_out": len(held),
-            "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-        },
+        "calibration": text.record,
         "text_loss": settings.text_loss,
         "lora": settings.lora,
         "max_shard_size": size_in_bytes(settings.max_shard_size),
@@ -142,10 +142,17 @@ def recover_folder(
             work.clear()
         return RecoveryReport.read(work.output)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    rows = in_order(trained, max(1, round(settings.tokens / length / batch)) * batch, settings.seed)
-    checkpoints = bytes_at_once(checkpoint, arguments, rows=len(rows), lora=settings.lora)
+    count = max(1, round(settings.tokens / length / batch)) * batch
+    checkpoints = bytes_at_once(checkpoint, arguments, rows=count, lora=settings.lora)
     work.check_room(checkpoints + checkpoint.tensor_bytes + bytes_of_companions(checkpoint.folder))
 
+    with arguments.main_process_first(local=False):
+        if arguments.should_save:
+            work.begin()
+            work.text.mkdir(exist_ok=True)
+        tokens = text.tokens(work.text, progress=progress)
+    trained, held = _split(tokens, settings.seed)
+    rows = in_order(trained, count, settings.seed)
     with silent():
         loaded = load_model(checkpoint.folder, "cpu", None if settings.lora else torch.float32)
         towards = _load_dense(dense, arguments.device)
@@ -156,9 +163,6 @@ def recover_folder(
     masks = Masks.of_zeros(adapted)
     watch = Watch(None, keep=arguments.save_total_limit, shown=progress)
     arguments.save_total_limit = None
-    with arguments.main_process_first(local=False):
-        if arguments.should_save:
-            work.begin()
     with silent(), for_training(loaded):
         steps = Recovery(
             dense=towards,
@@ -191,7 +195,10 @@ def recover_folder(
         copy_companions(checkpoint.folder, work.model, replaced={"README.md"})
         weights.write(work.model, most=size_in_bytes(settings.max_shard_size))
         recovery = {
-            "settings": chosen,
+            "settings": {
+                **chosen,
+                "calibration": {**text.record, "held_out": len(held), "sha256": sha256_of(tokens)},
+            },
             "versions": versions,
             "seconds": round(watch.seconds, 3),
             "steps": steps.state.global_step,
@@ -206,10 +213,10 @@ def recover_folder(
     return RecoveryReport.read(work.output)
 
 
-def read_text(
+def recovery_text(
     settings: RecoverSettings, checkpoint: Checkpoint, dense: Checkpoint, progress: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All sequences, those to train on and those that are held out: (sequences, length) each.
+) -> CalibrationText:
+    """Sequences to train on and to judge by; what the dense model is to write of them is not written yet.
 
     Raises:
         ValueError: the text or the models are not fit for it.
@@ -220,62 +227,54 @@ def read_text(
     for one in (checkpoint, dense):
         skeleton_of(one)
     _check_vocabulary(checkpoint, config, dense, dense_config)
-    tokens = _tokens(settings, checkpoint, config, dense_config, progress)
-    count, length = tokens.shape
-    if count < 2:
+    text = _read(settings, dense, config, dense_config, progress)
+    sequence_length(text.length, config)
+    if text.samples < 2:
         raise ValueError("some of the sequences are held out to judge by: give two or more")
-    return tokens, *hold_out(tokens, max(1, min(count // 8, -(-HELD_OUT // length))), settings.seed)
+    for part in text.parts:
+        if part.read is not None:
+            check_tokens(part.read, _vocabulary(config))
+    if text.form is None:
+        _split(text.tokens(), settings.seed)
+    return text
 
 
-def _tokens(
+def _read(
     settings: RecoverSettings,
-    checkpoint: Checkpoint,
+    dense: Checkpoint,
     config: PretrainedConfig,
     dense_config: PretrainedConfig,
     progress: bool,
-) -> Tensor:
-    """(sequences, length) ids of text."""
-    given = settings.calibration
+) -> CalibrationText:
+    """Of a text that has fewer sequences than they are by default, half as many, and half again."""
     length = settings.length
-    if isinstance(given, Tensor):
-        if given.ndim != 2 or given.dtype != torch.int64 or not given.numel():
-            raise ValueError("token ids must be an int64 tensor (samples, length), and not empty")
-        length = given.shape[1]
-    length = min(sequence_length(length, one) for one in (config, dense_config))
-    if isinstance(given, Tensor):
-        tokens = given.cpu()
-    else:
-        tokens = _draw(given, settings, checkpoint, config, length, progress)
-    check_tokens(tokens, min(_vocabulary(config), _vocabulary(dense_config)))
-    return tokens
-
-
-def _draw(
-    source: str | Path,
-    settings: RecoverSettings,
-    checkpoint: Checkpoint,
-    config: PretrainedConfig,
-    length: int,
-    progress: bool,
-) -> Tensor:
-    """Sequences of a text: of one that has fewer than they are by default, half as many, and half again."""
-    samples = settings.sequences(length)
+    if not isinstance(settings.calibration, Tensor):
+        length = min(sequence_length(length, one) for one in (config, dense_config))
+    samples = settings.sequences(length or 1)
     while True:
         try:
-            return calibration_blocks(
-                source,
-                load_tokenizer(checkpoint.folder),
+            return calibration_text(
+                settings.calibration,
+                dense,
+                dense_config,
+                resolve_device(settings.device),
                 samples=samples,
                 length=length,
                 seed=settings.seed,
                 field=settings.field,
-                bos=wants_bos(config.model_type, settings.asked_bos),
+                bos=settings.asked_bos,
                 progress=progress,
             )
         except TooShortError:
             if settings.samples is not None or samples < 4:
                 raise
             samples //= 2
+
+
+def _split(tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """(sequences, length) to train on, and others that are held out."""
+    count, length = tokens.shape
+    return hold_out(tokens, max(1, min(count // 8, -(-HELD_OUT // length))), seed)
 
 
 def _vocabulary(config: PretrainedConfig) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateurs.calibration.sources import SELF, Calibration, counts_of, sources_of
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import multiplies_bfloat16, resolve_device
 from secateurs.settings import InWindows
@@ -39,9 +40,9 @@ class RecoverSettings(InWindows):
     towards: str | Path
     """The dense model: a folder, a .gguf file, or a name on the hub. Any with the same vocabulary will do."""
 
-    calibration: str | Path | Tensor
-    """Text like that which the model will see: a file or a folder (docs/text.md says of what), a dataset on
-    the hub, or wikitext2, ptb, c4. In Python also token ids (samples, length)."""
+    calibration: Calibration = SELF
+    """Text to train on, as `prune` takes it: a file, a folder, a dataset's name, or several with shares. By
+    default self: the dense model writes it."""
 
     tokens: int = 1_000_000
     """To train on, 2048 to a step. Text that has fewer is repeated."""
@@ -88,6 +89,8 @@ class RecoverSettings(InWindows):
             raise ValueError(f"tokens are at least 1, not {self.tokens}")
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"samples are at least 1, not {self.samples}")
+        if not isinstance(self.calibration, Tensor):
+            counts_of(sources_of(self.calibration), self.samples or SAMPLES)
         if not 0 <= self.text_loss <= 1:
             raise ValueError(f"text_loss is a share from 0 to 1, not {self.text_loss}")
         if self.batch_size is not None and self.batch_size < 1:

@@ -18,9 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
-from secateurs.checkpoint import Checkpoint, read_json, write_json
+from secateurs.checkpoint import RECORD, Checkpoint, read_json, write_json
 from secateurs.checkpoint.card import write_card
-from secateurs.pruning.record import RECORD
 from secateurs.training.report import TrainerReport, TrainingReport
 
 CLOCK = "secateurs.json"
@@ -46,6 +45,7 @@ class TrainingFolder:
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.model, self.checkpoints = self.partial / "model", self.partial / "checkpoints"
         self.mark = self.partial / "run.json"
+        self.text = self.partial / "text"
         self.run = (
             run or hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         )

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from secateurs.checkpoint import read_json
-from secateurs.pruning.record import RECORD
+from secateurs.checkpoint import RECORD, read_json
 
 
 class TrainerReport(ABC):

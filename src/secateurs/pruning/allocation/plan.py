@@ -12,7 +12,7 @@ from secateurs.pattern import NM, Pattern, parse_pattern
 from secateurs.pruning.allocation.owl import OWL
 from secateurs.pruning.allocation.sensitivity import Sensitivity
 from secateurs.pruning.allocation.survey import Allocator, Patterns
-from secateurs.pruning.methods import parse_named
+from secateurs.settings import parse_named
 
 Choice = str | float | Pattern | None
 Allocation = str | Path | Allocator | Mapping[str, Choice] | Callable[[str], Choice]

@@ -15,14 +15,25 @@ from torch import Tensor
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.device import multiplies_bfloat16
 
-TOKENS_A_STEP = 1024
+TOKENS_A_STEP = 512
 
-HELD_OUT = 8
-"""One sequence in so many, and at least one, is not shown to the descent: it judges what that gained. (The
-fits before it have seen it, so that what they left there looks a little small.)"""
+STEPS = 128
+"""By default: what did as well as twice as many on every model and text that was tried."""
 
-RATE = 0.003
-"""The largest that a step may be, relative to the root mean square of the weights that it changes."""
+MOST_PASSES = 4
+"""By default, over a text that is short."""
+
+JUDGES = 8
+"""One sequence in so many, and at least one, tells whether the descent gained anything. It is shown to it, as
+it was to the fits before: judged on sequences that these alone have seen, a descent that does well on other
+text would seem to lose. Few passes keep it from learning the sequences by heart."""
+
+RATE = 3.0
+"""The largest that a step may be, relative to the root mean square of the weights that it changes, times the
+width: the wider a block, the more weights move its result together."""
+
+MOST_RATE = 0.0125
+"""For narrow blocks."""
 
 WARM_UP = 20
 """Steps until Adam's second moments may be trusted with the whole rate; in a short run a quarter of them."""
@@ -34,10 +45,15 @@ class Refined(NamedTuple):
     parameters: dict[str, Tensor] | None
     """By their names in the block, in the dtypes they are stored in; None where they are no better."""
     before: float
-    """Squared error of the block's result on the sequences that the descent was not shown, relative to the
-    energy of what the block is asked to add: its target less its input."""
+    """Squared error of the block's result on the sequences that judge, relative to the energy of what the
+    block is asked to add: its target less its input."""
     after: float | None
     """The same with what was found; None where that is not finite."""
+
+
+def passes_for(samples: int, length: int) -> int:
+    """Over so many sequences of so many tokens, for about `STEPS` steps."""
+    return min(MOST_PASSES, max(1, round(STEPS / math.ceil(samples / _together(length)))))
 
 
 def refine(
@@ -61,7 +77,7 @@ def refine(
         index: of the block.
         stored: the parameters to train, by their names within the block, as they stand in the files: the
             result is judged as it is rounded to their dtypes.
-        hidden: what the block is given; at least two sequences.
+        hidden: what the block is given.
         targets: what it ought to give, a (batch, length, hidden) tensor for each batch.
         passes: over the sequences.
 
@@ -73,8 +89,7 @@ def refine(
         for given, wanted in zip(hidden, targets, strict=True)
         for pair in zip(given.split(), given.split_like(wanted), strict=True)
     ]
-    shown = [pair for i, pair in enumerate(pairs) if i % HELD_OUT != 1]
-    unseen = pairs[1::HELD_OUT]
+    judges = pairs[::JUDGES]
     parameters = {
         name: parameter.detach().float() for name, parameter in model.blocks[index].named_parameters()
     }
@@ -84,7 +99,7 @@ def refine(
     }
     parameters |= trained
     kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim > 1}
-    together = max(1, TOKENS_A_STEP // hidden[0].states.shape[-2])
+    together = _together(hidden[0].states.shape[-2])
     energy = sum(
         float((wanted.float() - given.states.float()).square().sum()) for given, wanted in pairs
     ) / len(pairs)
@@ -103,16 +118,17 @@ def refine(
 
     @torch.no_grad()
     def error(weights: dict[str, Tensor]) -> float:
-        return sum(float(lost([pair], weights)) for pair in unseen) / len(unseen)
+        return sum(float(lost([pair], weights)) for pair in judges) / len(judges)
 
     before = error(parameters)
     if not math.isfinite(before):
         raise FloatingPointError("the result of the pruned block is not finite on the calibration text")
-    steps = passes * math.ceil(len(shown) / together)
+    steps = passes * math.ceil(len(pairs) / together)
     warm_up = min(WARM_UP, 1 + steps // 4)
+    rate = min(MOST_RATE, RATE / hidden[0].states.shape[-1])
     optimiser = torch.optim.Adam(
         [
-            {"params": [parameter], "lr": RATE * _typical(parameter.detach())}
+            {"params": [parameter], "lr": rate * _typical(parameter.detach())}
             for parameter in trained.values()
         ],
         betas=(0.9, 0.95),
@@ -123,8 +139,8 @@ def refine(
     order = torch.Generator().manual_seed(index)
     with torch.enable_grad():
         for _ in range(passes):
-            for chosen in torch.randperm(len(shown), generator=order).split(together):
-                lost([shown[i] for i in chosen.tolist()], parameters).backward()
+            for chosen in torch.randperm(len(pairs), generator=order).split(together):
+                lost([pairs[i] for i in chosen.tolist()], parameters).backward()
                 for name, mask in kept.items():
                     gradient = trained[name].grad
                     assert gradient is not None
@@ -137,6 +153,11 @@ def refine(
     result = {name: parameter.detach().to(stored[name].dtype) + 0 for name, parameter in trained.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
     return Refined(result if after < before else None, before, after if math.isfinite(after) else None)
+
+
+def _together(length: int) -> int:
+    """Sequences that a step sees."""
+    return max(1, TOKENS_A_STEP // length)
 
 
 def _typical(parameter: Tensor) -> float:

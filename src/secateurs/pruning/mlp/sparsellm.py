@@ -70,7 +70,7 @@ class SparseLLM:
     """
 
     solver: Solver = field(default_factory=ADMM)
-    iterations: int = 4
+    iterations: int = 1
     alpha: float = 0.3
     gamma: float = 0.3
     damping: float = 0.01

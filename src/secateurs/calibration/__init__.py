@@ -1,0 +1,1 @@
+"""Token sequences to prune and recover on: from texts, or written by the model itself."""
