@@ -18,6 +18,8 @@ the sequences are drawn, and beside a perplexity its least and most.
         --calibration ../data/books/Bleak-House_1023.txt \
         --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
 
+Dropping whole experts is measured beside it, those of the lowest scores (ours) or any (chance).
+
 `--kinds` takes others, too: "shrunk, k / 4" and "ours, 4 x drawn", four times as many as a matrix has inputs.
 `--table` prints what is in the results.
 """
@@ -40,6 +42,7 @@ import secateurs
 from common import RESULTS, Record, environment, load, print_table, save
 from real import spread
 from scores import divergences, perplexities
+from secateurs.pruning import reap
 from secateurs.pruning.block import local
 from secateurs.pruning.block.block import Advance, Block, Clock
 from secateurs.pruning.block.experts import Expert, Routed
@@ -126,11 +129,25 @@ KINDS: dict[str, type[Routed]] = {
 """What experts are given, where that is not what the library gives them."""
 
 
+def by_chance(best: Callable[[Tensor, int, int], list[int]]) -> Callable[[Tensor, int, int], list[int]]:
+    """Experts kept whatever their scores."""
+    generator = torch.Generator().manual_seed(0)
+
+    def chosen(scores: Tensor, count: int, groups: int) -> list[int]:
+        return best(torch.rand(len(scores), generator=generator), count, groups)
+
+    return chosen
+
+
 @contextmanager
 def calibrated_on(kind: str) -> Iterator[None]:
-    """Within, local methods prune experts by other tokens: the one place where the library is patched."""
+    """Within, local methods prune experts by other tokens, or others are kept: the library is patched."""
     if kind == "ours":
         yield
+        return
+    if kind == "chance":
+        with patch.object(reap, "best", by_chance(reap.best)):
+            yield
         return
     given, route = KINDS[kind], local.route
 
@@ -156,13 +173,23 @@ METHODS: dict[str, Record] = {
     "sparsegpt": {"method": "sparsegpt"},
     "wanda": {"method": "wanda"},
     "sparsellm": {"method": "sparsellm"},
+    "12 of 16 experts": {"experts": "75%", "pattern": "0%"},
+    "8 of 16 experts": {"experts": "50%", "pattern": "0%"},
+    "12 of 16, sparsegpt 60%": {"experts": "75%", "pattern": "60%", "method": "sparsegpt"},
 }
-"""What `secateurs.prune` is given; a pattern of their own goes here too."""
+"""What `secateurs.prune` is given."""
 
 
 def grid(kinds: tuple[str, ...], samples: tuple[int, ...], seeds: tuple[int, ...]) -> list[Cell]:
-    """The dense model, then each seed for all. Only local methods are patched: the others are ours alone."""
-    pairs = [(method, kind) for method in METHODS for kind in (kinds if method in LOCAL else ("ours",))]
+    """The dense model, then each seed for all. Only local methods are patched: the others are ours alone.
+    Where experts are dropped, what that chooses by is ours, or chance."""
+
+    def own(method: str) -> tuple[str, ...]:
+        if "experts" in METHODS[method]:
+            return ("ours", "chance")
+        return kinds if method in LOCAL else ("ours",)
+
+    pairs = [(method, kind) for method in METHODS for kind in own(method)]
     return [DENSE, *((*pair, count, seed) for seed, count, pair in product(seeds, samples, pairs))]
 
 
@@ -195,10 +222,17 @@ def measure(
         return {
             "perplexity": perplexities(output, texts, length),
             "divergence": divergences(model, output, texts, length, DIVERGENCE_WINDOWS),
-            "tokens_per_expert": {"least": min(counts), "median": median(counts), "most": max(counts)},
+            "tokens_per_expert": spread_of(counts),
             "sparsity": report.sparsity,
             "seconds": report.seconds,
         }
+
+
+def spread_of(counts: list[int]) -> Record | None:
+    """None where nothing but whole experts was pruned."""
+    if not counts:
+        return None
+    return {"least": min(counts), "median": median(counts), "most": max(counts)}
 
 
 def print_results(rows: list[Record]) -> None:
@@ -215,9 +249,9 @@ def print_results(rows: list[Record]) -> None:
             cells.append(f"{mean(scores):.2f}{span}")
         if samples:
             cells += [f"{mean(row['divergence'][text] for row in own):.3f}" for text in texts]
-            counts = [row["tokens_per_expert"] for row in own]
-            cells.append(min(count["least"] for count in counts))
-            cells += [f"{mean(count['median'] for count in counts):.0f}", len(own)]
+            counts = [row["tokens_per_expert"] for row in own if row["tokens_per_expert"]]
+            cells.append(min((count["least"] for count in counts), default=""))
+            cells += [f"{mean(count['median'] for count in counts):.0f}" if counts else "", len(own)]
         else:
             cells += [""] * (len(texts) + 3)
         table.append(cells)
