@@ -79,6 +79,8 @@ class BlockAnatomy:
     """Parameters that hold matrices and are left as they are -> why."""
     routed: Mapping[str, float]
     """Of each parameter that holds experts: the share of them that a token goes to."""
+    experts: tuple[Matrix, ...]
+    """Of each parameter that holds experts, also of those in `dense`: the first one's matrix."""
 
     @property
     def alone(self) -> tuple[str, ...]:
@@ -331,6 +333,7 @@ class _Reading:
             mixing=self._mixing(),
             dense=dense,
             routed=self._routed(),
+            experts=tuple(_expert(p.matrix, 0) for p in self.products if self.counts[p.matrix.weight]),
         )
 
     def _routed(self) -> dict[str, float]:

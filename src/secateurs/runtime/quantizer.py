@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,7 +20,7 @@ from secateurs.checkpoint.names import PACKED_EXPERTS, own_names, packed_names
 from secateurs.runtime.experts import hold_packed
 from secateurs.runtime.format import VERSION, VERSION_WITH_EXPERTS, ExpertsLayout, Layout, read_layout
 from secateurs.runtime.linear import Packed, SparseLinear
-from secateurs.runtime.packable import packables
+from secateurs.runtime.packable import own_parameters, packables
 
 METHOD = "secateurs"
 # In config.json this is `transformers_weights`, a place for the name of the weight file. It is none, so
@@ -154,7 +155,7 @@ def matching_layers(
             for key in shard.keys():  # noqa: SIM118 - a safetensors handle is not a dict
                 slice_ = shard.get_slice(key)
                 found[key] = (file, slice_.get_dtype(), slice_.get_shape())
-    more, known = packed_names(model), packables(model)
+    more, known, others = packed_names(model), packables(model), own_parameters(model)
     promised = {packed_name(key, layout): key for key, layout in layers.items()}
     own = own_names(promised, model, more)
     stored = {name: key for key, name in own_names(found, model, more).items()}
@@ -162,12 +163,19 @@ def matching_layers(
     kind, parameters, matching = type(model).__name__, model.state_dict(), {}
     for packed, key in promised.items():
         layout, name = layers[key], ours.get(own[packed])
+        other = own[packed].removesuffix(PACKED_EXPERTS)
         if name is not None:
             if layout.shape != known[name].shape:
                 raise ValueError(
                     f"compressed layer '{key}' is {layout.shape}, but the model's is {known[name].shape}"
                 )
             matching[name] = layout
+        elif isinstance(layout, ExpertsLayout) and other in others:
+            if not may_hold(others[other], layout):
+                raise ValueError(
+                    f"compressed layer '{key}' is {layout.shape}, but the model's is {tuple(others[other].shape)}"
+                )
+            matching[other] = layout
         elif own[packed] not in stored or own[packed] in parameters:
             raise ValueError(f"compressed layer '{key}' is not a linear layer of {kind}")
         if own[packed] not in stored:
@@ -181,6 +189,19 @@ def matching_layers(
         if found[key][1] == "U8" and key.endswith(".weight"):
             raise ValueError(f"'{key}' in '{found[key][0]}' is packed, but config.json does not say how")
     return matching
+
+
+def may_hold(parameter: Tensor, layout: ExpertsLayout) -> bool:
+    """Whether a parameter of a model's own may be that of these experts, whichever of outputs and inputs it
+    has first, and whether or not experts are a dimension of it.
+
+    Which way it is shows where it is multiplied by.
+    """
+    experts, rows, columns = layout.shape
+    stored = ((rows, columns), (columns, rows))
+    return tuple(parameter.shape) in {
+        shape for r, c in stored for shape in ((experts, r, c), (experts * r, c))
+    }
 
 
 def packed_name(key: str, layout: Layout | ExpertsLayout) -> str:
