@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from secateurs.anatomy.products import Parameters, as_multiplication
@@ -82,33 +83,39 @@ class StandIn(Tensor):
     @classmethod
     def of(cls, packed: SparseExperts, shape: torch.Size, dtype: torch.dtype) -> "StandIn":
         empty = torch.empty(shape, dtype=dtype, device="meta")
-        return empty.as_subclass(cls)._standing_for(packed, Parameters({"": empty}))
+        stand_in = empty.as_subclass(cls)
+        stand_in.packed, stand_in.parameters = packed, Parameters({"": empty})
+        return stand_in
 
-    def _standing_for(self, packed: SparseExperts, parameters: Parameters) -> "StandIn":
-        self.packed, self.parameters = packed, parameters
-        return self
+    def _view(self, tensor: Tensor) -> "StandIn":
+        view = tensor.as_subclass(StandIn)
+        view.packed, view.parameters = self.packed, self.parameters
+        return view
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        own = next(each for each in (*args, *kwargs.values()) if isinstance(each, cls))
+        tensors = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        own = next(tensor for tensor in tensors if isinstance(tensor, cls))
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and not args[1].ndim:
-            args = (args[0], int(args[1]))  # one expert: a view
+            args, tensors = (args[0], int(args[1])), [own]  # one expert: a view
         with torch._C.DisableTorchFunctionSubclass():
+            if func == Tensor.device.__get__:
+                return own.packed.weight.device
             product = as_multiplication(func, args, kwargs)
             place = None if product is None else own.parameters.place(product.weight)
             if product is None or place is None:
-                result = func(*args, **kwargs)
-                view = isinstance(result, Tensor) and result.is_meta
-                return result.as_subclass(cls)._standing_for(own.packed, own.parameters) if view else result
+                if len(tensors) > 1:  # or torch might compute something of what is not there
+                    raise ValueError(f"packed experts cannot be used in {func.__name__}")
+                return pytree.tree_map_only(Tensor, own._view, func(*args, **kwargs))
         used, shape = tuple(product.weight.shape[-2:]), own.packed.layout.shape
-        if used != shape[1:] or (place.expert is None and product.weight.ndim == 2):
-            raise ValueError(f"packed experts of {shape} are multiplied by as if they were {used}")
-        if place.expert is None:
-            return own.packed.all_at_once(product.given.expand(len(own.packed.offsets), -1, -1))
-        return own.packed.linear(place.expert, product.given, product.bias)
+        if used != shape[1:]:
+            raise ValueError(f"packed experts of {shape} are multiplied by as if each were {used}")
+        if product.weight.ndim == 3:
+            return own.packed.all_at_once(product.given.expand(shape[0], -1, -1))
+        return own.packed.linear(place.expert or 0, product.given, product.bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StandIn":
         return StandIn.of(deepcopy(self.packed, memo), self.shape, self.dtype)

@@ -126,14 +126,12 @@ def traced_packables(model: PreTrainedModel) -> dict[str, Packable]:
 def own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Where experts outside of transformers' interface may be: parameters of more than one dimension that
     are in modules of a model's own."""
-    tied = _tied(model)
+    tied, plain = _tied(model), nn.Linear | nn.Embedding | Conv1D
     return {
         f"{path}.{name}".removeprefix("."): parameter
         for path, module in model.named_modules()
-        if not (
-            type(module).__module__.startswith("torch.")
-            or isinstance(module, nn.Linear | nn.Embedding | Conv1D)
-        )
+        if not type(module).__module__.startswith("torch.")
+        and not isinstance(module, plain)
         and not is_experts(module)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() in (2, 3) and f"{path}.{name}" not in tied

@@ -36,10 +36,11 @@ class Parameters:
             files = [checkpoint.folder / file for file in checkpoint.files]
             self.layouts = matching_layers(promised, skeleton, files)
             for name, layout in self.layouts.items():
-                known = self.packables.get(name)
-                if known is None or known.shape != layout.shape:
-                    are = "no experts" if known is None else known.shape
-                    raise ValueError(f"compressed layer '{name}' is {layout.shape}, but the model's is {are}")
+                if name not in self.packables or self.packables[name].shape != layout.shape:
+                    kind = type(skeleton).__name__
+                    raise ValueError(
+                        f"compressed layer '{name}' is {layout.shape}, which {kind} does not multiply by"
+                    )
         self.pieces = pieces_of(checkpoint, skeleton)
         """Stored tensors that each is made of: of what is packed, those that are stored once it is dense."""
         for name in self.layouts:

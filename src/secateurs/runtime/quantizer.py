@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -160,22 +159,22 @@ def matching_layers(
     own = own_names(promised, model, more)
     stored = {name: key for key, name in own_names(found, model, more).items()}
     ours = {each.packed: name for name, each in known.items()}
-    kind, parameters, matching = type(model).__name__, model.state_dict(), {}
+    kind, parameters = type(model).__name__, model.state_dict()
+    matching: dict[str, Layout | ExpertsLayout] = {}
     for packed, key in promised.items():
         layout, name = layers[key], ours.get(own[packed])
-        other = own[packed].removesuffix(PACKED_EXPERTS)
-        if name is not None:
+        apart = own[packed].removesuffix(PACKED_EXPERTS)
+        if name is None and isinstance(layout, ExpertsLayout) and apart in others:
+            shape = tuple(others[apart].shape)
+            if shape not in storable(layout):
+                raise ValueError(f"compressed layer '{key}' is {layout.shape}, but the model's is {shape}")
+            matching[apart] = layout
+        elif name is not None:
             if layout.shape != known[name].shape:
                 raise ValueError(
                     f"compressed layer '{key}' is {layout.shape}, but the model's is {known[name].shape}"
                 )
             matching[name] = layout
-        elif isinstance(layout, ExpertsLayout) and other in others:
-            if not may_hold(others[other], layout):
-                raise ValueError(
-                    f"compressed layer '{key}' is {layout.shape}, but the model's is {tuple(others[other].shape)}"
-                )
-            matching[other] = layout
         elif own[packed] not in stored or own[packed] in parameters:
             raise ValueError(f"compressed layer '{key}' is not a linear layer of {kind}")
         if own[packed] not in stored:
@@ -191,16 +190,12 @@ def matching_layers(
     return matching
 
 
-def may_hold(parameter: Tensor, layout: ExpertsLayout) -> bool:
-    """Whether a parameter of a model's own may be that of these experts, whichever of outputs and inputs it
-    has first, and whether or not experts are a dimension of it.
-
-    Which way it is shows where it is multiplied by.
-    """
+def storable(layout: ExpertsLayout) -> set[tuple[int, ...]]:
+    """Shapes of a parameter that holds these experts in a model's own words: outputs or inputs first, experts
+    a dimension or rows below each other. Which it is shows where it is multiplied by."""
     experts, rows, columns = layout.shape
-    stored = ((rows, columns), (columns, rows))
-    return tuple(parameter.shape) in {
-        shape for r, c in stored for shape in ((experts, r, c), (experts * r, c))
+    return {
+        shape for r, c in ((rows, columns), (columns, rows)) for shape in ((experts, r, c), (experts * r, c))
     }
 
 

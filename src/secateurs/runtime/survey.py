@@ -54,9 +54,8 @@ def survey(checkpoint: Checkpoint, skeleton: PreTrainedModel, parameters: Parame
         if rows * padded(columns) > MOST_WEIGHTS:
             continue
         weights = parameters.read(parameter)
-        layout = _layout(
-            packable.matrices_of(weights) if packable else weights.reshape(rows, columns), pieces
-        )
+        matrices = packable.matrices_of(weights) if packable else weights.reshape(rows, columns)
+        layout = _layout(matrices, pieces)
         worth = layout.bytes <= WORTH * layout.dense_bytes
         if not name or name in elsewhere or not _apart(pieces, experts=isinstance(layout, ExpertsLayout)):
             if worth:
