@@ -251,7 +251,7 @@ def _prune(place: Place, name: str, method: Any, **settings: Any) -> secateurs.R
     before, after = place.dense.state_dict(), place.load(output).state_dict()
     touched = set()
     for layer in report.layers:
-        key, matrix = matrix_of(after, layer.name)
+        key, matrix = matrix_of(after, layer)
         assert matrix.numel() == layer.weights, layer.name
         assert int((matrix == 0).sum()) == layer.weights // 2, layer.name
         assert layer.sparsity == 0.5
@@ -261,11 +261,12 @@ def _prune(place: Place, name: str, method: Any, **settings: Any) -> secateurs.R
     return report
 
 
-def matrix_of(tensors: dict[str, Tensor], layer: str) -> tuple[str, Tensor]:
-    """A matrix by its name in a report: a layer's weight, or the part of one expert; and what it lies in."""
-    if f"{layer}.weight" in tensors:
-        return f"{layer}.weight", tensors[f"{layer}.weight"]
-    if layer in tensors:
-        return layer, tensors[layer]
-    experts, expert, leaf = layer.rsplit(".", 2)
-    return f"{experts}.{leaf}", tensors[f"{experts}.{leaf}"][int(expert)]
+def matrix_of(tensors: dict[str, Tensor], layer: secateurs.LayerReport) -> tuple[str, Tensor]:
+    """A reported matrix: a layer's weight, or the part of one expert; and what it lies in."""
+    for name in (f"{layer.name}.weight", layer.name):
+        if name in tensors:
+            return name, tensors[name]
+    experts, expert, leaf = layer.name.rsplit(".", 2)
+    # Experts may be a dimension of their own or not: one lies behind the other.
+    parts = tensors[f"{experts}.{leaf}"].reshape(-1, layer.weights)
+    return f"{experts}.{leaf}", parts[int(expert)]

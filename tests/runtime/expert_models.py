@@ -9,7 +9,9 @@ from transformers import (
     DeepseekV32Config,
     GptOssConfig,
     HYV3Config,
+    JetMoeConfig,
     Llama4TextConfig,
+    LongcatFlashConfig,
     MixtralConfig,
     NemotronHConfig,
     PreTrainedConfig,
@@ -73,10 +75,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         index_n_heads=4,
         layer_types=["indexed_attention"] * 2,
     ),
-}
-
-OUTSIDE: dict[str, PreTrainedConfig] = {
-    "DbrxExpertGLU": DbrxConfig(
+    # In one parameter of two dimensions, with down inputs first.
+    "dbrx": DbrxConfig(
         vocab_size=320,
         d_model=64,
         n_heads=4,
@@ -85,7 +85,8 @@ OUTSIDE: dict[str, PreTrainedConfig] = {
         attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         ffn_config={"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     ),
-    "Llama4TextExperts": Llama4TextConfig(
+    # Inputs before outputs, all given all tokens at once; in the second block only.
+    "llama4_text": Llama4TextConfig(
         **_SIZES,
         intermediate_size_mlp=96,
         num_local_experts=4,
@@ -94,8 +95,47 @@ OUTSIDE: dict[str, PreTrainedConfig] = {
         layer_types=["chunked_attention", "full_attention"],
         no_rope_layers=[1, 0],
     ),
+    # Some experts compute nothing, and one parameter has room for these too.
+    "longcat_flash": LongcatFlashConfig(
+        **{**_SIZES, "num_key_value_heads": 4, "head_dim": 8},
+        num_layers=1,
+        ffn_hidden_size=96,
+        expert_ffn_hidden_size=72,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
+    # A module for the experts of one product; attention has experts as well.
+    "jetmoe": JetMoeConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=16,
+        intermediate_size=96,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    ),
 }
-"""By the class of the experts, which transformers does not call through its interface."""
+"""The last four are not called through transformers' interface for experts."""
+
+EXPERTS = {
+    "mixtral": 4 * 5,
+    "qwen3_moe": 2 * 12,
+    "gpt_oss": 4 * 4,
+    **dict.fromkeys(("nemotron_h", "hy_v3", "deepseek_v32", "llama4_text"), 2 * 4),
+    "dbrx": 6 * 4,
+    "longcat_flash": 6 + 4,
+    "jetmoe": 8 * 4,
+}
+"""Matrices of experts in each."""
 
 
 def pruned(

@@ -1,27 +1,33 @@
 """Models with experts, compressed: what is packed, how it runs, what comes back, what is refused."""
 
 import json
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
-from expert_models import CONFIGS, OUTSIDE, pruned
+from expert_models import CONFIGS, EXPERTS, pruned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from small_models import DTYPES, sparse
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from torch.nn import functional
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import folders
+from secateurs.anatomy import UnsupportedArchitectureError
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.names import abbreviated, expanded, skeleton_of
-from secateurs.runtime import SparseLinear, compress, decompress
-from secateurs.runtime.experts import SparseExperts
+from secateurs.runtime import SparseLinear, compress, decompress, packable
+from secateurs.runtime.experts import SparseExperts, hold_packed
 from secateurs.runtime.format import ExpertsLayout, pack_experts
 from secateurs.runtime.linear import Packed
 from secateurs.runtime.parameters import Parameters, unpacked
 
+OUTSIDE = [("dbrx", "DbrxExpertGLU", 6), ("llama4_text", "Llama4TextExperts", 8)]
+"""What is counted where it is not known that they are experts' matrices."""
 IDS = torch.arange(40).view(2, 20) * 7 % 320
 
 
@@ -58,9 +64,10 @@ def same(first: Path, second: Path) -> None:
 def test_it_computes_what_its_dense_twin_does(name: str, made: dict[str, Any]) -> None:
     dense, small = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in made[name][:2])
     experts = [module for module in small.modules() if isinstance(module, SparseExperts)]
-    assert len(experts) == (4 if name in ("mixtral", "gpt_oss") else 2)
+    assert sum(len(module.offsets) for module in experts) == EXPERTS[name]
     expected = logits(dense)
     torch.testing.assert_close(logits(small), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert torch.equal(logits(deepcopy(small)), logits(small))
     said = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(small.generate(IDS[:1], **said), dense.generate(IDS[:1], **said))
 
@@ -111,7 +118,7 @@ def test_a_tensor_without_a_file_is_in_no_index(made: dict[str, Any]) -> None:
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "nemotron_h"])
+@pytest.mark.parametrize("name", ["mixtral", "nemotron_h", "dbrx", "jetmoe"])
 def test_the_bare_model_loads_and_saves_too(name: str, made: dict[str, Any], tmp_path: Path) -> None:
     dense, model = (AutoModel.from_pretrained(folder).eval() for folder in made[name][:2])
     with torch.no_grad():
@@ -133,21 +140,31 @@ def test_no_other_implementation_takes_its_place(implementation: str, made: dict
     assert torch.equal(logits(model), expected)
 
 
-def test_gradients_pass_through(made: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text", "longcat_flash"])
+def test_gradients_pass_through(name: str, made: dict[str, Any]) -> None:
     def gradient(folder: Path) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         model(IDS, labels=IDS).loss.backward()
         return model.get_input_embeddings().weight.grad
 
-    dense, small = (gradient(folder) for folder in made["gpt_oss"][:2])
+    dense, small = (gradient(folder) for folder in made[name][:2])
     torch.testing.assert_close(small, dense, rtol=1e-3, atol=1e-5 * float(dense.abs().max()))
 
 
-def test_one_product_may_stay_dense(tmp_path: Path) -> None:
-    model = pruned(CONFIGS["gpt_oss"], only="1.mlp.experts.down_proj")
+@pytest.mark.parametrize(
+    ("name", "only"),
+    [
+        ("gpt_oss", "1.mlp.experts.down_proj"),
+        ("dbrx", "1.ffn.experts.mlp.w1"),
+        ("llama4_text", "1.feed_forward.experts.down_proj"),
+    ],
+)
+def test_one_product_may_stay_dense(name: str, only: str, tmp_path: Path) -> None:
+    model = pruned(CONFIGS[name], only=only)
     model.save_pretrained(tmp_path / "dense")
     done = compress(tmp_path / "dense", tmp_path / "small")
-    assert (done.layers, done.experts, done.dense_layers) == (4, 4, 8 + 1 + 12)
+    linears = sum(type(module) is torch.nn.Linear for module in model.modules())
+    assert (done.layers, done.experts, done.dense_layers) == (4, 4, linears + EXPERTS[name] - 4)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     torch.testing.assert_close(logits(small), logits(model), rtol=0, atol=1e-4)
 
@@ -175,22 +192,65 @@ def test_a_later_version_only_where_it_is_needed(made: dict[str, Any], tmp_path:
     assert settings_of(tmp_path / "small2")["version"] == 2
 
 
-@pytest.mark.parametrize("kind", OUTSIDE)
-def test_experts_that_cannot_be_packed_are_counted_and_named(kind: str, tmp_path: Path) -> None:
-    model = pruned(OUTSIDE[kind])
+@pytest.mark.parametrize(("name", "kind", "count"), OUTSIDE)
+def test_experts_that_cannot_be_packed_are_counted_and_named(
+    name: str, kind: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what the blocks do is not understood."""
+
+    def refused(config: PreTrainedConfig) -> NoReturn:
+        raise UnsupportedArchitectureError("its blocks are not called one after the other")
+
+    monkeypatch.setattr(packable, "anatomy_of", refused)
+    model = pruned(CONFIGS[name])
     model.save_pretrained(tmp_path / "dense")
     done = compress(tmp_path / "dense", tmp_path / "small")
-    count = {"DbrxExpertGLU": 6, "Llama4TextExperts": 8}[kind]
     assert done.experts == 0
     assert done.outside == {kind: count}
     assert f"{count + 1} left dense ({count} of {kind} cannot be packed)" in str(done)
     assert "have zeros too and cannot be packed: " in str(done)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     torch.testing.assert_close(logits(small), logits(model), rtol=0, atol=1e-4)
-    pruned(OUTSIDE[kind], only="experts").save_pretrained(tmp_path / "only")
+    pruned(CONFIGS[name], only="experts").save_pretrained(tmp_path / "only")
     with pytest.raises(ValueError, match=rf"zeros, but what {kind} keeps cannot be packed\Z"):
         compress(tmp_path / "only", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_models_own_code_multiplies_by_packed_matrices(
+    turned: bool, flat: bool, dtype: torch.dtype
+) -> None:
+    """However it comes by one of them, or by all."""
+    weights = torch.stack([sparse(32, 64, 0.7, dtype, seed) for seed in range(3)])
+    parameter = torch.nn.Parameter(weights.mT.contiguous() if turned else weights)
+    experts = torch.nn.Module()
+    experts.w = torch.nn.Parameter(parameter.flatten(0, 1)) if flat else parameter
+    packed, layout = pack_experts(weights, {"w": tuple(parameter.shape)})
+    hold_packed(experts, "w", layout).load_state_dict({"weight": packed})
+    w: Any = experts.w.view(parameter.shape) if flat else experts.w
+    assert (w.shape, w.dtype, w.device) == (parameter.shape, dtype, torch.device("cpu"))
+    x, bias = torch.randn(3, 5, 64, dtype=dtype), torch.randn(32, dtype=dtype)
+    x[1], x[2, ::2] = 0, 0
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    if dtype != torch.float32:
+        close = partial(torch.testing.assert_close, rtol=2e-2, atol=1e-1)
+    out_in = (lambda w: w.mT) if turned else (lambda w: w)
+    for number, expert in enumerate(torch.tensor([0, 1, 2])):
+        expected = functional.linear(x[number], weights[number], bias)
+        close(functional.linear(x[number], out_in(w[expert]), bias), expected)
+        close(x[number] @ out_in(w[number]).T + bias, expected)
+        close(torch.matmul(x[number], out_in(w.unbind(0)[number]).transpose(0, 1)) + bias, expected)
+    if not flat:
+        close(torch.bmm(x, out_in(w).transpose(1, 2)), torch.bmm(x, weights.mT))
+        close(x[:1] @ out_in(w).mT, x[:1] @ weights.mT)
+    with pytest.raises(ValueError, match=r"packed experts of \(3, 32, 64\) are multiplied by as if"):
+        torch.randn(5, 32, dtype=dtype) @ out_in(w)[0]
+    for misuse in (lambda: w * x[0, 0, 0], lambda: x[0] @ w[0].clone(), lambda: w[torch.tensor([0, 1])]):
+        with pytest.raises(ValueError, match="packed experts cannot be used in"):
+            misuse()
 
 
 def test_a_layer_that_is_read_elsewhere_stays_dense(made: dict[str, Any]) -> None:
@@ -293,6 +353,30 @@ def test_broken_files_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
     refused(good, {**entry, "values": "int4"}, "cannot read yet")
     for stored in (None, {"w": 3}, {"w": [0]}, {"w": [True]}):
         refused(good, {**entry, "stored": stored}, "names and shapes that it is 'stored' as")
+
+
+def test_which_way_a_models_own_experts_are_is_seen_where_they_are_used(
+    made: dict[str, Any], tmp_path: Path
+) -> None:
+    _, small, _ = made["llama4_text"]
+    broken = tmp_path / "broken"
+    AutoModelForCausalLM.from_pretrained(small).save_pretrained(broken)
+    config = json.loads((broken / "config.json").read_text())
+    entry = config["quantization_config"]["layers"]["model.layers.1.feed_forward.experts.gate_up_proj"]
+    experts, rows, columns = entry["shape"]
+
+    def written(shape: list[int]) -> Path:
+        entry["shape"] = shape
+        (broken / "config.json").write_text(json.dumps(config))
+        return broken
+
+    with pytest.raises(ValueError, match="but the model's is"):
+        AutoModelForCausalLM.from_pretrained(written([experts, rows // 2, columns * 2]))
+    model = AutoModelForCausalLM.from_pretrained(written([experts, columns, rows]))
+    with pytest.raises(ValueError, match=r"multiplied by as if each were \(192, 64\)\Z"):
+        logits(model)
+    with pytest.raises(ValueError, match=r"which Llama4ForCausalLM does not multiply by\Z"):
+        decompress(broken, tmp_path / "dense")
 
 
 def test_what_it_was_stored_as_has_to_be_of_the_model(made: dict[str, Any], tmp_path: Path) -> None:

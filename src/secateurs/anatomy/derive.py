@@ -8,6 +8,7 @@ of the channel is the gate's activation.
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -78,6 +79,8 @@ class BlockAnatomy:
     """Parameters that hold matrices and are left as they are -> why."""
     routed: Mapping[str, float]
     """Of each parameter that holds experts: the share of them that a token goes to."""
+    experts: tuple[Matrix, ...]
+    """Of each parameter that holds experts, also of those in `dense`: the first one's matrix."""
 
     @property
     def alone(self) -> tuple[str, ...]:
@@ -109,6 +112,7 @@ class _Reading:
     def __init__(self, trace: Trace, config: PretrainedConfig, shared: Collection[str]) -> None:
         self.trace, self.block, self.config, self.shared = trace, trace.block, config, shared
         self.products = _representatives(trace.products)
+        self.counts = {product.matrix.weight: self._count(product.matrix) for product in self.products}
         self.of_leaf = {id(product.result): product for product in self.products}
         self.before = {
             id(product): [self.of_leaf[leaf] for leaf in leaves if leaf in self.of_leaf]
@@ -118,6 +122,13 @@ class _Reading:
         self.useful: set[str] = set()
         self.mlps: list[MLP] = []
         self.mixers: list[Product] = []
+
+    def _count(self, matrix: Matrix) -> int | None:
+        """How many experts a matrix's parameter holds; None if it is no expert's."""
+        parameter = self.block.get_parameter(matrix.weight)
+        if parameter.ndim == 2 and matrix.expert is None:
+            return None
+        return parameter.numel() // prod(matrix.shape)
 
     def _leaves(self) -> list[tuple[Product, dict[int, Tensor]]]:
         found = [(product, leaves_of(product.given)) for product in self.products]
@@ -265,7 +276,7 @@ class _Reading:
                 why[matrix.weight] = "a gate or step for each head"
         whole = {matrix.weight for mlp in self.mlps for matrix in (*mlp.first, mlp.down)}
         rest = seen - whole - why.keys()
-        homes = Counter(_home(weight) for weight in rest if self.block.get_parameter(weight).ndim == 3)
+        homes = Counter(_home(weight) for weight in rest if self.counts[weight] is not None)
         for weight in rest:
             if homes[_home(weight)] == 1:
                 why[weight] = "experts that are no MLPs"
@@ -289,7 +300,7 @@ class _Reading:
             group = groups.setdefault(where, [])
             if product.matrix not in group:
                 group.append(product.matrix)
-        numbers = {name: self._experts(name) for name, _ in self.block.named_parameters()}
+        numbers = {name: self._experts(name) for name in self.counts}
 
         def each(*matrices: Matrix) -> list[tuple[Matrix, ...]]:
             return [
@@ -322,6 +333,7 @@ class _Reading:
             mixing=self._mixing(),
             dense=dense,
             routed=self._routed(),
+            experts=tuple(_expert(p.matrix, 0) for p in self.products if self.counts[p.matrix.weight]),
         )
 
     def _routed(self) -> dict[str, float]:
@@ -329,10 +341,9 @@ class _Reading:
         routed: dict[str, float] = {}
         for product in self.trace.products:
             name = product.matrix.weight
-            shape = self.block.get_parameter(name).shape
-            if len(shape) == 3:
+            if (count := self.counts[name]) is not None:
                 given = product.given.numel() // product.given.shape[-1]
-                routed[name] = routed.get(name, 0.0) + given / tokens / shape[0]
+                routed[name] = routed.get(name, 0.0) + given / tokens / count
         return routed
 
     def _mixing(self) -> frozenset[str]:
@@ -346,14 +357,14 @@ class _Reading:
 
     def _experts(self, parameter: str) -> list[int | None]:
         """The numbers of the experts that a parameter holds: no more than all matrices of their MLP have."""
-        if parameter not in {p.matrix.weight for p in self.products}:
-            return []
-        together = {parameter}
+        count = self.counts[parameter]
+        if count is None:
+            return [None]
         for mlp in self.mlps:
-            weights = {matrix.weight for matrix in (*mlp.first, mlp.down)}
-            together |= weights if parameter in weights else set()
-        shapes = [self.block.get_parameter(name).shape for name in together]
-        return list(range(min(shape[0] for shape in shapes))) if len(shapes[0]) == 3 else [None]
+            counts = {matrix.weight: self.counts[matrix.weight] for matrix in (*mlp.first, mlp.down)}
+            if parameter in counts:
+                count = min(count, *(other for other in counts.values() if other is not None))
+        return list(range(count))
 
     def _heads(self) -> Heads | None:
         if len(self.trace.attention) != 1 or not self.mixers:

@@ -1,5 +1,6 @@
 """A matrix of a block: what solvers, masks, compression and inspection work on, wherever its weights lie."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,13 +30,20 @@ class Matrix:
 
     expert: int | None = None
     """Its place in a parameter (experts, out, in), or transposed (experts, in, out), and in a bias (experts,
-    out)."""
+    out). The first two sides may also be one, experts' rows below each other."""
 
     def of(self, parameter: Tensor) -> Tensor:
         """(out, in): a view of the parameter, so that writing to it writes there."""
-        part = parameter if self.expert is None else parameter[self.expert]
+        part = self._part(parameter, self.shape[::-1] if self.transposed else self.shape)
         return part.T if self.transposed else part
 
     def bias_of(self, parameter: Tensor) -> Tensor:
         """(out,): a view."""
-        return parameter if self.expert is None else parameter[self.expert]
+        return self._part(parameter, self.shape[:1])
+
+    def _part(self, parameter: Tensor, shape: Sequence[int]) -> Tensor:
+        """Of what all experts have in a parameter, this one's of a shape."""
+        if self.expert is None:
+            return parameter
+        flat = parameter.ndim == len(shape)
+        return (parameter.unflatten(0, (-1, shape[0])) if flat else parameter)[self.expert]

@@ -21,7 +21,8 @@ class Place(NamedTuple):
     weight: str
     """The parameter."""
     expert: int | None
-    """Which of those that the parameter holds; None if it holds one, or if all are multiplied by at once."""
+    """Which of those that the parameter holds, in a dimension of their own or below each other; None if it
+    holds one, or if all are multiplied by at once."""
     transposed: bool
     """Stored (in, out)."""
 
@@ -76,18 +77,18 @@ class Parameters:
         if name is None or self._named[name].ndim not in (2, 3):
             return None
         parameter = self._named[name]
-        rows, columns = parameter.shape[-2:]
         beyond = int(weight.storage_offset()) - int(parameter.storage_offset())
-        expert = None
-        if weight.ndim == 2 and parameter.ndim == 3:
-            expert, beyond = divmod(beyond, rows * columns)
-        if beyond or weight.ndim != parameter.ndim - (expert is not None):
-            return None
-        layout = (tuple(weight.shape[-2:]), weight.stride()[-2:])
-        if layout == ((rows, columns), (columns, 1)):
-            return Place(name, expert, False)
-        if layout == ((columns, rows), (1, columns)):
-            return Place(name, expert, True)
+        for stored, transposed in ((weight, False), (weight.mT, True)):
+            rows, columns = stored.shape[-2:]
+            if stored.stride()[-2:] != (columns, 1) or columns != parameter.shape[-1]:
+                continue
+            # Experts' matrices may lie below each other in a parameter of two dimensions.
+            if parameter.shape[-2] % rows if parameter.ndim == 2 else parameter.shape[-2] != rows:
+                continue
+            if stored.shape == parameter.shape and not beyond:
+                return Place(name, None, transposed)
+            if weight.ndim == 2 and beyond % weight.numel() == 0:
+                return Place(name, beyond // weight.numel(), transposed)
         return None
 
 

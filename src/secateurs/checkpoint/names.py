@@ -110,7 +110,7 @@ def own_names(keys: Iterable[str], model: PreTrainedModel, more: Iterable[str] =
 
 def packed_names(model: PreTrainedModel) -> list[str]:
     """What the parameters of a dense model that may hold experts are called when they are packed."""
-    return [f"{name}{PACKED_EXPERTS}" for name, tensor in model.state_dict().items() if tensor.dim() == 3]
+    return [f"{name}{PACKED_EXPERTS}" for name, tensor in model.state_dict().items() if tensor.dim() > 1]
 
 
 def promised_tensors(checkpoint: Checkpoint, model: PreTrainedModel | None) -> dict[str, Stored]:

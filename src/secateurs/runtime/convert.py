@@ -113,7 +113,7 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
         pieces = parameters.pieces[packable.parameter]
 
         def packed() -> dict[str, Tensor]:
-            matrices = packable.turned(parameters.read(packable.parameter))
+            matrices = packable.matrices_of(parameters.read(packable.parameter))
             if isinstance(layout, ExpertsLayout):
                 return {packable.packed: pack_experts(matrices, layout.stored)[0]}
             return {pieces[0].stored: pack(matrices)[0]}
@@ -125,7 +125,7 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
     version = VERSION_WITH_EXPERTS if with_experts or found.renamed else VERSION
     packing = {"quant_method": METHOD, "version": version, "layers": layers}
     config = {**checkpoint.config, "quantization_config": packing, "transformers_weights": GUARD}
-    counts = {name: packable.matrices for name, packable in parameters.packables.items()}
+    counts = {name: packable.count for name, packable in parameters.packables.items()}
     with new_folder(output) as folder:
         _rewrite(checkpoint, folder, map(step, layouts), config)
         done = Compression(
@@ -186,7 +186,7 @@ def _decompress(model: str, checkpoint: Checkpoint, output: Path) -> None:
 
     ours = ("quantization_config", "transformers_weights")
     config = {key: value for key, value in checkpoint.config.items() if key not in ours}
-    count = sum(parameters.packables[name].matrices for name in layouts)
+    count = sum(parameters.packables[name].count for name in layouts)
     with new_folder(output) as folder:
         _rewrite(checkpoint, folder, map(step, layouts), config)
         write_card(

@@ -1,23 +1,28 @@
 """Experts whose matrices stay packed, in transformers' own modules.
 
-transformers keeps the matrices of a block's experts in two parameters of three dimensions and calls them
-through one interface, for every family but a few. Here the parameters give way to packed matrices, and what
-the module is called through to a loop over the experts that have tokens.
+transformers keeps the matrices of a block's experts in parameters of three dimensions. Here these give way to
+packed matrices, and to a tensor without content that stands for them: what the module's code multiplies by a
+view of it is multiplied by the packed matrix there. For every family but a few, transformers calls experts
+through one interface; what that calls gives way to a loop over the experts that have tokens, which takes a
+sixth less time than the module's own code.
 """
 
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from secateurs.anatomy.products import Parameters, as_multiplication
 from secateurs.runtime.format import ExpertsLayout
 from secateurs.runtime.kernels import expand, sparse_linear
 from secateurs.runtime.linear import Packed
+from secateurs.runtime.packable import is_experts
 
 PACKED = "secateurs_packed"
 """What the loop over packed experts is registered as."""
@@ -47,18 +52,81 @@ class SparseExperts(Packed):
         part = self.layout.part(self.weight, expert)
         return sparse_linear(x, part, self.offsets[expert], bias, self.layout.layouts[expert])
 
+    def all_at_once(self, x: Tensor) -> Tensor:
+        """x W^T of every expert on tokens of its own: (experts, tokens, in) to (experts, tokens, out).
+
+        What is not routed to an expert comes to it as zeros (in Llama 4, say), and is left out.
+        """
+        result = x.new_zeros(*x.shape[:-1], self.layout.shape[1])
+        routed = x.any(-1)
+        for expert in routed.any(-1).nonzero().flatten().tolist():
+            result[expert, routed[expert]] = self.linear(expert, x[expert, routed[expert]], None)
+        return result
+
     def extra_repr(self) -> str:
         experts, rows, columns = self.layout.shape
         sizes = f"experts={experts}, in_features={columns}, out_features={rows}"
         return f"{sizes}, sparsity={self.layout.sparsity:.3f}"
 
 
+class StandIn(Tensor):
+    """In the place of a parameter whose matrices are packed: of its shape, on the meta device.
+
+    However a model's code comes by one expert's matrix, or by all of them, it is a view of the parameter, and
+    where a view lies says which it is.
+    """
+
+    packed: SparseExperts
+    parameters: Parameters
+    """The one that it and its views are of."""
+
+    @classmethod
+    def of(cls, packed: SparseExperts, shape: torch.Size, dtype: torch.dtype) -> "StandIn":
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        stand_in = empty.as_subclass(cls)
+        stand_in.packed, stand_in.parameters = packed, Parameters({"": empty})
+        return stand_in
+
+    def _view(self, tensor: Tensor) -> "StandIn":
+        view = tensor.as_subclass(StandIn)
+        view.packed, view.parameters = self.packed, self.parameters
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        own = next(tensor for tensor in tensors if isinstance(tensor, cls))
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and not args[1].ndim:
+            args, tensors = (args[0], int(args[1])), [own]  # one expert: a view
+        with torch._C.DisableTorchFunctionSubclass():
+            if func == Tensor.device.__get__:
+                return own.packed.weight.device
+            product = as_multiplication(func, args, kwargs)
+            place = None if product is None else own.parameters.place(product.weight)
+            if product is None or place is None:
+                if len(tensors) > 1:  # or torch might compute something of what is not there
+                    raise ValueError(f"packed experts cannot be used in {func.__name__}")
+                return pytree.tree_map_only(Tensor, own._view, func(*args, **kwargs))
+        used, shape = tuple(product.weight.shape[-2:]), own.packed.layout.shape
+        if used != shape[1:]:
+            raise ValueError(f"packed experts of {shape} are multiplied by as if each were {used}")
+        if product.weight.ndim == 3:
+            return own.packed.all_at_once(product.given.expand(shape[0], -1, -1))
+        return own.packed.linear(place.expert or 0, product.given, product.bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StandIn":
+        return StandIn.of(deepcopy(self.packed, memo), self.shape, self.dtype)
+
+
 def hold_packed(module: nn.Module, name: str, layout: ExpertsLayout) -> SparseExperts:
     """Put packed matrices in the place of a parameter of an experts module.
 
     Args:
-        module: of a class that `use_experts_implementation` decorates.
-        name: of the parameter, of which nothing but its shape is kept, on the meta device.
+        module: holds the parameter, which a `StandIn` replaces.
+        name: of the parameter.
         layout: of the matrices.
 
     Returns:
@@ -67,9 +135,11 @@ def hold_packed(module: nn.Module, name: str, layout: ExpertsLayout) -> SparseEx
     experts: Any = module
     shape, dtype = experts.get_parameter(name).shape, experts.get_parameter(name).dtype
     delattr(experts, name)
-    setattr(experts, name, torch.empty(shape, dtype=dtype, device="meta"))
     packed = SparseExperts(layout)
     experts.add_module(f"{name}_packed", packed)
+    setattr(experts, name, StandIn.of(packed, shape, dtype))
+    if not is_experts(module):
+        return packed
     experts.config = copy(experts.config)  # this module's own: it has one implementation, whoever sets others
     experts.config._experts_implementation_internal = PACKED
     return packed

@@ -1,8 +1,13 @@
-"""Which parameters of a model may be packed: linear layers' weights, and the matrices of experts."""
+"""Which parameters of a model may be packed: linear layers' weights, and the matrices of experts.
+
+Linear layers, and experts that transformers calls through its interface for them, are known by their classes.
+Experts in a model's own words (Llama 4, DBRX, JetMoE, LongCat) are known once the model's code has run.
+"""
 
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -11,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from secateurs.anatomy import UnsupportedArchitectureError, anatomy_of
 from secateurs.checkpoint.config import quiet
 from secateurs.checkpoint.names import PACKED_EXPERTS
 
@@ -33,14 +39,23 @@ class Packable:
     """(out, in), or of experts (experts, out, in)."""
     transposed: bool = False
     """The parameter has inputs before outputs, as in GPT-2 and gpt-oss."""
+    flat: bool = False
+    """The parameter has two dimensions, experts' rows below each other, as in DBRX."""
 
     @property
-    def matrices(self) -> int:
+    def count(self) -> int:
+        """How many matrices it holds."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
-    def turned(self, parameter: Tensor) -> Tensor:
-        """The parameter as matrices of (out, in), or back: a view."""
-        return parameter.mT if self.transposed else parameter
+    def matrices_of(self, parameter: Tensor) -> Tensor:
+        """The parameter as matrices of `shape`: a view."""
+        parts = parameter.unflatten(0, (self.count, -1)) if self.flat else parameter
+        return parts.mT if self.transposed else parts
+
+    def parameter_of(self, matrices: Tensor) -> Tensor:
+        """The opposite of `matrices_of`."""
+        parts = matrices.mT if self.transposed else matrices
+        return parts.flatten(0, 1) if self.flat else parts
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -60,9 +75,9 @@ def packables(model: PreTrainedModel) -> dict[str, Packable]:
     """What may be packed, by the name of the linear module, or of the parameter that holds experts.
 
     Not what shares its weight with the embedding, which is read by row and not multiplied, nor experts that
-    transformers does not call through its interface for experts.
+    transformers does not call through its interface for experts (`traced_packables`).
     """
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    tied = _tied(model)
     found = {}
     for name, module in model.named_modules():
         weight = f"{name}.weight"
@@ -79,6 +94,52 @@ def packables(model: PreTrainedModel) -> dict[str, Packable]:
                     shape = parameter.mT.shape if experts.is_transposed else parameter.shape
                     found[key] = Packable(key, f"{key}{PACKED_EXPERTS}", tuple(shape), experts.is_transposed)
     return found
+
+
+def traced_packables(model: PreTrainedModel) -> dict[str, Packable]:
+    """Experts outside of transformers' interface that may be packed, by the name of their parameter.
+
+    Which these are is seen by running one block of each kind: what is multiplied by, one by one or all at
+    once, and not used otherwise.
+
+    Args:
+        model: as `checkpoint.names.skeleton_of` gives it.
+    """
+    kept = own_parameters(model)
+    try:
+        anatomy = anatomy_of(model.config) if kept else None
+    except UnsupportedArchitectureError:
+        anatomy = None
+    if anatomy is None:
+        return {}
+    found = {}
+    for index, block in enumerate(anatomy.blocks):
+        for matrix in block.experts:
+            name = f"{anatomy.path}.{index}.{matrix.weight}"
+            if name in kept:
+                shape = (kept[name].numel() // prod(matrix.shape), *matrix.shape)
+                flat = kept[name].dim() == 2
+                found[name] = Packable(name, f"{name}{PACKED_EXPERTS}", shape, matrix.transposed, flat)
+    return found
+
+
+def own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Where experts outside of transformers' interface may be: parameters of more than one dimension that
+    are in modules of a model's own."""
+    tied, plain = _tied(model), nn.Linear | nn.Embedding | Conv1D
+    return {
+        f"{path}.{name}".removeprefix("."): parameter
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")
+        and not isinstance(module, plain)
+        and not is_experts(module)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() in (2, 3) and f"{path}.{name}" not in tied
+    }
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    return {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
 
 
 def is_experts(module: nn.Module) -> bool:

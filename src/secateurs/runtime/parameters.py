@@ -10,7 +10,7 @@ from secateurs.checkpoint.names import own_names, packed_names
 from secateurs.checkpoint.pieces import assemble, pieces_of
 from secateurs.runtime.format import ExpertsLayout, Layout, experts_offsets, row_offsets
 from secateurs.runtime.kernels import expand
-from secateurs.runtime.packable import packables
+from secateurs.runtime.packable import packables, traced_packables
 from secateurs.runtime.quantizer import SecateursConfig, matching_layers
 
 
@@ -28,13 +28,19 @@ class Parameters:
 
     def __init__(self, checkpoint: Checkpoint, skeleton: PreTrainedModel) -> None:
         self._checkpoint = checkpoint
-        self.packables = packables(skeleton)
+        self.packables = packables(skeleton) | traced_packables(skeleton)
         self.layouts: dict[str, Layout | ExpertsLayout] = {}
         """Of what is packed, by the names of `packables`."""
         if is_compressed(checkpoint):
             promised = SecateursConfig.from_dict(checkpoint.config["quantization_config"]).layers
             files = [checkpoint.folder / file for file in checkpoint.files]
             self.layouts = matching_layers(promised, skeleton, files)
+            for name, layout in self.layouts.items():
+                if name not in self.packables or self.packables[name].shape != layout.shape:
+                    kind = type(skeleton).__name__
+                    raise ValueError(
+                        f"compressed layer '{name}' is {layout.shape}, which {kind} does not multiply by"
+                    )
         self.pieces = pieces_of(checkpoint, skeleton)
         """Stored tensors that each is made of: of what is packed, those that are stored once it is dense."""
         for name in self.layouts:
@@ -65,7 +71,7 @@ class Parameters:
             return assemble(pieces, self._checkpoint.load(dict.fromkeys(piece.stored for piece in pieces)))
         key = self.packed[layer]
         matrices = unpacked(layer, self._checkpoint.load([key])[key], self.layouts[layer])
-        return self.packables[layer].turned(matrices)
+        return self.packables[layer].parameter_of(matrices)
 
 
 def unpacked(name: str, packed: Tensor, layout: Layout | ExpertsLayout) -> Tensor:

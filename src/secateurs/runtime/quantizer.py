@@ -19,7 +19,7 @@ from secateurs.checkpoint.names import PACKED_EXPERTS, own_names, packed_names
 from secateurs.runtime.experts import hold_packed
 from secateurs.runtime.format import VERSION, VERSION_WITH_EXPERTS, ExpertsLayout, Layout, read_layout
 from secateurs.runtime.linear import Packed, SparseLinear
-from secateurs.runtime.packable import packables
+from secateurs.runtime.packable import own_parameters, packables
 
 METHOD = "secateurs"
 # In config.json this is `transformers_weights`, a place for the name of the weight file. It is none, so
@@ -154,15 +154,22 @@ def matching_layers(
             for key in shard.keys():  # noqa: SIM118 - a safetensors handle is not a dict
                 slice_ = shard.get_slice(key)
                 found[key] = (file, slice_.get_dtype(), slice_.get_shape())
-    more, known = packed_names(model), packables(model)
+    more, known, others = packed_names(model), packables(model), own_parameters(model)
     promised = {packed_name(key, layout): key for key, layout in layers.items()}
     own = own_names(promised, model, more)
     stored = {name: key for key, name in own_names(found, model, more).items()}
     ours = {each.packed: name for name, each in known.items()}
-    kind, parameters, matching = type(model).__name__, model.state_dict(), {}
+    kind, parameters = type(model).__name__, model.state_dict()
+    matching: dict[str, Layout | ExpertsLayout] = {}
     for packed, key in promised.items():
         layout, name = layers[key], ours.get(own[packed])
-        if name is not None:
+        apart = own[packed].removesuffix(PACKED_EXPERTS)
+        if name is None and isinstance(layout, ExpertsLayout) and apart in others:
+            shape = tuple(others[apart].shape)
+            if shape not in storable(layout):
+                raise ValueError(f"compressed layer '{key}' is {layout.shape}, but the model's is {shape}")
+            matching[apart] = layout
+        elif name is not None:
             if layout.shape != known[name].shape:
                 raise ValueError(
                     f"compressed layer '{key}' is {layout.shape}, but the model's is {known[name].shape}"
@@ -181,6 +188,15 @@ def matching_layers(
         if found[key][1] == "U8" and key.endswith(".weight"):
             raise ValueError(f"'{key}' in '{found[key][0]}' is packed, but config.json does not say how")
     return matching
+
+
+def storable(layout: ExpertsLayout) -> set[tuple[int, ...]]:
+    """Shapes of a parameter that holds these experts in a model's own words: outputs or inputs first, experts
+    a dimension or rows below each other. Which it is shows where it is multiplied by."""
+    experts, rows, columns = layout.shape
+    return {
+        shape for r, c in ((rows, columns), (columns, rows)) for shape in ((experts, r, c), (experts * r, c))
+    }
 
 
 def packed_name(key: str, layout: Layout | ExpertsLayout) -> str:

@@ -54,7 +54,8 @@ def survey(checkpoint: Checkpoint, skeleton: PreTrainedModel, parameters: Parame
         if rows * padded(columns) > MOST_WEIGHTS:
             continue
         weights = parameters.read(parameter)
-        layout = _layout(packable.turned(weights) if packable else weights.reshape(rows, columns), pieces)
+        matrices = packable.matrices_of(weights) if packable else weights.reshape(rows, columns)
+        layout = _layout(matrices, pieces)
         worth = layout.bytes <= WORTH * layout.dense_bytes
         if not name or name in elsewhere or not _apart(pieces, experts=isinstance(layout, ExpertsLayout)):
             if worth:
@@ -79,7 +80,7 @@ def survey(checkpoint: Checkpoint, skeleton: PreTrainedModel, parameters: Parame
             zeros = f"{others[largest].sparsity:.1%} zeros"
             found = f"'{largest}' has {zeros}, but what {kind} keeps cannot be packed"
         raise ValueError(f"nothing in '{checkpoint.folder}' is worth compressing: {found}")
-    return Survey(layouts, renamed, _outside(skeleton), unpacked)
+    return Survey(layouts, renamed, _outside(skeleton, parameters), unpacked)
 
 
 def _layout(matrices: Tensor, pieces: tuple[Piece, ...]) -> Layout | ExpertsLayout:
@@ -115,12 +116,13 @@ def _notable(
     return shares if sum(shares.values()) >= NOTABLE else {}
 
 
-def _outside(skeleton: PreTrainedModel) -> dict[str, int]:
+def _outside(skeleton: PreTrainedModel, parameters: Parameters) -> dict[str, int]:
     """Matrices of experts that are not among what may be packed, by the class that keeps them."""
     outside: Counter[str] = Counter()
-    for module in skeleton.modules():
+    for path, module in skeleton.named_modules():
         kind = type(module).__name__
-        for weight in module.parameters(recurse=False):
-            if "Expert" in kind and weight.dim() > 1 and not is_experts(module):
+        for name, weight in module.named_parameters(recurse=False):
+            known = is_experts(module) or f"{path}.{name}" in parameters.packables
+            if "Expert" in kind and weight.dim() > 1 and not known:
                 outside[kind] += len(weight) if weight.dim() == 3 else 1
     return dict(outside)
