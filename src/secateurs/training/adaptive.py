@@ -1,0 +1,413 @@
+"""Pruning that adapts during training: from the model as it is to a pattern, while it learns the task.
+
+Sparsity rises by the cubic schedule of Zhu and Gupta (arXiv 1710.01878). At every update the weights that
+matter least to the task fall, and training makes up for them before the next. What a weight matters is
+w^2 E[g^2], the loss that its removal is expected to cost by the diagonal of the empirical Fisher matrix (as
+in optimal brain damage): Adam's second moments hold E[g^2] already, so it takes no memory. That cost compares
+across layers, so they share the zeros by it.
+
+With n:m, the candidates to fall are those outside the best n of every m, the worst first: a schedule in small
+steps leads there too.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
+from secateurs.pruning.allocation.budget import most_zeros, spend
+from secateurs.training.cutting import local, make_whole, whole_gradient, whole_of
+from secateurs.training.masks import Masks, Place, places_of
+
+Rise = Literal["cubic", "linear"]
+Worth = Literal["gradient", "magnitude"]
+
+MASKS = "masks.safetensors"
+"""In a checkpoint, the masks of the moment."""
+
+SAMPLE = 65536
+"""Weights of a matrix, at least, that tell what a share of it costs."""
+
+
+class AdaptivePruning(TrainerCallback):
+    """Prunes a model while it is trained: a callback for Trainer and TRL, or three calls in your own loop.
+
+    Example:
+        Trainer(model, args, train_dataset=data, callbacks=[AdaptivePruning("70%")]).train()
+
+    Example:
+        pruning = AdaptivePruning("2:4")
+        pruning.attach(model, optimizer, total_steps=1000)
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            pruning.step()
+            optimizer.zero_grad()
+        pruning.detach()
+
+    It composes with `SparsityAcceleratedTraining`. With PEFT's LoRA the base is pruned by the magnitude of
+    base and adapters together; merge them by `masks.merge_lora`.
+
+    Args:
+        pattern: to end with: "70%", "2:4", or a pattern. Zeros that the model has stay and count.
+        start: when pruning starts, in steps, or up to 1 as a share of all steps; best after the warm-up.
+        end: when the pattern is reached, likewise. From there on the zeros stay.
+        schedule: how sparsity rises: "cubic", fast at first and ever slower, or "linear".
+        every: steps between two updates, or below 1 their share of all steps.
+        grow: share of the weights left that each update drops beyond that, in exchange for as many zeros
+            where the gradient is largest (RigL, arXiv 1911.11134), which start again from 0.
+        importance: "gradient" is w^2 E[g^2] where the optimiser is an Adam; "magnitude" is |w|.
+        across_layers: let layers share the zeros by importance (unstructured patterns, by gradient); a tenth
+            of what the pattern leaves stays in each. Otherwise each has as many.
+
+    Raises:
+        ValueError: a setting is unknown or out of its range.
+    """
+
+    masks: Masks
+    """What is held at zero, once attached."""
+
+    def __init__(
+        self,
+        pattern: str | Pattern,
+        *,
+        start: float = 0.05,
+        end: float = 0.6,
+        schedule: Rise = "cubic",
+        every: float = 0.01,
+        grow: float = 0.0,
+        importance: Worth = "gradient",
+        across_layers: bool = True,
+    ) -> None:
+        self.pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+        if schedule not in get_args(Rise):
+            raise ValueError(f"unknown schedule '{schedule}': choose from {', '.join(get_args(Rise))}")
+        if importance not in get_args(Worth):
+            raise ValueError(f"unknown importance '{importance}': choose from {', '.join(get_args(Worth))}")
+        if start < 0 or end <= 0 or ((start <= 1) == (end <= 1) and start >= end):
+            raise ValueError(f"pruning must end after it starts, not start at {start:g} and end at {end:g}")
+        if every <= 0:
+            raise ValueError(f"every is a number of steps, or a share of them, above 0, not {every:g}")
+        if not 0 <= grow < 1:
+            raise ValueError(f"grow is a share of the weights that are left, in [0, 1), not {grow:g}")
+        self._start, self._end, self._every = start, end, every
+        self.schedule, self.grow, self.importance = schedule, grow, importance
+        self.across_layers = across_layers
+        self.attached = False
+
+    def check(self, model: nn.Module) -> None:
+        """See whether a model can come to the pattern.
+
+        Raises:
+            UnsupportedArchitectureError: the model's blocks cannot be made out.
+            ValueError: inputs do not divide into groups of m, or the model is sparser already.
+        """
+        zeros = size = 0
+        for place in _all(places_of(model)):
+            self.pattern.check_width(place.name, place.matrix.shape[1])
+            weight = place.matrix.of(whole_of(place.parameter))
+            zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
+        if zeros > round(self.pattern.sparsity * size):
+            raise ValueError(
+                f"the model has {zeros / size:.1%} zeros already, more than {self.pattern} has: ask for more"
+            )
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+        """Begin; zeros that the model has are held from here on.
+
+        Args:
+            model: what training calls, or the model inside its wrapping (DDP, torch.compile, FSDP2, PEFT).
+            optimizer: a torch optimiser, or accelerate's wrapping of one.
+            total_steps: optimiser steps that training will make.
+
+        Raises:
+            UnsupportedArchitectureError: the model's blocks cannot be made out.
+            ValueError: see `check`; the schedule does not fit into training; or there are adapters of another
+                kind than plain LoRA, or LoRA and `grow`.
+        """
+        if self.attached:  # training that was cut short begins again
+            self.detach()
+        self.start, self.end = (_steps(value, total_steps) for value in (self._start, self._end))
+        self.every = int(self._every) if self._every >= 1 else max(1, round(self._every * total_steps))
+        if self.end > total_steps:
+            raise ValueError(f"pruning ends at step {self.end}, training makes {total_steps}")
+        if self.start >= self.end:
+            raise ValueError(f"pruning starts at step {self.start} and ends at step {self.end}, not after it")
+        self.check(model)
+        self._places = places_of(model)
+        layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+        self._lora = {id(getattr(layer.base_layer, "weight", None)): layer for layer in layers}
+        if self.grow and self._lora:
+            raise ValueError(
+                "grow needs the gradients of all weights, LoRA has those of its adapters: leave it off"
+            )
+        self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.step_number = 0
+        """Optimiser steps made."""
+        self._first = self.sparsity
+        self._gradients: dict[str, Tensor] = {}
+        # Before the hooks of the masks, which zero what these are to see.
+        self._hooks: list[Any] = [
+            held[0].parameter.register_post_accumulate_grad_hook(partial(self._see, name))
+            for name, held in self._places.items()
+            if self.grow and held[0].parameter.requires_grad
+        ]
+        self.masks = Masks(model, {name: held[0].parameter.detach() for name, held in self._places.items()})
+        self.masks.attach(self._optimizer)
+        self.attached = True
+
+    def step(self) -> None:
+        """Tell that the optimiser has made a step."""
+        self.step_number += 1
+        if self.is_due(self.step_number):
+            self._update()
+
+    def detach(self) -> None:
+        """Let go."""
+        self.attached = False
+        self.masks.detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._gradients.clear()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the masks change once so many steps are made."""
+        return self.start < step <= self.end and ((step - self.start) % self.every == 0 or step == self.end)
+
+    def aim(self, step: int) -> float:
+        """The share of zeros that is due once so many steps are made."""
+        left = 1 - min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
+        left **= 3 if self.schedule == "cubic" else 1
+        return self.pattern.sparsity + (self._first - self.pattern.sparsity) * left
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros in all matrices together."""
+        zeros = size = 0
+        for place in _all(self._places):
+            zeros, size = zeros + _count_zeros(place), size + _size(place)
+        return zeros / size
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of zeros in each matrix, by its name in the plain model."""
+        return {place.name: _count_zeros(place) / _size(place) for place in _all(self._places)}
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Replace the masks by those that are due."""
+        for place in _all(self._places):
+            make_whole(place.parameter)
+        # Sparse training keeps state small, and makes it whole for whoever asks for all of it.
+        self._optimizer.state_dict()
+        zeros = self._share_out(self.aim(self.step_number))
+        masks: dict[str, Tensor] = {}
+        for name, held in self._places.items():
+            parameter = held[0].parameter
+            gradient = self._summed(self._gradients.pop(name)) if name in self._gradients else None
+            mask = torch.empty(parameter.shape, dtype=torch.bool, device=parameter.device)
+            for place in held:
+                seen = None if gradient is None else place.matrix.of(gradient).float().abs()
+                keep = choose(self._scores(place), self.pattern, zeros[place.name], seen, self.grow)
+                place.matrix.of(mask).copy_(keep)
+            masks[name] = mask
+        before = {name: self.masks.held(name) for name in masks}
+        self.masks.set(masks)
+        for name, was in before.items():
+            self._settle(self._places[name][0].parameter, was, self.masks.held(name))
+
+    def _settle(self, parameter: nn.Parameter, before: Tensor, held: Tensor) -> None:
+        """Make the optimiser forget what fell, and take what comes back for an average weight."""
+        for key, value in self._optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                local(value).masked_fill_(held, 0)
+                if (
+                    self.grow and key == "exp_avg_sq"
+                ):  # from 0 Adam's first steps would be three times too long
+                    moments = whole_of(value)
+                    mean = moments.sum() / (moments > 0).sum().clamp_min(1)
+                    local(value)[before & ~held] = mean.to(value.dtype)
+
+    def _share_out(self, share: float) -> dict[str, int]:
+        """How many zeros each matrix is to have."""
+        places = list(_all(self._places))
+        now, sizes = [_count_zeros(place) for place in places], [_size(place) for place in places]
+        alike = [max(round(share * size), zeros) for size, zeros in zip(sizes, now, strict=True)]
+        if not (self.across_layers and self._by_gradient and isinstance(self.pattern, Unstructured)):
+            return {place.name: count for place, count in zip(places, alike, strict=True)}
+        most = most_zeros(self.pattern.sparsity)
+        shares = np.append(np.arange(0, most, 0.01), most)
+        counts, costs = [], []
+        for place, size, zeros in zip(places, sizes, now, strict=True):
+            scores = self._scores(place).flatten()
+            sample = scores[:: max(1, size // SAMPLE) | 1].sort().values.double().cumsum(0).cpu().numpy()
+            sums = np.append(0, sample) * (size / len(sample))
+            own = [zeros, *(int(each * size) for each in shares if int(each * size) > zeros)]
+            counts.append(own)
+            costs.append([float(sums[round(count / size * len(sample))]) for count in own])
+        total = max(round(share * sum(sizes)), sum(now))
+        return {p.name: n for p, n in zip(places, spend(counts, costs, total), strict=True)}
+
+    @property
+    def _by_gradient(self) -> bool:
+        """Whether importance goes by gradients: all matrices have Adam's second moments."""
+        state = self._optimizer.state
+        return self.importance == "gradient" and all(
+            "exp_avg_sq" in state.get(held[0].parameter, {}) for held in self._places.values()
+        )
+
+    def _scores(self, place: Place) -> Tensor:
+        """(out, in), float32: what each weight matters."""
+        weight = place.matrix.of(whole_of(place.parameter)).float()
+        layer = self._lora.get(id(place.parameter))
+        if layer is not None:
+            for adapter in layer.active_adapters:
+                weight = weight + place.matrix.of(layer.get_delta_weight(adapter)).float() * (weight != 0)
+        if not self._by_gradient:
+            return weight.abs()
+        moments = whole_of(self._optimizer.state[place.parameter]["exp_avg_sq"])
+        return weight.square() * place.matrix.of(moments).float()
+
+    def _summed(self, gradient: Tensor) -> Tensor:
+        """The gradient of all ranks together."""
+        if isinstance(gradient, DTensor):
+            return gradient.full_tensor()
+        if dist.is_initialized():
+            dist.all_reduce(gradient)
+        return gradient
+
+    def _see(self, name: str, parameter: nn.Parameter) -> None:
+        """Keep the gradients of zeros, if the masks are to change after this step."""
+        if self.is_due(self.step_number + 1) and parameter.grad is not None:
+            gradient = whole_gradient(parameter)
+            seen = self._gradients.get(name)
+            self._gradients[name] = gradient if seen is None else seen.add_(gradient)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a resumed run needs beside weights and optimiser: where it is, and the masks."""
+        numbers = torch.tensor([self.step_number, self._first], dtype=torch.float64)
+        return {"progress": numbers, **self.masks.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was called; after `attach`, with the same model and settings.
+
+        Raises:
+            ValueError: the state is of another model.
+        """
+        step, self._first = state.pop("progress").tolist()
+        self.step_number = int(step)
+        self.masks.load_state_dict(state)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to what is about to be trained, or go on where the checkpoint was written."""
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end may bring back weights from before the end of pruning: leave it off"
+            )
+        self.attach(kwargs["model"], kwargs["optimizer"], state.max_steps)
+        self.step_number = state.global_step
+        if state.global_step:
+            folder = Path(args.resume_from_checkpoint or _checkpoint(args, state))
+            if not folder.is_dir():
+                raise ValueError(
+                    f"the checkpoint that training goes on from is not '{folder}': name it in the arguments "
+                    "(resume_from_checkpoint) too, for the masks that it holds"
+                )
+            if (folder / MASKS).is_file():  # otherwise plain training so far
+                self.load_state_dict(load_file(folder / MASKS))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell that an optimiser step is done."""
+        self.step()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the share of zeros beside the loss."""
+        if state.log_history and "loss" in state.log_history[-1]:
+            state.log_history[-1]["sparsity"] = self.sparsity
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the masks to the checkpoint."""
+        masks = self.state_dict()
+        if args.should_save:
+            save_file(masks, _checkpoint(args, state) / MASKS)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go."""
+        self.detach()
+
+
+def choose(
+    scores: Tensor, pattern: Pattern, zeros: int, gradient: Tensor | None = None, grow: float = 0.0
+) -> Tensor:
+    """Which weights of a matrix stay.
+
+    Args:
+        scores: (out, in), float32, at least 0: what each matters; 0 where it is zero.
+        pattern: the one to end with. Of n:m, none falls that is among the best n of its m.
+        zeros: how many fall, as far as the pattern lets them.
+        gradient: (out, in), float32, at least 0, to grow by.
+        grow: share of what stays that is dropped in exchange for zeros with the largest gradients.
+
+    Returns:
+        (out, in), bool.
+    """
+    keep = _lowest_fall(scores, pattern, zeros)
+    if gradient is None or not grow:
+        return keep
+    left = int(keep.sum())
+    fewer = scores.numel() - left + round(grow * left)
+    stays = Unstructured(fewer / scores.numel()).keep(scores.masked_fill(~keep, -1))
+    # First what stays, then zeros by gradient, and should those not suffice, what was just dropped.
+    tiny = torch.finfo(scores.dtype).tiny
+    rank = torch.where(scores == 0, gradient / gradient.max().clamp_min(tiny), scores / scores.max() - 1)
+    return _lowest_fall(torch.where(stays, 2, rank), pattern, zeros)
+
+
+def _lowest_fall(scores: Tensor, pattern: Pattern, zeros: int) -> Tensor:
+    if isinstance(pattern, NM):
+        best = pattern.keep(scores)
+        scores, zeros = scores.masked_fill(best, torch.inf), min(zeros, int((~best).sum()))
+    return Unstructured(zeros / scores.numel()).keep(scores)
+
+
+def _steps(value: float, total: int) -> int:
+    return round(value * total) if value <= 1 else int(value)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _all(places: dict[str, list[Place]]) -> Iterator[Place]:
+    return chain.from_iterable(places.values())
+
+
+def _size(place: Place) -> int:
+    rows, columns = place.matrix.shape
+    return rows * columns
+
+
+def _count_zeros(place: Place) -> int:
+    return int((place.matrix.of(whole_of(place.parameter)) == 0).sum())
