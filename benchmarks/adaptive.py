@@ -34,7 +34,7 @@ import secateurs
 from common import RESULTS, Record, environment, load, print_table, save
 from secateurs.demo import MODEL
 from secateurs.text import load_tokenizer
-from secateurs.training.adaptive import AdaptivePruning
+from secateurs.training.adaptive import AdaptivePruning, shares_of
 from secateurs.training.masks import Masks
 
 Task = Literal["gsm8k", "novel"]
@@ -141,7 +141,7 @@ class Experiment:
         if cell in VARIANTS:
             pruning = AdaptivePruning(pattern, **VARIANTS[cell])
             model, found = trained(MODEL, batches, rate, pruning)
-            shares = pruning.shares
+            shares = shares_of(model)
             found["sparsity"] = pruning.sparsity
             found["least_and_most"] = [min(shares.values()), max(shares.values())]
         elif cell.endswith("then training"):

@@ -23,19 +23,23 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from secateurs.anatomy import anatomy_of
+from secateurs.budget import most_zeros, spend
 from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
-from secateurs.pruning.allocation.budget import most_zeros, spend
 from secateurs.training.cutting import local, make_whole, whole_gradient, whole_of
 from secateurs.training.masks import Masks, Place, places_of
+from secateurs.training.omission import decoder_of
 
 Rise = Literal["cubic", "linear"]
 Worth = Literal["gradient", "magnitude"]
 
 MASKS = "masks.safetensors"
 """In a checkpoint, the masks of the moment."""
+
+BEST = "load_best_model_at_end may bring back weights from before the end of pruning: leave it off"
 
 SAMPLE = 65536
 """Weights of a matrix, at least, that tell what a share of it costs."""
@@ -107,22 +111,29 @@ class AdaptivePruning(TrainerCallback):
         self.across_layers = across_layers
         self.attached = False
 
+    def check_shapes(self, config: PretrainedConfig) -> None:
+        """See, before it is loaded, whether the matrices of a model suit the pattern.
+
+        Raises:
+            UnsupportedArchitectureError: the model's blocks cannot be made out.
+            ValueError: inputs do not divide into groups of m.
+        """
+        anatomy = anatomy_of(config)
+        for index, block in enumerate(anatomy.blocks):
+            for matrix in block.matrices.values():
+                self.pattern.check_width(f"{anatomy.path}.{index}.{matrix.name}", matrix.shape[1])
+
     def check(self, model: nn.Module) -> None:
         """See whether a model can come to the pattern.
 
         Raises:
             UnsupportedArchitectureError: the model's blocks cannot be made out.
-            ValueError: inputs do not divide into groups of m, or the model is sparser already.
+            ValueError: see `check_shapes`; or the model is sparser already.
         """
-        zeros = size = 0
-        for place in _all(places_of(model)):
-            self.pattern.check_width(place.name, place.matrix.shape[1])
-            weight = place.matrix.of(whole_of(place.parameter))
-            zeros, size = zeros + int((weight == 0).sum()), size + weight.numel()
-        if zeros > round(self.pattern.sparsity * size):
-            raise ValueError(
-                f"the model has {zeros / size:.1%} zeros already, more than {self.pattern} has: ask for more"
-            )
+        config: Any = decoder_of(model).config
+        self.check_shapes(config)
+        if (sparsity := _sparsity(places_of(model))) > self.pattern.sparsity:
+            raise ValueError(f"the model has {sparsity:.1%} zeros already, more than {self.pattern} asks for")
 
     def attach(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         """Begin; zeros that the model has are held from here on.
@@ -156,7 +167,8 @@ class AdaptivePruning(TrainerCallback):
         self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.step_number = 0
         """Optimiser steps made."""
-        self._first = self.sparsity
+        self.sparsity = self._first = _sparsity(self._places)
+        """The share of zeros in all matrices together."""
         self._gradients: dict[str, Tensor] = {}
         # Before the hooks of the masks, which zero what these are to see.
         self._hooks: list[Any] = [
@@ -193,23 +205,14 @@ class AdaptivePruning(TrainerCallback):
         return self.pattern.sparsity + (self._first - self.pattern.sparsity) * left
 
     @property
-    def sparsity(self) -> float:
-        """The share of zeros in all matrices together."""
-        zeros = size = 0
-        for place in _all(self._places):
-            zeros, size = zeros + _count_zeros(place), size + _size(place)
-        return zeros / size
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """The share of zeros in each matrix, by its name in the plain model."""
-        return {place.name: _count_zeros(place) / _size(place) for place in _all(self._places)}
+    def record(self) -> dict[str, Any]:
+        """What was asked for, in steps; once attached."""
+        names = ("start", "end", "every", "schedule", "grow", "across_layers", "importance")
+        return {"pattern": str(self.pattern), **{name: getattr(self, name) for name in names}}
 
     @torch.no_grad()
     def _update(self) -> None:
         """Replace the masks by those that are due."""
-        for place in _all(self._places):
-            make_whole(place.parameter)
         # Sparse training keeps state small, and makes it whole for whoever asks for all of it.
         self._optimizer.state_dict()
         zeros = self._share_out(self.aim(self.step_number))
@@ -227,6 +230,7 @@ class AdaptivePruning(TrainerCallback):
         self.masks.set(masks)
         for name, was in before.items():
             self._settle(self._places[name][0].parameter, was, self.masks.held(name))
+        self.sparsity = _sparsity(self._places)
 
     def _settle(self, parameter: nn.Parameter, before: Tensor, held: Tensor) -> None:
         """Make the optimiser forget what fell, and take what comes back for an average weight."""
@@ -243,7 +247,7 @@ class AdaptivePruning(TrainerCallback):
     def _share_out(self, share: float) -> dict[str, int]:
         """How many zeros each matrix is to have."""
         places = list(_all(self._places))
-        now, sizes = [_count_zeros(place) for place in places], [_size(place) for place in places]
+        now, sizes = [_zeros(place) for place in places], [_size(place) for place in places]
         alike = [max(round(share * size), zeros) for size, zeros in zip(sizes, now, strict=True)]
         if not (self.across_layers and self._by_gradient and isinstance(self.pattern, Unstructured)):
             return {place.name: count for place, count in zip(places, alike, strict=True)}
@@ -270,7 +274,7 @@ class AdaptivePruning(TrainerCallback):
 
     def _scores(self, place: Place) -> Tensor:
         """(out, in), float32: what each weight matters."""
-        weight = place.matrix.of(whole_of(place.parameter)).float()
+        weight = _weight(place).float()
         layer = self._lora.get(id(place.parameter))
         if layer is not None:
             for adapter in layer.active_adapters:
@@ -309,15 +313,14 @@ class AdaptivePruning(TrainerCallback):
         step, self._first = state.pop("progress").tolist()
         self.step_number = int(step)
         self.masks.load_state_dict(state)
+        self.sparsity = _sparsity(self._places)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to what is about to be trained, or go on where the checkpoint was written."""
         if args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end may bring back weights from before the end of pruning: leave it off"
-            )
+            raise ValueError(BEST)
         self.attach(kwargs["model"], kwargs["optimizer"], state.max_steps)
         self.step_number = state.global_step
         if state.global_step:
@@ -356,6 +359,11 @@ class AdaptivePruning(TrainerCallback):
     ) -> None:
         """Let go."""
         self.detach()
+
+
+def shares_of(model: nn.Module) -> dict[str, float]:
+    """The share of zeros in each matrix of a model, by its name in the plain model."""
+    return {place.name: _zeros(place) / _size(place) for place in _all(places_of(model))}
 
 
 def choose(
@@ -409,5 +417,15 @@ def _size(place: Place) -> int:
     return rows * columns
 
 
-def _count_zeros(place: Place) -> int:
-    return int((place.matrix.of(whole_of(place.parameter)) == 0).sum())
+def _weight(place: Place) -> Tensor:
+    """(out, in), all of it, whatever sparse training or ranks have made of the parameter."""
+    make_whole(place.parameter)
+    return place.matrix.of(whole_of(place.parameter))
+
+
+def _zeros(place: Place) -> int:
+    return int((_weight(place) == 0).sum())
+
+
+def _sparsity(places: dict[str, list[Place]]) -> float:
+    return sum(map(_zeros, _all(places))) / sum(map(_size, _all(places)))
