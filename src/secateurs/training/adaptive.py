@@ -10,6 +10,7 @@ With n:m, the candidates to fall are those outside the best n of every m, the wo
 steps leads there too.
 """
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
@@ -39,6 +40,9 @@ Worth = Literal["gradient", "magnitude"]
 MASKS = "masks.safetensors"
 """In a checkpoint, the masks of the moment."""
 
+ROUNDING = 1e-3
+"""By how much a share of zeros may be above that of a pattern."""
+
 BEST = "load_best_model_at_end may bring back weights from before the end of pruning: leave it off"
 
 SAMPLE = 65536
@@ -66,10 +70,10 @@ class AdaptivePruning(TrainerCallback):
 
     Args:
         pattern: to end with: "70%", "2:4", or a pattern. Zeros that the model has stay and count.
-        start: when pruning starts, in steps, or up to 1 as a share of all steps; best after the warm-up.
-        end: when the pattern is reached, likewise. From there on the zeros stay.
+        start: steps until pruning starts, or below 1 their share of all steps; best after the warm-up.
+        end: likewise until the pattern is reached. From there on the zeros stay.
         schedule: how sparsity rises: "cubic", fast at first and ever slower, or "linear".
-        every: steps between two updates, or below 1 their share of all steps.
+        every: steps from one update to the next, likewise.
         grow: share of the weights left that each update drops beyond that, in exchange for as many zeros
             where the gradient is largest (RigL, arXiv 1911.11134), which start again from 0.
         importance: "gradient" is w^2 E[g^2] where the optimiser is an Adam; "magnitude" is |w|.
@@ -100,7 +104,7 @@ class AdaptivePruning(TrainerCallback):
             raise ValueError(f"unknown schedule '{schedule}': choose from {', '.join(get_args(Rise))}")
         if importance not in get_args(Worth):
             raise ValueError(f"unknown importance '{importance}': choose from {', '.join(get_args(Worth))}")
-        if start < 0 or end <= 0 or ((start <= 1) == (end <= 1) and start >= end):
+        if start < 0 or end <= 0 or ((start < 1) == (end < 1) and start >= end):
             raise ValueError(f"pruning must end after it starts, not start at {start:g} and end at {end:g}")
         if every <= 0:
             raise ValueError(f"every is a number of steps, or a share of them, above 0, not {every:g}")
@@ -109,7 +113,21 @@ class AdaptivePruning(TrainerCallback):
         self._start, self._end, self._every = start, end, every
         self.schedule, self.grow, self.importance = schedule, grow, importance
         self.across_layers = across_layers
-        self.attached = False
+        self.attached = self._warned = False
+
+    def span(self, total_steps: int) -> tuple[int, int, int]:
+        """The steps at which pruning starts and ends, and those between two updates.
+
+        Raises:
+            ValueError: that does not fit into training.
+        """
+        asked = (self._start, self._end, self._every)
+        start, end, every = (int(value) if value >= 1 else round(value * total_steps) for value in asked)
+        if end > total_steps:
+            raise ValueError(f"pruning ends at step {end}, training makes {total_steps}")
+        if start >= end:
+            raise ValueError(f"pruning must end after it starts, not start at step {start} and end at {end}")
+        return start, end, max(1, every)
 
     def check_shapes(self, config: PretrainedConfig) -> None:
         """See, before it is loaded, whether the matrices of a model suit the pattern.
@@ -132,7 +150,9 @@ class AdaptivePruning(TrainerCallback):
         """
         config: Any = decoder_of(model).config
         self.check_shapes(config)
-        if (sparsity := _sparsity(places_of(model))) > self.pattern.sparsity:
+        # Where a run goes on, what has just come back is zero still.
+        most = 1 - (1 - self.pattern.sparsity) * (1 - self.grow) + ROUNDING
+        if (sparsity := _sparsity(places_of(model))) > most:
             raise ValueError(f"the model has {sparsity:.1%} zeros already, more than {self.pattern} asks for")
 
     def attach(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
@@ -145,17 +165,12 @@ class AdaptivePruning(TrainerCallback):
 
         Raises:
             UnsupportedArchitectureError: the model's blocks cannot be made out.
-            ValueError: see `check`; the schedule does not fit into training; or there are adapters of another
-                kind than plain LoRA, or LoRA and `grow`.
+            ValueError: see `span` and `check`; or there are adapters of another kind than plain LoRA, or LoRA
+                and `grow`.
         """
         if self.attached:  # training that was cut short begins again
             self.detach()
-        self.start, self.end = (_steps(value, total_steps) for value in (self._start, self._end))
-        self.every = int(self._every) if self._every >= 1 else max(1, round(self._every * total_steps))
-        if self.end > total_steps:
-            raise ValueError(f"pruning ends at step {self.end}, training makes {total_steps}")
-        if self.start >= self.end:
-            raise ValueError(f"pruning starts at step {self.start} and ends at step {self.end}, not after it")
+        self.start, self.end, self.every = self.span(total_steps)
         self.check(model)
         self._places = places_of(model)
         layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
@@ -215,12 +230,19 @@ class AdaptivePruning(TrainerCallback):
         """Replace the masks by those that are due."""
         # Sparse training keeps state small, and makes it whole for whoever asks for all of it.
         self._optimizer.state_dict()
+        if self.importance == "gradient" and not (self._by_gradient or self._lora or self._warned):
+            self._warned = True
+            kind = type(self._optimizer).__name__
+            warnings.warn(
+                f"{kind} has no second moments of all weights, as Adam has: the smallest of each matrix fall",
+                stacklevel=3,
+            )
         zeros = self._share_out(self.aim(self.step_number))
         masks: dict[str, Tensor] = {}
         for name, held in self._places.items():
             parameter = held[0].parameter
             gradient = self._summed(self._gradients.pop(name)) if name in self._gradients else None
-            mask = torch.empty(parameter.shape, dtype=torch.bool, device=parameter.device)
+            mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
             for place in held:
                 seen = None if gradient is None else place.matrix.of(gradient).float().abs()
                 keep = choose(self._scores(place), self.pattern, zeros[place.name], seen, self.grow)
@@ -237,10 +259,8 @@ class AdaptivePruning(TrainerCallback):
         for key, value in self._optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 local(value).masked_fill_(held, 0)
-                if (
-                    self.grow and key == "exp_avg_sq"
-                ):  # from 0 Adam's first steps would be three times too long
-                    moments = whole_of(value)
+                if self.grow and key == "exp_avg_sq":
+                    moments = whole_of(value)  # from 0 Adam's first steps would be three times too long
                     mean = moments.sum() / (moments > 0).sum().clamp_min(1)
                     local(value)[before & ~held] = mean.to(value.dtype)
 
@@ -387,9 +407,9 @@ def choose(
     left = int(keep.sum())
     fewer = scores.numel() - left + round(grow * left)
     stays = Unstructured(fewer / scores.numel()).keep(scores.masked_fill(~keep, -1))
-    # First what stays, then zeros by gradient, and should those not suffice, what was just dropped.
-    tiny = torch.finfo(scores.dtype).tiny
-    rank = torch.where(scores == 0, gradient / gradient.max().clamp_min(tiny), scores / scores.max() - 1)
+    # First what stays, then zeros that have a gradient, and should those not suffice, what was just dropped.
+    grows = (scores == 0) & (gradient > 0)
+    rank = torch.where(grows, gradient / gradient.max(), scores / scores.max() - 1)
     return _lowest_fall(torch.where(stays, 2, rank), pattern, zeros)
 
 
@@ -398,10 +418,6 @@ def _lowest_fall(scores: Tensor, pattern: Pattern, zeros: int) -> Tensor:
         best = pattern.keep(scores)
         scores, zeros = scores.masked_fill(best, torch.inf), min(zeros, int((~best).sum()))
     return Unstructured(zeros / scores.numel()).keep(scores)
-
-
-def _steps(value: float, total: int) -> int:
-    return round(value * total) if value <= 1 else int(value)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

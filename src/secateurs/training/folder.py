@@ -162,6 +162,14 @@ def _of_disk(error: Exception) -> str | None:
     return "writing failed" if "PytorchStreamWriter" in text or "inline_container" in text else None
 
 
+def steps_in_all(arguments: TrainingArguments, rows: int) -> int:
+    """Optimiser steps that Trainer makes of so many sequences."""
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if arguments.max_steps >= 1:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * math.ceil(rows / batch))
+
+
 def bytes_at_once(
     checkpoint: Checkpoint, arguments: TrainingArguments, *, rows: int, lora: int | None
 ) -> int:
@@ -181,10 +189,7 @@ def bytes_at_once(
     else:
         trained = sum(lora * sum(shape) for shape in shapes if len(shape) == 2)
     states = 0 if arguments.optim in STATELESS else 2
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    steps = arguments.max_steps
-    if steps < 1:
-        steps = math.ceil(arguments.num_train_epochs * math.ceil(rows / batch))
+    steps = steps_in_all(arguments, rows)
     every = arguments.save_steps if arguments.save_steps >= 1 else math.ceil(arguments.save_steps * steps)
     saved = math.ceil(arguments.num_train_epochs) if arguments.save_strategy == "epoch" else steps / every
     # The oldest is deleted once the newest is there.

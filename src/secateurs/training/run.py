@@ -43,7 +43,7 @@ from secateurs.training.arguments import (
     trainer_arguments,
 )
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
-from secateurs.training.folder import TrainingFolder, bytes_at_once
+from secateurs.training.folder import TrainingFolder, bytes_at_once, steps_in_all
 from secateurs.training.loop import (
     for_training,
     make_steps,
@@ -175,6 +175,8 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         if arguments.should_save:
             work.clear()
         return _finished(work, data, tokenizer, arguments, validation, lora=lora)
+    if pruning:
+        pruning.span(steps_in_all(arguments, len(data.train)))
     checkpoints = bytes_at_once(checkpoint, arguments, rows=len(data.train), lora=lora)
     beside = bytes_of_companions(checkpoint.folder)
     work.check_room(checkpoints + checkpoint.tensor_bytes + beside)

@@ -115,8 +115,8 @@ class TrainSettings(OfText):
             needs("trl")
         size_in_bytes(self.max_shard_size)
         self.callback(seed=0)
-        if not 0 < self.prune_end <= 1:
-            raise ValueError(f"prune_end is a share of the steps, above 0 and up to 1, not {self.prune_end}")
+        if not 0 < self.prune_end < 1:
+            raise ValueError(f"prune_end is a share of the steps, above 0 and below 1, not {self.prune_end}")
         self.pruning(start=0)
 
     def pruning(self, *, start: float) -> AdaptivePruning | None:
