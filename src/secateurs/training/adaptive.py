@@ -183,7 +183,7 @@ class AdaptivePruning(TrainerCallback):
         self.step_number = 0
         """Optimiser steps made."""
         self.sparsity = self._first = _sparsity(self._places)
-        """The share of zeros in all matrices together."""
+        """The share of all matrices together that is held at zero."""
         self._gradients: dict[str, Tensor] = {}
         # Before the hooks of the masks, which zero what these are to see.
         self._hooks: list[Any] = [
@@ -239,6 +239,7 @@ class AdaptivePruning(TrainerCallback):
             )
         zeros = self._share_out(self.aim(self.step_number))
         masks: dict[str, Tensor] = {}
+        kept = 0
         for name, held in self._places.items():
             parameter = held[0].parameter
             gradient = self._summed(self._gradients.pop(name)) if name in self._gradients else None
@@ -247,12 +248,13 @@ class AdaptivePruning(TrainerCallback):
                 seen = None if gradient is None else place.matrix.of(gradient).float().abs()
                 keep = choose(self._scores(place), self.pattern, zeros[place.name], seen, self.grow)
                 place.matrix.of(mask).copy_(keep)
+                kept += int(keep.sum())
             masks[name] = mask
         before = {name: self.masks.held(name) for name in masks}
         self.masks.set(masks)
         for name, was in before.items():
             self._settle(self._places[name][0].parameter, was, self.masks.held(name))
-        self.sparsity = _sparsity(self._places)
+        self.sparsity = 1 - kept / sum(map(_size, _all(self._places)))
 
     def _settle(self, parameter: nn.Parameter, before: Tensor, held: Tensor) -> None:
         """Make the optimiser forget what fell, and take what comes back for an average weight."""
@@ -321,7 +323,7 @@ class AdaptivePruning(TrainerCallback):
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a resumed run needs beside weights and optimiser: where it is, and the masks."""
-        numbers = torch.tensor([self.step_number, self._first], dtype=torch.float64)
+        numbers = torch.tensor([self.step_number, self._first, self.sparsity], dtype=torch.float64)
         return {"progress": numbers, **self.masks.state_dict()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -330,10 +332,9 @@ class AdaptivePruning(TrainerCallback):
         Raises:
             ValueError: the state is of another model.
         """
-        step, self._first = state.pop("progress").tolist()
+        step, self._first, self.sparsity = state.pop("progress").tolist()
         self.step_number = int(step)
         self.masks.load_state_dict(state)
-        self.sparsity = _sparsity(self._places)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
