@@ -177,7 +177,9 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         return _finished(work, data, tokenizer, arguments, validation, lora=lora)
     if pruning:
         pruning.span(steps_in_all(arguments, len(data.train)))
-    checkpoints = bytes_at_once(checkpoint, arguments, rows=len(data.train), lora=lora)
+    checkpoints = bytes_at_once(
+        checkpoint, arguments, rows=len(data.train), lora=lora, masks=pruning is not None
+    )
     beside = bytes_of_companions(checkpoint.folder)
     work.check_room(checkpoints + checkpoint.tensor_bytes + beside)
 
