@@ -15,8 +15,9 @@ from transformers import Trainer, TrainerCallback
 import decoders
 from families import build, tokens
 from secateurs.pattern import NM, Unstructured
-from secateurs.training.adaptive import AdaptivePruning, choose, shares_of
+from secateurs.training.adaptive import AdaptivePruning, shares_of
 from secateurs.training.callback import SparsityAcceleratedTraining
+from secateurs.training.falling import choose
 from secateurs.training.masks import places_of
 from secateurs.training.sparse import SparseTraining
 

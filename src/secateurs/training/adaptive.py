@@ -5,9 +5,6 @@ matter least to the task fall, and training makes up for them before the next. W
 w^2 E[g^2], the loss that its removal is expected to cost by the diagonal of the empirical Fisher matrix (as
 in optimal brain damage): Adam's second moments hold E[g^2] already, so it takes no memory. That cost compares
 across layers, so they share the zeros by it.
-
-With n:m, the candidates to fall are those outside the best n of every m, the worst first: a schedule in small
-steps leads there too.
 """
 
 import warnings
@@ -17,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,9 +24,10 @@ from transformers import PretrainedConfig, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from secateurs.anatomy import anatomy_of
-from secateurs.budget import most_zeros, spend
-from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
+from secateurs.budget import most_zeros
+from secateurs.pattern import Pattern, Unstructured, parse_pattern
 from secateurs.training.cutting import local, make_whole, whole_gradient, whole_of
+from secateurs.training.falling import choose, share_out
 from secateurs.training.masks import Masks, Place, places_of
 from secateurs.training.omission import decoder_of
 
@@ -44,9 +41,6 @@ ROUNDING = 1e-3
 """By how much a share of zeros may be above that of a pattern."""
 
 BEST = "load_best_model_at_end may bring back weights from before the end of pruning: leave it off"
-
-SAMPLE = 65536
-"""Weights of a matrix, at least, that tell what a share of it costs."""
 
 
 class AdaptivePruning(TrainerCallback):
@@ -273,18 +267,8 @@ class AdaptivePruning(TrainerCallback):
         alike = [max(round(share * size), zeros) for size, zeros in zip(sizes, now, strict=True)]
         if not (self.across_layers and self._by_gradient and isinstance(self.pattern, Unstructured)):
             return {place.name: count for place, count in zip(places, alike, strict=True)}
-        most = most_zeros(self.pattern.sparsity)
-        shares = np.append(np.arange(0, most, 0.01), most)
-        counts, costs = [], []
-        for place, size, zeros in zip(places, sizes, now, strict=True):
-            scores = self._scores(place).flatten()
-            sample = scores[:: max(1, size // SAMPLE) | 1].sort().values.double().cumsum(0).cpu().numpy()
-            sums = np.append(0, sample) * (size / len(sample))
-            own = [zeros, *(int(each * size) for each in shares if int(each * size) > zeros)]
-            counts.append(own)
-            costs.append([float(sums[round(count / size * len(sample))]) for count in own])
-        total = max(round(share * sum(sizes)), sum(now))
-        return {p.name: n for p, n in zip(places, spend(counts, costs, total), strict=True)}
+        counts = share_out(map(self._scores, places), now, sizes, share, most_zeros(self.pattern.sparsity))
+        return {place.name: count for place, count in zip(places, counts, strict=True)}
 
     @property
     def _by_gradient(self) -> bool:
@@ -385,40 +369,6 @@ class AdaptivePruning(TrainerCallback):
 def shares_of(model: nn.Module) -> dict[str, float]:
     """The share of zeros in each matrix of a model, by its name in the plain model."""
     return {place.name: _zeros(place) / _size(place) for place in _all(places_of(model))}
-
-
-def choose(
-    scores: Tensor, pattern: Pattern, zeros: int, gradient: Tensor | None = None, grow: float = 0.0
-) -> Tensor:
-    """Which weights of a matrix stay.
-
-    Args:
-        scores: (out, in), float32, at least 0: what each matters; 0 where it is zero.
-        pattern: the one to end with. Of n:m, none falls that is among the best n of its m.
-        zeros: how many fall, as far as the pattern lets them.
-        gradient: (out, in), float32, at least 0, to grow by.
-        grow: share of what stays that is dropped in exchange for zeros with the largest gradients.
-
-    Returns:
-        (out, in), bool.
-    """
-    keep = _lowest_fall(scores, pattern, zeros)
-    if gradient is None or not grow:
-        return keep
-    left = int(keep.sum())
-    fewer = scores.numel() - left + round(grow * left)
-    stays = Unstructured(fewer / scores.numel()).keep(scores.masked_fill(~keep, -1))
-    # First what stays, then zeros that have a gradient, and should those not suffice, what was just dropped.
-    grows = (scores == 0) & (gradient > 0)
-    rank = torch.where(grows, gradient / gradient.max(), scores / scores.max() - 1)
-    return _lowest_fall(torch.where(stays, 2, rank), pattern, zeros)
-
-
-def _lowest_fall(scores: Tensor, pattern: Pattern, zeros: int) -> Tensor:
-    if isinstance(pattern, NM):
-        best = pattern.keep(scores)
-        scores, zeros = scores.masked_fill(best, torch.inf), min(zeros, int((~best).sum()))
-    return Unstructured(zeros / scores.numel()).keep(scores)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
