@@ -44,7 +44,6 @@ HELD_OUT = 96
 
 VARIANTS: dict[str, Record] = {
     "adaptive": {},
-    "adaptive, magnitude": {"importance": "magnitude"},
     "adaptive, uniform": {"across_layers": False},
     "adaptive, grow 0.1": {"grow": 0.1},
     "adaptive, grow 0.3": {"grow": 0.3},

@@ -1,10 +1,10 @@
 """Pruning that adapts during training: from the model as it is to a pattern, while it learns the task.
 
-Sparsity rises by the cubic schedule of Zhu and Gupta (arXiv 1710.01878). At every update the weights that
-matter least to the task fall, and training makes up for them before the next. What a weight matters is
-w^2 E[g^2], the loss that its removal is expected to cost by the diagonal of the empirical Fisher matrix (as
-in optimal brain damage): Adam's second moments hold E[g^2] already, so it takes no memory. That cost compares
-across layers, so they share the zeros by it.
+Sparsity rises by the cubic schedule of Zhu and Gupta (arXiv 1710.01878). At every update the smallest weights
+of each matrix fall, and training makes up for them before the next. How many fall in which matrix the task
+tells, by w^2 E[g^2]: the loss that the removal of a weight is expected to cost by the diagonal of the
+empirical Fisher matrix (as in optimal brain damage), which compares across layers. Adam's second moments hold
+E[g^2] already, so it takes no memory. Within a matrix magnitude turned out the better guide.
 """
 
 import warnings
@@ -32,7 +32,6 @@ from secateurs.training.masks import Masks, Place, places_of
 from secateurs.training.omission import decoder_of
 
 Rise = Literal["cubic", "linear"]
-Worth = Literal["gradient", "magnitude"]
 
 MASKS = "masks.safetensors"
 """In a checkpoint, the masks of the moment."""
@@ -59,8 +58,8 @@ class AdaptivePruning(TrainerCallback):
             optimizer.zero_grad()
         pruning.detach()
 
-    It composes with `SparsityAcceleratedTraining`. With PEFT's LoRA the base is pruned by the magnitude of
-    base and adapters together; merge them by `masks.merge_lora`.
+    It composes with `SparsityAcceleratedTraining`. With PEFT's LoRA the base is pruned by what base and
+    adapters make together; merge them by `masks.merge_lora`.
 
     Args:
         pattern: to end with: "70%", "2:4", or a pattern. Zeros that the model has stay and count.
@@ -70,9 +69,9 @@ class AdaptivePruning(TrainerCallback):
         every: steps from one update to the next, likewise.
         grow: share of the weights left that each update drops beyond that, in exchange for as many zeros
             where the gradient is largest (RigL, arXiv 1911.11134), which start again from 0.
-        importance: "gradient" is w^2 E[g^2] where the optimiser is an Adam; "magnitude" is |w|.
-        across_layers: let layers share the zeros by importance (unstructured patterns, by gradient); a tenth
-            of what the pattern leaves stays in each. Otherwise each has as many.
+        across_layers: share the zeros out by what their fall costs, where Adam's second moments of all
+            weights tell, and the pattern is unstructured; a tenth of what it leaves stays in each matrix.
+            Otherwise each has as many.
 
     Raises:
         ValueError: a setting is unknown or out of its range.
@@ -90,14 +89,11 @@ class AdaptivePruning(TrainerCallback):
         schedule: Rise = "cubic",
         every: float = 0.01,
         grow: float = 0.0,
-        importance: Worth = "gradient",
         across_layers: bool = True,
     ) -> None:
         self.pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
         if schedule not in get_args(Rise):
             raise ValueError(f"unknown schedule '{schedule}': choose from {', '.join(get_args(Rise))}")
-        if importance not in get_args(Worth):
-            raise ValueError(f"unknown importance '{importance}': choose from {', '.join(get_args(Worth))}")
         if start < 0 or end <= 0 or ((start < 1) == (end < 1) and start >= end):
             raise ValueError(f"pruning must end after it starts, not start at {start:g} and end at {end:g}")
         if every <= 0:
@@ -105,8 +101,7 @@ class AdaptivePruning(TrainerCallback):
         if not 0 <= grow < 1:
             raise ValueError(f"grow is a share of the weights that are left, in [0, 1), not {grow:g}")
         self._start, self._end, self._every = start, end, every
-        self.schedule, self.grow, self.importance = schedule, grow, importance
-        self.across_layers = across_layers
+        self.schedule, self.grow, self.across_layers = schedule, grow, across_layers
         self.attached = self._warned = False
 
     def span(self, total_steps: int) -> tuple[int, int, int]:
@@ -216,7 +211,7 @@ class AdaptivePruning(TrainerCallback):
     @property
     def record(self) -> dict[str, Any]:
         """What was asked for, in steps; once attached."""
-        names = ("start", "end", "every", "schedule", "grow", "across_layers", "importance")
+        names = ("start", "end", "every", "schedule", "grow", "across_layers")
         return {"pattern": str(self.pattern), **{name: getattr(self, name) for name in names}}
 
     @torch.no_grad()
@@ -224,13 +219,6 @@ class AdaptivePruning(TrainerCallback):
         """Replace the masks by those that are due."""
         # Sparse training keeps state small, and makes it whole for whoever asks for all of it.
         self._optimizer.state_dict()
-        if self.importance == "gradient" and not (self._by_gradient or self._lora or self._warned):
-            self._warned = True
-            kind = type(self._optimizer).__name__
-            warnings.warn(
-                f"{kind} has no second moments of all weights, as Adam has: the smallest of each matrix fall",
-                stacklevel=3,
-            )
         zeros = self._share_out(self.aim(self.step_number))
         masks: dict[str, Tensor] = {}
         kept = 0
@@ -240,7 +228,7 @@ class AdaptivePruning(TrainerCallback):
             mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
             for place in held:
                 seen = None if gradient is None else place.matrix.of(gradient).float().abs()
-                keep = choose(self._scores(place), self.pattern, zeros[place.name], seen, self.grow)
+                keep = choose(self._magnitude(place), self.pattern, zeros[place.name], seen, self.grow)
                 place.matrix.of(mask).copy_(keep)
                 kept += int(keep.sum())
             masks[name] = mask
@@ -264,31 +252,30 @@ class AdaptivePruning(TrainerCallback):
         """How many zeros each matrix is to have."""
         places = list(_all(self._places))
         now, sizes = [_zeros(place) for place in places], [_size(place) for place in places]
+        if self.across_layers and isinstance(self.pattern, Unstructured):
+            moments = [self._optimizer.state.get(place.parameter, {}).get("exp_avg_sq") for place in places]
+            if all(each is not None for each in moments):
+                costs = map(_cost, places, moments)
+                counts = share_out(costs, now, sizes, share, most_zeros(self.pattern.sparsity))
+                return {place.name: count for place, count in zip(places, counts, strict=True)}
+            if not (self._lora or self._warned):
+                self._warned = True
+                kind = type(self._optimizer).__name__
+                warnings.warn(
+                    f"{kind} has no second moments of all weights, as Adam has: matrices share alike",
+                    stacklevel=4,
+                )
         alike = [max(round(share * size), zeros) for size, zeros in zip(sizes, now, strict=True)]
-        if not (self.across_layers and self._by_gradient and isinstance(self.pattern, Unstructured)):
-            return {place.name: count for place, count in zip(places, alike, strict=True)}
-        counts = share_out(map(self._scores, places), now, sizes, share, most_zeros(self.pattern.sparsity))
-        return {place.name: count for place, count in zip(places, counts, strict=True)}
+        return {place.name: count for place, count in zip(places, alike, strict=True)}
 
-    @property
-    def _by_gradient(self) -> bool:
-        """Whether importance goes by gradients: all matrices have Adam's second moments."""
-        state = self._optimizer.state
-        return self.importance == "gradient" and all(
-            "exp_avg_sq" in state.get(held[0].parameter, {}) for held in self._places.values()
-        )
-
-    def _scores(self, place: Place) -> Tensor:
-        """(out, in), float32: what each weight matters."""
+    def _magnitude(self, place: Place) -> Tensor:
+        """(out, in), float32: of what base and adapters make together."""
         weight = _weight(place).float()
         layer = self._lora.get(id(place.parameter))
         if layer is not None:
             for adapter in layer.active_adapters:
                 weight = weight + place.matrix.of(layer.get_delta_weight(adapter)).float() * (weight != 0)
-        if not self._by_gradient:
-            return weight.abs()
-        moments = whole_of(self._optimizer.state[place.parameter]["exp_avg_sq"])
-        return weight.square() * place.matrix.of(moments).float()
+        return weight.abs()
 
     def _summed(self, gradient: Tensor) -> Tensor:
         """The gradient of all ranks together."""
@@ -388,6 +375,11 @@ def _weight(place: Place) -> Tensor:
     """(out, in), all of it, whatever sparse training or ranks have made of the parameter."""
     make_whole(place.parameter)
     return place.matrix.of(whole_of(place.parameter))
+
+
+def _cost(place: Place, moments: Tensor) -> Tensor:
+    """(out, in), float32: what the loss is expected to rise by where a weight falls."""
+    return _weight(place).float().square() * place.matrix.of(whole_of(moments)).float()
 
 
 def _zeros(place: Place) -> int:

@@ -21,12 +21,12 @@ STEP = 0.01
 
 
 def share_out(
-    scores: Iterable[Tensor], zeros: Sequence[int], sizes: Sequence[int], share: float, most: float
+    weights: Iterable[Tensor], zeros: Sequence[int], sizes: Sequence[int], share: float, most: float
 ) -> list[int]:
-    """How many zeros each matrix is to have, for what falls to matter the least in all.
+    """How many zeros each matrix is to have: as many as of all weights together the cheapest are in it.
 
     Args:
-        scores: of each matrix (out, in), float32: what each weight matters, comparable across matrices.
+        weights: of each matrix (out, in), float32: what the fall of each weight costs.
         zeros: that each has; it gets no fewer.
         sizes: of the matrices.
         share: of zeros in all of them together.
@@ -34,7 +34,7 @@ def share_out(
     """
     shares = np.append(np.arange(0, most, STEP), most)
     counts, costs = [], []
-    for each, size, least in zip(scores, sizes, zeros, strict=True):
+    for each, size, least in zip(weights, sizes, zeros, strict=True):
         sample = each.flatten()[:: max(1, size // SAMPLE) | 1].sort().values.double().cumsum(0)
         sums = np.append(0, sample.cpu().numpy()) * (size / len(sample))
         counts.append([least, *(int(part * size) for part in shares if int(part * size) > least)])
@@ -48,7 +48,7 @@ def choose(
     """Which weights of a matrix stay.
 
     Args:
-        scores: (out, in), float32, at least 0: what each matters; 0 where it is zero.
+        scores: (out, in), float32, at least 0: the lowest fall; 0 where a weight is zero.
         pattern: the one to end with. Of n:m, none falls that is among the best n of its m.
         zeros: how many fall, as far as the pattern lets them.
         gradient: (out, in), float32, at least 0, to grow by.
