@@ -178,7 +178,7 @@ def main(
     patterns: tuple[str, ...] = ("70%", "2:4"),
     cells: tuple[str, ...] = CELLS,
     seeds: tuple[int, ...] = (0,),
-    steps: int = 128,
+    steps: int = 96,
     batch_size: int = 4,
     length: int = 256,
     learning_rate: float = 4e-3,
