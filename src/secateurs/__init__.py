@@ -38,6 +38,7 @@ from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
 from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
 from secateurs.text import calibration_blocks, evaluation_tokens
+from secateurs.training.adaptive import AdaptivePruning
 from secateurs.training.callback import SparsityAcceleratedTraining
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.profile import profile
@@ -51,6 +52,7 @@ __all__ = [
     "ADMM",
     "NM",
     "OWL",
+    "AdaptivePruning",
     "Checkpoint",
     "Inspection",
     "KeepZeros",

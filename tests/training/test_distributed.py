@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from two_processes import OPTIMIZERS, plain_loop, trainer, two_processes
+from two_processes import OPTIMIZERS, PRUNED, plain_loop, pruned, trainer, two_processes
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +27,16 @@ def test_ddp_through_trainer_trains_as_one_process(both: list[dict[str, Any]], t
     for rank in both:
         assert rank["trainer"][0] == pytest.approx(losses, rel=1e-9)
         torch.testing.assert_close(rank["trainer"][1], weights, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("how", PRUNED)
+def test_every_rank_prunes_alike_and_as_one_process_does(both: list[dict[str, Any]], how: str) -> None:
+    shares, expected = pruned(0, 1, how)
+    assert shares[-1] == pytest.approx(0.6, abs=1e-3)
+    for rank in both:
+        assert rank[how][0] == shares
+        for here, there in zip(rank[how][1], expected, strict=True):
+            if here.dtype == torch.uint8:  # a mask
+                assert torch.equal(here, there)
+            else:
+                torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-9)

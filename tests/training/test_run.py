@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import folders
-from secateurs import perplexity, prune
+from secateurs import compress, inspect, perplexity, prune
 from secateurs.training.arguments import read_settings
 from secateurs.training.data import CHAT_TEMPLATE, packed_blocks
 from secateurs.training.report import TrainingReport
@@ -232,6 +232,56 @@ def test_a_pruned_model_keeps_its_zeros(model: Path, text: Path, tmp_path: Path)
             if "_proj" in name:
                 assert (tensor[zeros[name]] == 0).all()
                 assert (tensor == 0).double().mean() == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize(("pattern", "lora"), [("70%", None), ("2:4", None), ("2:4", 2)])
+def test_a_dense_model_can_be_pruned_on_the_way(
+    pattern: str, lora: int | None, model: Path, text: Path, tmp_path: Path
+) -> None:
+    report = train(model, output=tmp_path / "out", text=text, steps=12, lora=lora, prune_to=pattern, **QUICK)
+    assert report.pruning is not None
+    assert (report.pruning["pattern"], report.pruning["end"]) == (pattern, 7)
+    assert f"pruned to {pattern} by step 7: " in str(report)
+    found = inspect(tmp_path / "out")
+    assert report.pruning["sparsity"] == {layer.name: layer.sparsity for layer in found.layers}
+    assert found.sparsity == pytest.approx(0.7 if pattern == "70%" else 0.5, abs=1e-3)
+    assert pattern == "70%" or {layer.pattern for layer in found.layers} == {"2:4"}
+    assert not any(
+        torch.signbit(tensor[tensor == 0]).any() for tensor in folders.tensors_of(tmp_path / "out").values()
+    )
+    compress(tmp_path / "out", tmp_path / "small")
+    again = train(model, output=tmp_path / "out", text=text, steps=12, lora=lora, prune_to=pattern, **QUICK)
+    assert again == report == TrainingReport.read(tmp_path / "out")
+
+
+def test_pruning_on_the_way_goes_on_with_the_masks_of_its_checkpoint(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"text": text, "steps": 20, "prune_to": "70%", "lora": 2, **QUICK}
+    train(model, output=tmp_path / "whole", **arguments)
+    on_step_end = Watch.on_step_end
+
+    def fail(self: Watch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 9:
+            raise _PowerFails
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_step_end", fail)
+        with pytest.raises(_PowerFails):
+            train(model, output=tmp_path / "out", **arguments)
+    train(model, output=tmp_path / "out", **arguments)
+    one, other = folders.tensors_of(tmp_path / "whole"), folders.tensors_of(tmp_path / "out")
+    for name, tensor in one.items():
+        assert torch.equal(tensor == 0, other[name] == 0)
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_is_sparser_already_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    prune(model, output=tmp_path / "sparse", method="magnitude", pattern="60%", device="cpu")
+    with pytest.raises(ValueError, match=r"the model has 60\.0% zeros already, more than 50% asks for"):
+        train(tmp_path / "sparse", output=tmp_path / "out", text=text, steps=5, prune_to="50%", **QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "sparse", "text.txt"]
 
 
 class _PowerFails(Exception):  # noqa: N818

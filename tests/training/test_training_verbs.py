@@ -154,6 +154,12 @@ def test_interrupted_it_says_how_to_go_on(place: Place, monkeypatch: pytest.Monk
         (["--text", "text.txt", "--omission", "1"], "in [0, 1)"),
         (["--text", "text.txt", "--omission", "-0.5"], "in [0, 1)"),
         (["--text", "text.txt", "--omission", "0.9"], "leaves a layer"),
+        (["--text", "text.txt", "--prune-to", "most"], "'most' is not a pattern"),
+        (["--text", "text.txt", "--prune-to", "2:5"], "which is not a multiple of 5"),
+        (["--text", "text.txt", "--prune-to", "70%", "--prune-end", "1"], "above 0 and below 1"),
+        (["--text", "text.txt", "--prune-to", "70%", "--warmup", "0.7"], "must end after it starts"),
+        (["--text", "text.txt", "--prune-to", "70%", "--warmup", "9", "--steps", "5"], "start at step 9"),
+        (["--text", "text.txt", "--prune-to", "70%", "--settings", "best.yaml"], "load_best_model_at_end"),
         (["--text", "text.txt", "--length", "65"], "sequences of 65 tokens"),
         (["--text", "text.txt", "--batch-size", "0"], "per_device_train_batch_size is at least 1"),
         (["--text", "text.txt", "--lora", "0"], "the rank of LoRA is at least 1"),
@@ -169,6 +175,7 @@ def test_mistakes_in_train(
 ) -> None:
     """All before the model is loaded."""
     monkeypatch.chdir(place.folder)
+    (place.folder / "best.yaml").write_text("load_best_model_at_end: true\n")
     (place.folder / "body.jsonl").write_text('{"body": "Such is life."}\n')
     (place.folder / "lines.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n{"question": "3+3?"}\n')
 

@@ -17,12 +17,15 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from families import build, tokens
+from secateurs.training.adaptive import AdaptivePruning
 from secateurs.training.callback import SparsityAcceleratedTraining
+from secateurs.training.cutting import whole_of
 from secateurs.training.sparse import SparseTraining
 
 MODEL = "gpt_neox"  # its norms are computed in the weights' own precision, unlike Llama's
 STEPS = 8
 BATCH = 4
+PRUNED = ("sharded", "ddp")
 SETTINGS: dict[str, Any] = {"rate": 0.5, "probe_every": 2, "schedule": "ladder"}
 
 
@@ -78,6 +81,40 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+def pruned(rank: int, world: int, how: str) -> tuple[list[float], list[Tensor]]:
+    """A loop that prunes and lets weights come back, of a model that two processes have in DDP or sharded.
+
+    Returns:
+        The share of zeros after each step; in the end the masks, 8 weights to a byte, and all weights.
+    """
+    plain = build(MODEL, torch.float64).train()
+    model: Any = plain
+    if world > 1 and how == "sharded":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world,))
+        for block in plain.gpt_neox.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(plain, mesh=mesh)
+    elif world > 1:
+        model = nn.parallel.DistributedDataParallel(plain)
+    made = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pruning = AdaptivePruning("60%", start=1, end=6, every=2, grow=0.2)
+    pruning.attach(model, made, total_steps=STEPS)
+    shares = []
+    for step in range(STEPS):
+        for half in tokens(2 * BATCH, seed=step).chunk(2):  # accumulated
+            ids = half.tensor_split(world)[rank]
+            next_token_loss(model(input_ids=ids), ids).backward()
+        made.step()
+        pruning.step()
+        made.zero_grad()
+        shares.append(pruning.sparsity)
+    weights = [whole_of(parameter) for parameter in plain.parameters()]
+    return shares, [*pruning.masks.state_dict().values(), *weights]
+
+
 def trainer(folder: Path, world: int) -> tuple[list[float], list[Tensor]]:
     """The same through Trainer, with accumulated gradients; two processes have the model wrapped in DDP.
 
@@ -129,6 +166,8 @@ def _process(rank: int, folder: Path) -> None:
     results = {"trainer": trainer(folder, 2)}
     for optimizer in OPTIMIZERS:
         results[optimizer] = plain_loop(rank, 2, optimizer)
+    for how in PRUNED:
+        results[how] = pruned(rank, 2, how)
     found = {
         f"{run}.losses": torch.tensor(losses, dtype=torch.float64) for run, (losses, _) in results.items()
     }
@@ -148,7 +187,7 @@ def two_processes(folder: Path) -> list[dict[str, Any]]:
 def _read(file: Path) -> dict[str, Any]:
     found = load_file(file)
     results = {}
-    for run in ("trainer", *OPTIMIZERS):
+    for run in ("trainer", *OPTIMIZERS, *PRUNED):
         losses = found.pop(f"{run}.losses").tolist()
         results[run] = (
             losses,

@@ -137,6 +137,24 @@ def make_whole(parameter: nn.Parameter) -> None:
         piece.restore()
 
 
+def whole_gradient(parameter: nn.Parameter) -> Tensor:
+    """A copy of a parameter's gradient in the shape of the whole parameter, zero where it is omitted."""
+    assert parameter.grad is not None
+    piece = _standing_for.get(parameter)
+    if piece is None:
+        return parameter.grad.clone()
+    assert piece.index is not None
+    shape = list(parameter.shape)
+    shape[piece.dim] = len(piece.unit)
+    return parameter.grad.new_zeros(shape).index_copy_(piece.dim, piece.index, parameter.grad)
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may hold a part, without history: a collective call if it does."""
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach()
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()

@@ -162,8 +162,16 @@ def _of_disk(error: Exception) -> str | None:
     return "writing failed" if "PytorchStreamWriter" in text or "inline_container" in text else None
 
 
+def steps_in_all(arguments: TrainingArguments, rows: int) -> int:
+    """Optimiser steps that Trainer makes of so many sequences."""
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if arguments.max_steps >= 1:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * math.ceil(rows / batch))
+
+
 def bytes_at_once(
-    checkpoint: Checkpoint, arguments: TrainingArguments, *, rows: int, lora: int | None
+    checkpoint: Checkpoint, arguments: TrainingArguments, *, rows: int, lora: int | None, masks: bool = False
 ) -> int:
     """The most that checkpoints take on the disk at one time.
 
@@ -172,21 +180,18 @@ def bytes_at_once(
         arguments: Trainer's.
         rows: sequences to train on.
         lora: the rank of adapters, if those are what is trained.
+        masks: whether masks are in them, a bit for each weight.
     """
     if arguments.save_strategy == "no":
         return 0
     shapes = checkpoint.shapes.values()
-    if lora is None:
-        trained = sum(math.prod(shape) for shape in shapes)
-    else:
+    weights = trained = sum(math.prod(shape) for shape in shapes)
+    if lora is not None:
         trained = sum(lora * sum(shape) for shape in shapes if len(shape) == 2)
     states = 0 if arguments.optim in STATELESS else 2
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    steps = arguments.max_steps
-    if steps < 1:
-        steps = math.ceil(arguments.num_train_epochs * math.ceil(rows / batch))
+    steps = steps_in_all(arguments, rows)
     every = arguments.save_steps if arguments.save_steps >= 1 else math.ceil(arguments.save_steps * steps)
     saved = math.ceil(arguments.num_train_epochs) if arguments.save_strategy == "epoch" else steps / every
     # The oldest is deleted once the newest is there.
     count = min(math.ceil(saved), (arguments.save_total_limit or math.inf) + 1)
-    return int(count) * 4 * trained * (1 + states)
+    return int(count) * (4 * trained * (1 + states) + (weights // 8 if masks else 0))

@@ -6,9 +6,11 @@ over a tensor or to the norm that clipping looks at. Masks may be replaced betwe
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -16,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateurs.anatomy import anatomy_of
+from secateurs.anatomy.matrix import Matrix
 from secateurs.training.cutting import kept_part, local, make_whole
 from secateurs.training.omission import decoder_of, parameter_of, unwrapped
 
@@ -51,15 +54,14 @@ class Masks:
         Raises:
             UnsupportedArchitectureError: the model's blocks cannot be made out.
         """
-        decoder: Any = decoder_of(model)
-        anatomy = anatomy_of(decoder.config)
-        matrices = set[int]()
-        for block, inside in zip(decoder.get_submodule(anatomy.path).children(), anatomy.blocks, strict=True):
-            names = {matrix.weight for matrix in inside.matrices.values()}
-            matrices |= {id(parameter_of(block, name)) for name in names}
-        named = unwrapped(model).named_parameters()
+        places = places_of(model).items()
         return cls(
-            model, {name: p.detach() for name, p in named if id(p) in matrices and (local(p) == 0).any()}
+            model,
+            {
+                name: held[0].parameter.detach()
+                for name, held in places
+                if (local(held[0].parameter) == 0).any()
+            },
         )
 
     @property
@@ -83,6 +85,43 @@ class Masks:
             held[name] = (local(mask) == 0).to(parameter.device)
         self._held = held
         self.apply()
+
+    def held(self, name: str) -> Tensor:
+        """Where a parameter is held at zero: (its shape), bool; of a sharded one what this process has."""
+        return self._held[name]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All masks, held weights as ones, 8 to a byte."""
+        state = {}
+        for name, held in self._held.items():
+            parameter = self._parameters[name]
+            if isinstance(parameter, DTensor):
+                held = DTensor.from_local(
+                    held.to(torch.uint8),
+                    parameter.device_mesh,
+                    parameter.placements,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                ).full_tensor()
+            state[name] = torch.from_numpy(np.packbits(held.cpu().numpy()))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace all masks by those of a `state_dict`.
+
+        Raises:
+            ValueError: they are of another model.
+        """
+        masks = {}
+        for name, packed in state.items():
+            if name not in self._parameters:
+                raise ValueError(f"a mask for '{name}', but the model has no such parameter")
+            shape = self._parameters[name].shape
+            if len(packed) != -(-shape.numel() // 8):
+                raise ValueError(f"the mask of '{name}' is not of a parameter of shape {tuple(shape)}")
+            held = np.unpackbits(packed.numpy(), count=shape.numel()).reshape(shape)
+            masks[name] = torch.from_numpy(1 - held)
+        self.set(masks)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -154,6 +193,35 @@ class Masks:
         """What is held of a parameter, where the parameter is: Trainer moves models to GPUs."""
         self._held[name] = self._held[name].to(self._parameters[name].device)
         return self._held[name]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model in training has one of the matrices that pruning prunes."""
+
+    name: str
+    """Within the plain model."""
+    parameter: nn.Parameter
+    """That it lies in; of LoRA's layers the base's."""
+    matrix: Matrix
+
+
+def places_of(model: nn.Module) -> dict[str, list[Place]]:
+    """The matrices of a model's blocks, by the names of the parameters in the model as it is wrapped.
+
+    Raises:
+        UnsupportedArchitectureError: the model's blocks cannot be made out.
+    """
+    decoder: Any = decoder_of(model)
+    anatomy = anatomy_of(decoder.config)
+    found: dict[int, list[Place]] = {}
+    blocks = zip(decoder.get_submodule(anatomy.path).children(), anatomy.blocks, strict=True)
+    for index, (block, inside) in enumerate(blocks):
+        for matrix in inside.matrices.values():
+            parameter = parameter_of(block, matrix.weight)
+            place = Place(f"{anatomy.path}.{index}.{matrix.name}", parameter, matrix)
+            found.setdefault(id(parameter), []).append(place)
+    return {name: found[id(p)] for name, p in unwrapped(model).named_parameters() if id(p) in found}
 
 
 class KeepZeros(TrainerCallback):

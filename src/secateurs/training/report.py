@@ -55,6 +55,8 @@ class TrainingReport(TrainerReport):
     """Where the data for it came from, and its SHA-256."""
     whole: str | None = None
     """What cannot be cut and ran whole all the time."""
+    pruning: dict[str, Any] | None = None
+    """How the model was pruned on the way: pattern, schedule, and `sparsity`, of each matrix by name."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,6 +72,8 @@ class TrainingReport(TrainerReport):
             ("Omission", f"up to {settings['omission']:.0%} of heads and channels ({settings['schedule']})"),
             ("Training loss", f"{self.train_loss:.4f}"),
         ]
+        if self.pruning:
+            facts.append(("Pruned", f"to {self.pruning['pattern']} by step {self.pruning['end']}"))
         if settings["lora"]:
             facts.append(("LoRA", f"rank {settings['lora']}, merged"))
         if self.validation_loss is not None:
@@ -81,7 +85,7 @@ class TrainingReport(TrainerReport):
         """The report of a trained model's folder; ValueError if it has none."""
         content = read_json(folder / RECORD)
         names = {field.name for field in dataclasses.fields(cls)} - {"output"}
-        if not names - {"validation", "whole"} <= content.keys():
+        if not names - {"validation", "whole", "pruning"} <= content.keys():
             raise ValueError(f"'{folder / RECORD}' is not the record of a training run")
         return cls(output=folder, **{name: content[name] for name in names & content.keys()})
 
@@ -96,6 +100,12 @@ class TrainingReport(TrainerReport):
             lines.append(f"FLOPs: {self.flops:.3g}, {share:.1%} of what dense steps take")
         if self.whole:
             lines.append(self.whole)
+        if self.pruning:
+            shares = self.pruning["sparsity"].values()
+            lines.append(
+                f"pruned to {self.pruning['pattern']} by step {self.pruning['end']}: "
+                f"{min(shares):.1%} to {max(shares):.1%} zeros in a matrix"
+            )
         losses = f"train loss {self.train_loss:.4f}"
         if self.validation_loss is not None:
             losses += f", validation loss {self.validation_loss:.4f}"

@@ -31,6 +31,7 @@ from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
 from secateurs.text import load_tokenizer
+from secateurs.training.adaptive import BEST, shares_of
 from secateurs.training.arguments import (
     CHAT_DEFAULTS,
     DEFAULTS,
@@ -42,7 +43,7 @@ from secateurs.training.arguments import (
     trainer_arguments,
 )
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
-from secateurs.training.folder import TrainingFolder, bytes_at_once
+from secateurs.training.folder import TrainingFolder, bytes_at_once, steps_in_all
 from secateurs.training.loop import (
     for_training,
     make_steps,
@@ -117,6 +118,11 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     config = read_config(checkpoint)
     skeleton_of(checkpoint)
     proven = proven_cuts(config) if settings.omission else None
+    pruning = settings.pruning(start=trainer["warmup_steps"])
+    if pruning:
+        pruning.check_shapes(config)
+        if trainer.get("load_best_model_at_end"):
+            raise ValueError(BEST)
     for cuts in proven.blocks if proven else ():
         for unit, cut in cuts.items():
             units_kept(unit, cut.units, settings.omission)
@@ -141,6 +147,8 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         "schedule": settings.schedule,
         "importance": settings.importance,
         "select": settings.select,
+        "prune_to": settings.prune_to,
+        "prune_end": settings.prune_end if settings.prune_to else None,
         "length": length,
         "lora": lora,
         "max_shard_size": size_in_bytes(settings.max_shard_size),
@@ -167,7 +175,11 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         if arguments.should_save:
             work.clear()
         return _finished(work, data, tokenizer, arguments, validation, lora=lora)
-    checkpoints = bytes_at_once(checkpoint, arguments, rows=len(data.train), lora=lora)
+    if pruning:
+        pruning.span(steps_in_all(arguments, len(data.train)))
+    checkpoints = bytes_at_once(
+        checkpoint, arguments, rows=len(data.train), lora=lora, masks=pruning is not None
+    )
     beside = bytes_of_companions(checkpoint.folder)
     work.check_room(checkpoints + checkpoint.tensor_bytes + beside)
 
@@ -178,11 +190,16 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     pruned = _is_pruned(loaded)
     set_seed(arguments.seed)
     adapted: Any = with_adapters(loaded, lora) if lora else loaded
-    masks = Masks.of_zeros(adapted) if pruned else None
+    masks = Masks.of_zeros(adapted) if pruned and not pruning else None
     callbacks: list[TrainerCallback] = [KeepZeros(masks)] if masks else []
+    if pruning:
+        pruning.check(adapted)
+        callbacks.append(pruning)
     if settings.omission:
         callbacks.append(sparse)
-    watch = Watch(sparse if settings.omission else None, keep=arguments.save_total_limit, shown=progress)
+    watch = Watch(
+        sparse if settings.omission else None, pruning, keep=arguments.save_total_limit, shown=progress
+    )
     arguments.save_total_limit = None
     with arguments.main_process_first(local=False):
         if arguments.should_save:
@@ -203,6 +220,8 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
                 make_steps(run, last)
         finally:
             watch.close()
+        if pruning:
+            masks = pruning.masks
         if lora:
             (masks.merge_lora if masks else merge)(adapted)
         weights.round()
@@ -218,6 +237,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             "flops": sparse.training.flops_done if settings.omission else None,
             "dense_flops": sparse.training.flops_dense if settings.omission else None,
             "whole": proven.whole if proven else None,
+            "pruning": pruning and {**pruning.record, "sparsity": shares_of(loaded)},
             "train_loss": recent_loss(run.state),
             "validation_loss": loss,
             "validation": validation,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.settings import OfText
+from secateurs.training.adaptive import AdaptivePruning
 from secateurs.training.callback import Importance, Select, SparsityAcceleratedTraining
 
 ScheduleName = Literal["ladder", "constant", "linear", "cubic"]
@@ -17,7 +18,8 @@ class TrainSettings(OfText):
     """Train a pretrained model on text or conversations, skipping what matters least at the moment.
 
     Steps run on a part of the heads and channels, and at the end of training on all of them. A pruned model
-    keeps its zeros. Interrupt it whenever you like: the same command continues from the last checkpoint.
+    keeps its zeros; a dense one can be pruned on the way. Interrupt it whenever you like: the same command
+    continues from the last checkpoint.
 
     Example: secateurs train my-llama --text papers/ --validation held-out.txt --output my-llama-papers
 
@@ -48,6 +50,13 @@ class TrainSettings(OfText):
 
     schedule: ScheduleName = "ladder"
     """How the share goes from the highest to 0; constant never does."""
+
+    prune_to: str | None = None
+    """Prune while training, by what the task shows, to this pattern: 70%, 2:4. By default nothing is pruned,
+    and a pruned model keeps its zeros."""
+
+    prune_end: float = 0.6
+    """The share of the steps in which that is done, warm-up included. The others train what is left."""
 
     epochs: float | None = None
     """Passes over the data. By default one."""
@@ -106,6 +115,15 @@ class TrainSettings(OfText):
             needs("trl")
         size_in_bytes(self.max_shard_size)
         self.callback(seed=0)
+        if not 0 < self.prune_end < 1:
+            raise ValueError(f"prune_end is a share of the steps, above 0 and below 1, not {self.prune_end}")
+        self.pruning(start=0)
+
+    def pruning(self, *, start: float) -> AdaptivePruning | None:
+        """Pruning as it is asked for; ValueError for a setting that is none of its."""
+        return (
+            None if self.prune_to is None else AdaptivePruning(self.prune_to, start=start, end=self.prune_end)
+        )
 
     def callback(self, *, seed: int) -> SparsityAcceleratedTraining:
         """Sparse steps as they are asked for; ValueError for a setting that is none of theirs."""

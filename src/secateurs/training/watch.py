@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from secateurs.checkpoint import read_json, write_json
+from secateurs.training.adaptive import AdaptivePruning
 from secateurs.training.callback import SparsityAcceleratedTraining
 from secateurs.training.folder import CLOCK
 
@@ -24,13 +25,21 @@ class Watch(TrainerCallback):
 
     Args:
         sparse: whose omission rate is shown.
+        pruning: whose share of zeros is.
         keep: how many checkpoints. Trainer itself must keep all: it deletes one for a newer one that is not
             marked as whole yet.
         shown: whether there is a progress bar.
     """
 
-    def __init__(self, sparse: SparsityAcceleratedTraining | None, *, keep: int | None, shown: bool) -> None:
-        self.sparse, self.keep = sparse, keep
+    def __init__(
+        self,
+        sparse: SparsityAcceleratedTraining | None,
+        pruning: AdaptivePruning | None = None,
+        *,
+        keep: int | None,
+        shown: bool,
+    ) -> None:
+        self.sparse, self.pruning, self.keep = sparse, pruning, keep
         self.seconds = 0.0
         self.start = 0.0
         self.bar = Progress(
@@ -75,6 +84,7 @@ class Watch(TrainerCallback):
         self.seconds, self.start = self.seconds + now - self.start, now
         pace = (state.num_input_tokens_seen - self.tokens) / (self.seconds - self.before)
         rate = f"omits {self.sparse.training.rate:.0%}, " if self.sparse else ""
+        rate += f"{self.pruning.sparsity:.0%} zeros, " if self.pruning else ""
         self.bar.update(
             self.task, completed=state.global_step, state=f"{rate}{pace:,.0f} tokens/s{self.loss}"
         )

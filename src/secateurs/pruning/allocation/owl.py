@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from secateurs.budget import choose, fill, kept, levels_around, most_zeros, zeros
 from secateurs.pattern import NM, Pattern
-from secateurs.pruning.allocation.budget import choose, fill, kept, levels_around, most_zeros, zeros
 from secateurs.pruning.allocation.survey import Layer, Patterns, Survey
 
 LEVELS = ("block", "layer")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from secateurs.blockwise import Batch
+from secateurs.budget import choose, kept, levels_around, most_zeros, spend, zeros
 from secateurs.pattern import NM, Pattern, Unstructured
-from secateurs.pruning.allocation.budget import choose, kept, levels_around, most_zeros, spend, zeros
 from secateurs.pruning.allocation.survey import Patterns, Survey
 from secateurs.pruning.solvers.wanda import Wanda
 

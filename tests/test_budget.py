@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from secateurs import NM, Unstructured
-from secateurs.pruning.allocation.budget import choose, fill, kept, levels_around, spend, zeros
+from secateurs.budget import choose, fill, kept, levels_around, spend, zeros
 
 shares = st.floats(-2, 2)
 sizes = st.integers(1, 5000)
