@@ -242,6 +242,25 @@ def test_without_adams_moments_each_matrix_has_as_many_zeros() -> None:
         assert before[name][weight == 0].max() < before[name][weight != 0].min() + 1e-6
 
 
+def test_what_no_step_has_seen_yet_is_worth_as_much_as_what_they_saw() -> None:
+    """Sparse steps leave second moments of 0 where they left a channel out: no sign that it can fall."""
+    shares = []
+    for unseen in (True, False):
+        model = build("llama")
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        pruning = AdaptivePruning("30%", start=1, end=3, every=5)
+        pruning.attach(model, optimizer, total_steps=3)
+        train(model, optimizer, pruning, 2)
+        for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+            moments = optimizer.state[model.get_parameter(name)]["exp_avg_sq"]
+            half = len(moments) // 2
+            moments[:half] = 0 if unseen else moments[half:].mean()
+        pruning.step()
+        shares.append(shares_of(model))
+    assert shares[0] == pytest.approx(shares[1], abs=1e-3)
+    assert min(shares[0].values()) > 0
+
+
 @pytest.mark.parametrize("grow", [0.0, 0.1])
 def test_beside_sparse_training(grow: float) -> None:
     model = build("llama")

@@ -379,7 +379,10 @@ def _weight(place: Place) -> Tensor:
 
 def _cost(place: Place, moments: Tensor) -> Tensor:
     """(out, in), float32: what the loss is expected to rise by where a weight falls."""
-    return _weight(place).float().square() * place.matrix.of(whole_of(moments)).float()
+    seen = place.matrix.of(whole_of(moments)).float()
+    # What sparse steps have left out so far may be worth as much as what they have not.
+    typical = seen.sum() / (seen > 0).sum().clamp_min(1)
+    return _weight(place).float().square() * seen.where(seen > 0, typical)
 
 
 def _zeros(place: Place) -> int:
