@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +220,45 @@ def test_after_pruning(
         prune(dense, **{**arguments, "recover": 0})
 
 
+def test_what_stops_recovery_is_found_before_pruning(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {**PRUNING, "calibration": text, "output": tmp_path / "out", "recover": 6_144}
+    monkeypatch.setattr(walk, "_walk", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.TrainingArguments, "n_gpu", 2)
+        with pytest.raises(ValueError, match="several GPUs, one process"):
+            prune(dense, **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+        with pytest.raises(
+            ValueError, match=r"recovery needs at least .* for the two models, there are 0\.0 GB"
+        ):
+            prune(dense, **arguments)
+
+
+def test_a_file_of_settings_may_say_how_many_at_once(
+    dense: Path, pruned: Path, text: Path, tmp_path: Path
+) -> None:
+    """The tokens of a step stay as many, and an option comes before it."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("per_device_train_batch_size: 16")
+    for batch_size, at_once in ((None, 16), (8, 8)):
+        report = recover(
+            pruned,
+            towards=dense,
+            calibration=text,
+            output=tmp_path / f"out{at_once}",
+            settings=file,
+            batch_size=batch_size,
+            **QUICK,
+        )
+        assert (report.steps, report.tokens) == (6, QUICK["tokens"])
+        trainer = report.settings["trainer"]
+        assert trainer["per_device_train_batch_size"] == at_once
+        assert trainer["gradient_accumulation_steps"] == 2048 // 32 // at_once
+
+
 def test_where_nothing_is_gained_weights_stay(dense: Path, pruned: Path, text: Path, tmp_path: Path) -> None:
     worse = {**QUICK, "tokens": 4096, "learning_rate": 2.0}
     report = recover(pruned, towards=dense, calibration=text, output=tmp_path / "out", **worse)
@@ -262,6 +302,8 @@ def test_mistakes_are_found_before_the_work(
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    longer = tmp_path / "longer.yaml"
+    longer.write_text("max_steps: 7")
     short = tmp_path / "short.txt"
     short.write_text(TEXT[:40])
     for changed, message in (
@@ -277,6 +319,7 @@ def test_mistakes_are_found_before_the_work(
         ({"text_loss": 1.5}, "a share from 0 to 1"),
         ({"learning_rate": float("nan")}, "learning_rate is"),
         ({"device": "cuda:1"}, "is no device to train on"),
+        ({"settings": longer}, "'max_steps' is not for this file to say, but for --tokens"),
     ):
         given = {"towards": dense, "calibration": text, "output": tmp_path / "out", **QUICK, **changed}
         with pytest.raises(ValueError, match=message):
@@ -286,6 +329,16 @@ def test_mistakes_are_found_before_the_work(
     with pytest.raises(ValueError, match="calibration text is needed to recover"):
         prune(dense, output=tmp_path / "out", method="magnitude", recover=2048)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_a_model_wrote_with_a_common_head_is_not_dropped() -> None:
+    tokens = torch.randint(0, 1000, (40, 64), generator=torch.Generator().manual_seed(0))
+    tokens[:20, :40] = torch.arange(40)
+    written = torch.arange(40) < 20
+    rest, held = hold_out(tokens, 8, 0, written)
+    assert len(rest) == 32
+    alike, _ = hold_out(tokens, 8, 0)
+    assert len(alike) == 40 - 8 - (20 - int((held[:, :40] == torch.arange(40)).all(dim=1).sum()))
 
 
 def test_held_out_sequences_have_no_place_in_common_with_the_others() -> None:

@@ -127,6 +127,18 @@ def test_the_lowest_fall(pattern: Any, share: float) -> None:
         assert (keep.unflatten(1, (-1, pattern.m)).sum(-1) >= pattern.n).all()
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(0.7), NM(2, 4), NM(1, 8)])
+def test_what_is_zero_stays_zero(pattern: Any) -> None:
+    """Also where n:m has room for more; and in a layer that holds nothing."""
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.rand(12, 32, generator=generator) * (torch.rand(12, 32, generator=generator) > 0.45)
+    keep = choose(scores, pattern, int((scores == 0).sum()))
+    assert torch.equal(keep, scores > 0)
+    gradient = torch.ones_like(scores)
+    assert not choose(torch.zeros_like(scores), pattern, scores.numel()).any()
+    assert not choose(torch.zeros_like(scores), pattern, scores.numel(), gradient, 0.5).any()
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
 def test_what_grows_is_where_the_gradient_is_largest(pattern: Any) -> None:
     generator = torch.Generator().manual_seed(0)

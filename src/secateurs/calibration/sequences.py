@@ -66,6 +66,13 @@ class CalibrationText:
                 f"{where} {free / 1e9:.1f} GB free; give a text instead of 'self'"
             )
 
+    @property
+    def written(self) -> Tensor:
+        """(samples,) bool: which of the sequences the model writes."""
+        counts = [count for part in self.parts for count in (part.samples - part.talking, part.talking)]
+        writes = [part.read is None for part in self.parts for _ in range(2)]
+        return torch.tensor([writes[kind] for kind in interleaved(counts)])
+
     def tokens(self, memory: Path | None = None, *, progress: bool = False) -> Tensor:
         """All sequences, those of different sources evenly mixed.
 

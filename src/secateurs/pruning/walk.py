@@ -29,7 +29,7 @@ from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.reap import Cut, plan_cut
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
-from secateurs.recovery.run import recover_folder, recovery_text
+from secateurs.recovery.run import check_recovery, recover_folder
 from secateurs.settings import takes
 
 TOKENS_AT_ONCE = 2048
@@ -91,7 +91,7 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
             return Report.read(work.output)
         if not work.pruned:
             if settings.recover:  # what would stop it is to be found before the work
-                recovery_text(settings.recovery(model, work.recovered), checkpoint, checkpoint, False)
+                check_recovery(settings.recovery(model, work.recovered), checkpoint)
             with work.clock("write"):
                 work.write_outside()
             tokens = None if text is None else work.calibration(text, progress)

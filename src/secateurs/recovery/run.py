@@ -5,12 +5,14 @@ output is the input's folder with other weights, which appears when it is comple
 command resumes from the last checkpoint.
 """
 
+import math
 import os
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -45,7 +47,7 @@ from secateurs.runtime.load import load_model
 from secateurs.settings import takes
 from secateurs.text import TooShortError, check_tokens, load_tokenizer
 from secateurs.training.arguments import read_settings, trainer_arguments
-from secateurs.training.folder import TrainingFolder, bytes_at_once
+from secateurs.training.folder import STATELESS, TrainingFolder, bytes_at_once
 from secateurs.training.loop import for_training, make_steps, peak_memory_bytes, silent, with_adapters
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.model import read_config, sequence_length
@@ -101,16 +103,7 @@ def recover_folder(
     text = recovery_text(settings, checkpoint, dense, progress)
     length = text.length
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    told = {} if settings.settings is None else read_settings(Path(settings.settings), TrainingArguments)
-    trainer = {
-        **settings.defaults(length, processes),
-        **({"bf16": False} if told.get("fp16") else {}),
-        **told,
-        **settings.trainer,
-        "include_num_input_tokens_seen": "all",
-        "label_names": ["labels"],
-        "train_sampling_strategy": "sequential",
-    }
+    trainer = _trainer(settings, length, processes)
     chosen = {
         "model": model,
         "towards": str(settings.towards),
@@ -132,26 +125,20 @@ def recover_folder(
         "dense": dense.identity(),
     }
     work = TrainingFolder(Path(settings.output), identity, run)
-    trainer["output_dir"] = str(work.checkpoints)
-    with silent():
-        arguments = trainer_arguments(TrainingArguments, trainer)
-    if arguments.n_gpu > 1:
-        raise ValueError("several GPUs, one process: start recovery with torchrun, or choose one GPU")
+    arguments = _arguments(trainer, work)
     if work.finished():
         if arguments.should_save:
             work.clear()
         return RecoveryReport.read(work.output)
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    count = max(1, round(settings.tokens / length / batch)) * batch
-    checkpoints = bytes_at_once(checkpoint, arguments, rows=count, lora=settings.lora)
-    work.check_room(checkpoints + checkpoint.tensor_bytes + bytes_of_companions(checkpoint.folder))
+    count = _rows(settings, length, arguments)
+    _check_room(settings, checkpoint, dense, arguments, count, work)
 
     with arguments.main_process_first(local=False):
         if arguments.should_save:
             work.begin()
             work.text.mkdir(exist_ok=True)
         tokens = text.tokens(work.text, progress=progress)
-    trained, held = _split(tokens, settings.seed)
+    trained, held = _split(tokens, text, settings.seed)
     rows = in_order(trained, count, settings.seed)
     with silent():
         loaded = load_model(checkpoint.folder, "cpu", None if settings.lora else torch.float32)
@@ -176,6 +163,8 @@ def recover_folder(
         )
         steps.remove_callback(PrinterCallback)
         before = held_out_loss(towards, loaded, held, arguments, settings.text_loss)
+        if not math.isfinite(before):
+            raise FloatingPointError("the divergence from the dense model is not finite on the held-out text")
         last = work.last_checkpoint()
         if last is not None:
             watch.resume(last)
@@ -202,7 +191,7 @@ def recover_folder(
             "versions": versions,
             "seconds": round(watch.seconds, 3),
             "steps": steps.state.global_step,
-            "tokens": len(rows) * length,
+            "tokens": count * length,
             "peak_memory_bytes": peak_memory_bytes(arguments.device),
             "zeros": masks.count,
             "before": before,
@@ -211,6 +200,80 @@ def recover_folder(
         work.finish({**_pruning_record(checkpoint), KEY: recovery}, checkpoint, RecoveryReport)
     steps.accelerator.wait_for_everyone()
     return RecoveryReport.read(work.output)
+
+
+def check_recovery(settings: RecoverSettings, dense: Checkpoint) -> None:
+    """Find, before a model is pruned, what would stop its recovery.
+
+    Raises:
+        ValueError: the settings, the text or the model are not fit for it, or memory is too small.
+        OSError: the disk is.
+    """
+    text = recovery_text(settings, dense, dense, False)
+    work = TrainingFolder(Path(settings.output), {})
+    arguments = _arguments(_trainer(settings, text.length, 1), work)
+    _check_room(settings, dense, dense, arguments, _rows(settings, text.length, arguments), work)
+
+
+def _trainer(settings: RecoverSettings, length: int, processes: int) -> dict[str, Any]:
+    """Trainer's settings: what is given here before what the file says, and that before the defaults."""
+    told = {} if settings.settings is None else read_settings(Path(settings.settings), TrainingArguments)
+    for name in ("num_train_epochs", "max_steps"):
+        if name in told:
+            raise ValueError(f"'{settings.settings}': '{name}' is not for this file to say, but for --tokens")
+    return {
+        **settings.defaults(length, processes, at_once=told.pop("per_device_train_batch_size", None)),
+        **({"bf16": False} if told.get("fp16") else {}),
+        **told,
+        **settings.trainer,
+        "include_num_input_tokens_seen": "all",
+        "label_names": ["labels"],
+        "train_sampling_strategy": "sequential",
+    }
+
+
+def _arguments(trainer: dict[str, Any], work: TrainingFolder) -> TrainingArguments:
+    with silent():
+        arguments = trainer_arguments(TrainingArguments, {**trainer, "output_dir": str(work.checkpoints)})
+    if arguments.n_gpu > 1:
+        raise ValueError("several GPUs, one process: start recovery with torchrun, or choose one GPU")
+    return arguments
+
+
+def _rows(settings: RecoverSettings, length: int, arguments: TrainingArguments) -> int:
+    """Sequences of all steps."""
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return max(1, round(settings.tokens / length / batch)) * batch
+
+
+def _check_room(
+    settings: RecoverSettings,
+    checkpoint: Checkpoint,
+    dense: Checkpoint,
+    arguments: TrainingArguments,
+    rows: int,
+    work: TrainingFolder,
+) -> None:
+    """See whether disk and memory hold what cannot be done without: on one device, activations left out."""
+    checkpoints = bytes_at_once(checkpoint, arguments, rows=rows, lora=settings.lora)
+    work.check_room(checkpoints + checkpoint.tensor_bytes + bytes_of_companions(checkpoint.folder))
+    if arguments.fsdp:
+        return
+    needed = checkpoint.tensor_bytes
+    if not settings.lora:  # float32 weights, their gradients, and what the optimiser keeps of each
+        weights = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+        needed = 4 * weights * (2 if arguments.optim in STATELESS else 4)
+    needed += dense.tensor_bytes
+    device, free = arguments.device, psutil.virtual_memory().available
+    where = "there are"
+    if device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(device)[0], f"{device} has"
+    if needed > free:
+        instead = "use a larger machine" if settings.lora else "use secateurs recover with --lora 16"
+        raise ValueError(
+            f"recovery needs at least {needed / 1e9:.1f} GB of memory for the two models, {where} "
+            f"{free / 1e9:.1f} GB free: {instead}"
+        )
 
 
 def recovery_text(
@@ -235,7 +298,7 @@ def recovery_text(
         if part.read is not None:
             check_tokens(part.read, _vocabulary(config))
     if text.form is None:
-        _split(text.tokens(), settings.seed)
+        _split(text.tokens(), text, settings.seed)
     return text
 
 
@@ -271,10 +334,10 @@ def _read(
             samples //= 2
 
 
-def _split(tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _split(tokens: Tensor, text: CalibrationText, seed: int) -> tuple[Tensor, Tensor]:
     """(sequences, length) to train on, and others that are held out."""
     count, length = tokens.shape
-    return hold_out(tokens, max(1, min(count // 8, -(-HELD_OUT // length))), seed)
+    return hold_out(tokens, max(1, min(count // 8, -(-HELD_OUT // length))), seed, text.written)
 
 
 def _vocabulary(config: PretrainedConfig) -> int:

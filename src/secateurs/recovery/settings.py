@@ -106,13 +106,18 @@ class RecoverSettings(InWindows):
         """How many of that length are to be drawn."""
         return self.samples or min(-(-self.tokens // length), SAMPLES)
 
-    def defaults(self, length: int, processes: int) -> dict[str, Any]:
+    def defaults(self, length: int, processes: int, *, at_once: int | None = None) -> dict[str, Any]:
         """Trainer's settings by default, for sequences of that length.
 
         A step has 2048 tokens on all devices together, or one sequence on each.
+
+        Args:
+            length: tokens in a sequence.
+            processes: devices.
+            at_once: sequences on each at once, where `batch_size` does not say.
         """
         sequences = max(1, STEP_TOKENS // length // processes)
-        at_once = min(self.batch_size or sequences, sequences)
+        at_once = min(self.batch_size or at_once or sequences, sequences)
         return {
             **DEFAULTS,
             **hardware(self.device),

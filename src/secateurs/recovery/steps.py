@@ -70,13 +70,15 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def hold_out(tokens: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def hold_out(tokens: Tensor, count: int, seed: int, written: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sequences to train on, and others that have no place of the text in common with them.
 
     Args:
         tokens: (sequences, length), places of which may overlap.
         count: how many to hold out.
         seed: of which.
+        written: (sequences,) bool, which of them are of no text: a model wrote each by itself, so that what
+            they have in common, as the head of a chat template, does not count.
 
     Returns:
         What is left, and what is held out, (count, length).
@@ -87,7 +89,8 @@ def hold_out(tokens: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
     held, rest = tokens[order[:count]], tokens[order[count:]]
     window = min(ALIKE, tokens.shape[1])
-    rest = rest[~torch.isin(_hashes(rest, window), _hashes(held, window)).any(dim=1)]
+    apart = ~torch.isin(_hashes(rest, window), _hashes(held, window)).any(dim=1)
+    rest = rest[apart if written is None else apart | written[order[count:]]]
     if not len(rest):
         raise ValueError(
             f"the text is too short to hold some of it out: give more, or shorter sequences than "

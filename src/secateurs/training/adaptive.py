@@ -303,9 +303,9 @@ class AdaptivePruning(TrainerCallback):
         Raises:
             ValueError: the state is of another model.
         """
-        step, self._first, self.sparsity = state.pop("progress").tolist()
+        step, self._first, self.sparsity = state["progress"].tolist()
         self.step_number = int(step)
-        self.masks.load_state_dict(state)
+        self.masks.load_state_dict({name: mask for name, mask in state.items() if name != "progress"})
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

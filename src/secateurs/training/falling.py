@@ -57,20 +57,28 @@ def choose(
     Returns:
         (out, in), bool.
     """
-    keep = _lowest_fall(scores, pattern, zeros)
     if gradient is None or not grow:
-        return keep
+        return _lowest_fall(scores, pattern, zeros, scores > 0)
+    everything = torch.ones_like(scores, dtype=torch.bool)
+    keep = _lowest_fall(scores, pattern, zeros, everything)
     left = int(keep.sum())
-    fewer = scores.numel() - left + round(grow * left)
+    if not left or not scores.any():
+        return keep & (scores > 0)
+    fewer = scores.numel() - left + min(round(grow * left), left - 1)
     stays = Unstructured(fewer / scores.numel()).keep(scores.masked_fill(~keep, -1))
     # First what stays, then zeros that have a gradient, and should those not suffice, what was just dropped.
     grows = (scores == 0) & (gradient > 0)
     rank = torch.where(grows, gradient / gradient.max(), scores / scores.max() - 1)
-    return _lowest_fall(torch.where(stays, 2, rank), pattern, zeros)
+    return _lowest_fall(torch.where(stays, 2, rank), pattern, zeros, everything)
 
 
-def _lowest_fall(scores: Tensor, pattern: Pattern, zeros: int) -> Tensor:
+def _lowest_fall(scores: Tensor, pattern: Pattern, zeros: int, may: Tensor) -> Tensor:
+    """Which stay, of those that may; what may not is among the lowest."""
     if isinstance(pattern, NM):
         best = pattern.keep(scores)
-        scores, zeros = scores.masked_fill(best, torch.inf), min(zeros, int((~best).sum()))
-    return Unstructured(zeros / scores.numel()).keep(scores)
+        # Where fewer than n may stay, some that may not are among the best: they are zeros already.
+        zeros = min(zeros - int((best & ~may).sum()), int((~best).sum()))
+        scores = scores.masked_fill(best, torch.inf)
+    if zeros >= scores.numel():  # a layer that holds nothing
+        return torch.zeros_like(scores, dtype=torch.bool)
+    return Unstructured(max(zeros, 0) / scores.numel()).keep(scores) & may
