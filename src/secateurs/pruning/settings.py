@@ -85,7 +85,7 @@ class PruneSettings(InWindows, OnDevice):
     refine: int | None = None
     """Passes over the calibration text in which the weights that are left in a pruned block are trained
     towards the target. By default 0, but for sparsellm, unless its target is layer, what makes about 128
-    steps: 4 passes over 16,000 tokens, one over 65,000 or more."""
+    steps: 4 passes over 32 sequences of 512 tokens or more, one over 128."""
 
     sequential: Sequential | None = None
     """What a layer's inputs have seen when they are measured: the pruned blocks before it (block, as local

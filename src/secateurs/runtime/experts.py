@@ -3,8 +3,8 @@
 transformers keeps the matrices of a block's experts in parameters of three dimensions. Here these give way to
 packed matrices, and to a tensor without content that stands for them: what the module's code multiplies by a
 view of it is multiplied by the packed matrix there. For every family but a few, transformers calls experts
-through one interface; what that calls gives way to a loop over the experts that have tokens, which takes a
-sixth less time than the module's own code.
+through one interface; what that calls gives way to a loop over the experts that have tokens, which is faster
+than the module's own code.
 """
 
 from collections.abc import Callable
