@@ -50,6 +50,15 @@ class Batch:
             for i, (states, at) in enumerate(zip(self.split_like(self.states), self.at, strict=True))
         ]
 
+    @property
+    def length(self) -> int:
+        """Of each sequence."""
+        return self.states.shape[1 - self.axis]
+
+    def head(self, length: int) -> "Batch":
+        """So many first tokens of each sequence; of a batch for which blocks have left nothing."""
+        return Batch(self.states.narrow(1 - self.axis, 0, length), self.at, self.axis)
+
     def split_like(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The parts that belong to each sequence of a tensor laid out as the states are."""
         return tensor.split(1, dim=self.axis)
@@ -129,7 +138,7 @@ class BlockwiseModel:
                 self._put(name, buffer.to(device))
         blocks: Any = self.model.get_submodule(self.path)
         self.blocks: nn.ModuleList = blocks
-        self._calls: list[_Calls] = []
+        self._calls: dict[int, list[_Calls]] = {}  # by the length of the sequences
 
     def parameters_of(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What a block holds, as it is stored: by its names within the block.
@@ -215,12 +224,13 @@ class BlockwiseModel:
         )
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor, *, batch_size: int) -> list[Batch]:
+    def embed(self, tokens: Tensor, *, batch_size: int, head: int | None = None) -> list[Batch]:
         """Run the model up to its first block, and note what each block is called with for each sequence.
 
         Args:
             tokens: (samples, length) ids; all of one length and unpadded.
             batch_size: sequences run at once.
+            head: also note it for so many first tokens of each.
 
         Returns:
             The first block's input, on the device.
@@ -239,13 +249,9 @@ class BlockwiseModel:
         batches: list[Batch] = []
         with self._materialised({name: assemble(self.pieces[name], tensors) for name in outside}):
             del tensors
-            self._calls = [_Calls(args, kwargs) for args, kwargs in self._note(tokens[:1])]
-            for i in range(1, len(tokens)):
-                for calls, (args, kwargs) in zip(self._calls, self._note(tokens[i : i + 1]), strict=True):
-                    calls.add(args, kwargs)
-            two = self._note(tokens[:1].expand(2, -1))
-            for calls, (args, kwargs) in zip(self._calls, two, strict=True):
-                calls.check_two(args, kwargs, self.config.model_type)
+            lengths = dict.fromkeys((tokens.shape[1], min(head or tokens.shape[1], tokens.shape[1])))
+            self._calls = {length: self._calls_for(tokens[:, :length]) for length in lengths}
+            two = self._note(tokens[:1].expand(2, -1), blocks=1)
             one = self._note(tokens[:1], blocks=1)[0][0][0].shape
             axis = next(i for i, size in enumerate(two[0][0][0].shape) if size != one[i])
             first = 0
@@ -254,6 +260,16 @@ class BlockwiseModel:
                 batches.append(Batch(states, range(first, first + len(ids)), axis))
                 first += len(ids)
         return batches
+
+    def _calls_for(self, tokens: Tensor) -> list["_Calls"]:
+        noted = [_Calls(args, kwargs) for args, kwargs in self._note(tokens[:1])]
+        for i in range(1, len(tokens)):
+            for calls, (args, kwargs) in zip(noted, self._note(tokens[i : i + 1]), strict=True):
+                calls.add(args, kwargs)
+        two = self._note(tokens[:1].expand(2, -1))
+        for calls, (args, kwargs) in zip(noted, two, strict=True):
+            calls.check_two(args, kwargs, self.config.model_type)
+        return noted
 
     def _note(
         self, ids: Tensor, *, blocks: int | None = None
@@ -288,7 +304,9 @@ class BlockwiseModel:
             batch: stays as it is.
             keep: but for what the block leaves for later ones.
         """
-        args, kwargs = self._calls[index].of(batch, batch.shared if keep else dict(batch.shared))
+        args, kwargs = self._calls[batch.length][index].of(
+            batch, batch.shared if keep else dict(batch.shared)
+        )
         return _states(self.blocks[index](batch.states.to(self.device), *args, **kwargs))
 
     def push(self, index: int, batch: Batch) -> None:
@@ -297,7 +315,7 @@ class BlockwiseModel:
 
     def run_with(self, index: int, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """What `run` gives with other parameters, by their names in the block; gradients flow to them."""
-        args, kwargs = self._calls[index].of(batch, dict(batch.shared))
+        args, kwargs = self._calls[batch.length][index].of(batch, dict(batch.shared))
         return _states(
             torch.func.functional_call(self.blocks[index], parameters, (batch.states, *args), kwargs)
         )

@@ -352,15 +352,16 @@ def parse_named(
         if key.rstrip("_") not in known:
             raise ValueError(f"'{name}' has no setting '{key}'; it has: {', '.join(known) or 'none'}")
         field = known[key.rstrip("_")]
-        if hints[field] in parts:
+        hint = next(iter(get_args(hints[field])), hints[field])  # of what may be None
+        if hint in parts:
             if ":" in value:  # at the next comma it would be unclear whose setting that is
                 raise ValueError(
                     f"'{setting}': a {key} inside '{name}' is a name alone here; use Python for its settings"
                 )
-            values[field] = parts[hints[field]](value)
+            values[field] = parts[hint](value)
             continue
         try:
-            values[field] = hints[field](value)
+            values[field] = hint(value)
         except ValueError:
-            raise ValueError(f"'{key}={value}' of '{name}': expected {hints[field].__name__}") from None
+            raise ValueError(f"'{key}={value}' of '{name}': expected {hint.__name__}") from None
     return kind(**values)

@@ -33,9 +33,10 @@ def parse_method(text: str) -> Method:
 
 
 def describe_method(solver: Method) -> dict[str, Any]:
-    """A solver's name and settings, as recorded in `secateurs.json`."""
+    """A solver's name and what is set of it, as recorded in `secateurs.json`."""
     name = next((name for name, kind in METHODS.items() if type(solver) is kind), type(solver).__name__)
-    settings = {field.name: getattr(solver, field.name) for field in fields(solver)}  # type: ignore[arg-type]
+    of_solver = {field.name: getattr(solver, field.name) for field in fields(solver)}  # type: ignore[arg-type]
+    settings = {name: value for name, value in of_solver.items() if value is not None}
     if "solver" in settings:
         settings["solver"] = describe_method(settings["solver"])
     return {"name": name, **settings}

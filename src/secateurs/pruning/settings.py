@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -23,6 +23,20 @@ from secateurs.settings import InWindows, OnDevice
 
 REPAIR = 0.5
 """By default: whether none or all of it is better depends on the text and the sparsity."""
+
+
+class Work(NamedTuple):
+    """What SparseLLM does where nothing else is said."""
+
+    iterations: int
+    """On each MLP."""
+    steps: int
+    """Of the descent on each block, about."""
+
+
+Effort = Literal["fast", "default", "best"]
+
+EFFORTS: dict[Effort, Work] = {"fast": Work(0, 64), "default": Work(0, 192), "best": Work(4, 640)}
 
 OF_CALIBRATION = ("samples", "length", "seed", "field", "bos", "batch_size", "sequential")
 """What says how calibration text is read and used."""
@@ -60,6 +74,10 @@ class PruneSettings(InWindows, OnDevice):
     dropped whole, before anything is pruned, and the router is cut to match: those that add least to what
     the block gives for the calibration text (REAP)."""
 
+    effort: Effort = "default"
+    """How much work sparsellm spends on each block: fast, default or best (docs/pruning.md has what each
+    costs and brings). Iterations given with the method, and --refine, go before."""
+
     allocation: Allocation = "uniform"
     """How the pattern's zeros are shared out between layers: uniform; sensitivity (most where that moves a
     block's output least); owl (fewer where there are outliers; with settings:
@@ -84,8 +102,9 @@ class PruneSettings(InWindows, OnDevice):
 
     refine: int | None = None
     """Passes over the calibration text in which the weights that are left in a pruned block are trained
-    towards the target. By default 0, but for sparsellm, unless its target is layer, what makes about 128
-    steps: 4 passes over 32 sequences of 512 tokens or more, one over 128."""
+    towards the target. By default 0, but for sparsellm, unless its target is layer, what the effort asks for:
+    of the default effort about 192 steps, that is 6 passes over 32 sequences of 512 tokens or more, one over
+    128."""
 
     sequential: Sequential | None = None
     """What a layer's inputs have seen when they are measured: the pruned blocks before it (block, as local
@@ -105,6 +124,9 @@ class PruneSettings(InWindows, OnDevice):
 
     def __post_init__(self) -> None:
         """Raises ValueError for what does not suit, alone or together."""
+        for given, known in ((self.target, Target), (self.sequential, Sequential), (self.effort, Effort)):
+            if given is not None and given not in get_args(known):
+                raise ValueError(f"'{given}' is none of {', '.join(get_args(known))}")
         solver, share, _ = self.solver, self.share_of_experts, self.budget
         if self.calibration is None and share < 1:
             raise ValueError("experts are chosen by what they do on calibration text: give some")
@@ -119,9 +141,6 @@ class PruneSettings(InWindows, OnDevice):
             counts_of(sources_of(self.calibration), self.samples)
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is a number of sequences, not {self.batch_size}")
-        for given, known in ((self.target, Target), (self.sequential, Sequential)):
-            if given is not None and given not in get_args(known):
-                raise ValueError(f"'{given}' is none of {', '.join(get_args(known))}")
         if self._beyond_layers:
             if self.sequential not in (None, "linear"):
                 raise ValueError(
@@ -130,6 +149,8 @@ class PruneSettings(InWindows, OnDevice):
                 )
             if self.calibration is None:
                 raise ValueError(f"calibration text is needed for the target '{self.aim}'")
+        if self.effort != "default" and not isinstance(solver, SparseLLM):
+            raise ValueError(f"the effort '{self.effort}' is for sparsellm: other methods have but one")
         if self.repair is not None and self.aim != "dense":
             raise ValueError(f"repair goes with the target dense, not with {self.aim}")
         if not 0 < self.share_repaired <= 1:
@@ -156,7 +177,10 @@ class PruneSettings(InWindows, OnDevice):
 
     @property
     def solver(self) -> Method:
-        return parse_method(self.method) if isinstance(self.method, str) else self.method
+        solver = parse_method(self.method) if isinstance(self.method, str) else self.method
+        if isinstance(solver, SparseLLM) and solver.iterations is None:
+            return replace(solver, iterations=EFFORTS[self.effort].iterations)
+        return solver
 
     @property
     def budget(self) -> Pattern:
@@ -202,7 +226,8 @@ class PruneSettings(InWindows, OnDevice):
         if self.refine is not None:
             return self
         refines = isinstance(self.solver, SparseLLM) and self.aim != "layer"
-        return replace(self, refine=passes_for(samples, length) if refines else 0)
+        passes = passes_for(EFFORTS[self.effort].steps, samples, length) if refines else 0
+        return replace(self, refine=passes)
 
     @property
     def pruner(self) -> Joint | Local:

@@ -131,7 +131,7 @@ def _calibration(settings: PruneSettings, model: BlockwiseModel, progress: bool)
     if settings.drops_only:
         return text
     tokens = text.samples * text.length
-    iterates = isinstance(settings.solver, SparseLLM) and settings.solver.iterations > 0
+    iterates = isinstance(settings.solver, SparseLLM) and settings.solver.iterations
     if iterates and tokens < HELD_OUT:
         raise ValueError(
             f"{tokens} calibration tokens are too few for SparseLLM's iterations: give {HELD_OUT} or more"
@@ -181,7 +181,7 @@ def _walk(
     hidden: list[Batch] = []
     if tokens is not None:
         with work.clock("run"):
-            hidden = model.embed(tokens, batch_size=batch_size or 1)
+            hidden = model.embed(tokens, batch_size=batch_size or 1, head=pruner.head)
             home = home_of([batch.states for batch in hidden], model.device, copies=pruner.copies(model))
             for batch in hidden:
                 batch.states = batch.states.to(home)

@@ -1,5 +1,6 @@
 """Refinement against whole models that transformers runs, and against Adam written out."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import secateurs.pruning.block.joint
 import secateurs.pruning.block.refine
 from families import FAMILIES, build, tokens
 from folders import save, tensors_of
-from secateurs import Report, Wanda, prune
-from secateurs.blockwise import BlockwiseModel
+from secateurs import Report, SparseLLM, Wanda, prune
+from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.checkpoint import Checkpoint
-from secateurs.pruning.block.refine import STEPS, TOKENS_A_STEP, Refined, refine
-from secateurs.pruning.settings import PruneSettings
+from secateurs.pruning.block.refine import TOKENS_A_STEP, Refined, refine
+from secateurs.pruning.settings import EFFORTS, PruneSettings
 from table import family_of
 
 
@@ -117,13 +118,15 @@ def test_what_it_finds_is_what_is_saved(tmp_path: Path, monkeypatch: pytest.Monk
             assert torch.equal(before[name], after[name])
 
 
+@pytest.mark.parametrize(("tokens_a_step", "length", "together"), [(72, 24, 3), (16, 16, 1)])
 def test_its_steps_are_those_of_adam_where_weights_are_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokens_a_step: int, length: int, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secateurs.pruning.block.refine, "TOKENS_A_STEP", 72)  # three sequences
+    """On several sequences at a time; or on what one of them begins with, if it is longer than a step."""
+    monkeypatch.setattr(secateurs.pruning.block.refine, "TOKENS_A_STEP", tokens_a_step)
     ids, name, passes = tokens(batch=10), "model.layers.0.mlp.up_proj.weight", 2
     blockwise = BlockwiseModel(Checkpoint(save(tmp_path / "dense", "llama")), torch.device("cpu"))
-    hidden = blockwise.embed(ids, batch_size=4)
+    hidden = blockwise.embed(ids, batch_size=4, head=tokens_a_step)
     with blockwise.block(0):
         targets = [blockwise.run(0, states) for states in hidden]
         up = blockwise.model.get_parameter(name)
@@ -143,24 +146,54 @@ def test_its_steps_are_those_of_adam_where_weights_are_left(
     order = torch.Generator().manual_seed(0)
     first_moment, second_moment = torch.zeros_like(weight), torch.zeros_like(weight)
     rate = min(0.0125, 3 / given.shape[-1]) * start[start != 0].double().square().mean().sqrt()
-    step, steps = 0, 8  # twice, of three, three, three and one sequences
+    step, steps = 0, passes * math.ceil(10 / together)
+    warm_up = 1 + steps // 4
     for _ in range(passes):
-        for chosen in torch.randperm(10, generator=order).split(3):
+        for chosen in torch.randperm(10, generator=order).split(together):
             some = chosen.tolist()
-            _, result = first_block(model, ids[some])
-            loss = (result - wanted[some]).square().sum() / energy / len(some)
+            _, result = first_block(model, ids[some, :length])
+            loss = (result - wanted[some, :length]).square().sum() / energy / len(some)
             (gradient,) = torch.autograd.grad(loss, weight)
             gradient = gradient * (start != 0)
             first_moment = 0.9 * first_moment + 0.1 * gradient
             second_moment = 0.95 * second_moment + 0.05 * gradient**2
             scaled = second_moment / (1 - 0.95 ** (step + 1))
-            now = rate * min(1, (step + 1) / 3) * (1 - step / steps)
+            now = rate * min(1, (step + 1) / warm_up) * (1 - step / steps)
             weight.data -= now * first_moment / (1 - 0.9 ** (step + 1)) / (scaled.sqrt() + 1e-8)
             step += 1
     assert found.parameters is not None
     moved = found.parameters["mlp.up_proj.weight"] - start
     assert moved.norm() > 0
     torch.testing.assert_close(moved, (weight.detach() - start).float(), rtol=0.02, atol=float(rate) * 1e-2)
+
+
+@pytest.mark.parametrize(("positions", "cut"), [("default", True), ("dynamic", False)])
+def test_beginnings_count_only_where_they_stand_for_themselves(
+    positions: str, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamic positions turn by another angle in a longer sequence."""
+    monkeypatch.setattr(secateurs.pruning.block.refine, "TOKENS_A_STEP", 12)
+    dense = save(tmp_path / "dense", "llama")
+    config = json.loads((dense / "config.json").read_text())
+    rope = {"rope_type": positions, "rope_theta": 10.0, "factor": 8.0}
+    config |= {"rope_parameters": rope, "max_position_embeddings": 16}
+    (dense / "config.json").write_text(json.dumps(config))
+    blockwise = BlockwiseModel(Checkpoint(dense), torch.device("cpu"))
+    hidden = blockwise.embed(tokens(batch=4), batch_size=2, head=12)
+    lengths: list[int] = []
+    run_with = blockwise.run_with
+
+    def note(index: int, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            lengths.append(batch.length)
+        return run_with(index, batch, parameters)
+
+    monkeypatch.setattr(blockwise, "run_with", note)
+    with blockwise.block(0) as block:
+        stored = {"mlp.up_proj.weight": block.get_parameter("mlp.up_proj.weight").detach().clone()}
+        targets = [blockwise.run(0, batch) for batch in hidden]
+        refine(blockwise, 0, stored, hidden, targets, passes=1)
+    assert lengths == [12 if cut else 24] * 4
 
 
 def test_products_in_half_precision_gain_as_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,11 +240,27 @@ def test_a_descent_that_makes_it_worse_is_not_taken(
 @pytest.mark.parametrize("samples", [1, 8, 32, 64, 100, 128, 512])
 @pytest.mark.parametrize("length", [100, 256, 512, 2048])
 def test_passes_make_up_for_a_short_text(samples: int, length: int) -> None:
-    chosen = PruneSettings(output="out", calibration="self").resolved(samples, length)
     steps_a_pass = math.ceil(samples / max(1, TOKENS_A_STEP // length))
-    distances = {passes: abs(passes * steps_a_pass - STEPS) for passes in range(1, 5)}
-    assert chosen.refine is not None
-    assert distances[chosen.refine] == min(distances.values())
+    for effort, (_, steps) in EFFORTS.items():
+        settings = PruneSettings(output="out", calibration="self", effort=effort)
+        chosen = settings.resolved(samples, length).refine
+        distances = {passes: abs(passes * steps_a_pass - steps) for passes in range(1, steps // 32 + 1)}
+        assert chosen is not None
+        assert distances[chosen] == min(distances.values())
+
+
+def test_effort_says_what_is_left_open() -> None:
+    def iterations(**settings: Any) -> int:
+        solver = PruneSettings(output="out", calibration="self", **settings).solver
+        assert isinstance(solver, SparseLLM)
+        return solver.iterations
+
+    found = [iterations(effort=effort) for effort in EFFORTS]
+    assert found == sorted(found)
+    assert found[0] < found[-1]
+    assert iterations(effort="best", method="sparsellm:iterations=0") == 0
+    assert iterations(effort="fast", method="sparsellm:solver=sparsegpt") == 0
+    assert iterations(effort="fast", method=SparseLLM(iterations=3)) == 3
 
 
 def test_passes_that_are_given_stay() -> None:
@@ -223,6 +272,8 @@ def test_passes_that_are_given_stay() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"effort": "slow"}, "'slow' is none of fast, default, best"),
+        ({"effort": "best", "method": "wanda"}, "the effort 'best' is for sparsellm"),
         ({"refine": -1}, "refine is a number of passes, not -1"),
         ({"refine": 1.5}, "refine is a number of passes, not 1.5"),
         ({"repair": 0.0}, "for 0, set target to block"),

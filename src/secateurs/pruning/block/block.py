@@ -115,6 +115,11 @@ class BlockPruner(Protocol):
         """Whether it needs the dense stream."""
         ...
 
+    @property
+    def head(self) -> int | None:
+        """How many first tokens of each sequence it also runs by themselves."""
+        ...
+
     def copies(self, model: BlockwiseModel) -> float:
         """How many times the pruned stream's activations are kept at once."""
         ...

@@ -21,6 +21,7 @@ from secateurs.pruning.block.block import Advance, Block, Clock, Streams, layer_
 from secateurs.pruning.block.experts import Experts, experts_of, route
 from secateurs.pruning.block.local import Local
 from secateurs.pruning.block.measure import Group, measure, observe
+from secateurs.pruning.block.refine import TOKENS_A_STEP
 from secateurs.pruning.block.refine import refine as refined_by_descent
 from secateurs.pruning.mlp.linear import apply, prune_linear
 from secateurs.pruning.mlp.problem import MLP, Tokens
@@ -100,6 +101,10 @@ class Joint:
     @property
     def follows_dense(self) -> bool:
         return self.target == "dense"
+
+    @property
+    def head(self) -> int | None:
+        return TOKENS_A_STEP if self.refine else None
 
     def copies(self, model: BlockwiseModel) -> float:
         """See `BlockPruner.copies`."""

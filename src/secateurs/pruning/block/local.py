@@ -39,6 +39,10 @@ class Local:
     def follows_dense(self) -> bool:
         return False
 
+    @property
+    def head(self) -> None:
+        return None
+
     def copies(self, model: BlockwiseModel) -> float:
         """See `BlockPruner.copies`."""
         return 1

@@ -17,11 +17,11 @@ from secateurs.device import multiplies_bfloat16
 
 TOKENS_A_STEP = 512
 
-STEPS = 128
-"""By default: where it was tried, more of them hardly lowered perplexity."""
+STEPS_OF_A_PASS = 32
+"""A text of fewer steps than these is not gone through the more often for it."""
 
-MOST_PASSES = 4
-"""By default, over a text that is short."""
+ALIKE = 1e-3
+"""The share of the energy of what a block adds that rounding may account for."""
 
 JUDGES = 8
 """One sequence in so many, and at least one, tells whether the descent gained anything. It is shown to it, as
@@ -51,9 +51,10 @@ class Refined(NamedTuple):
     """The same with what was found; None where that is not finite."""
 
 
-def passes_for(samples: int, length: int) -> int:
-    """Over so many sequences of so many tokens, for about `STEPS` steps."""
-    return min(MOST_PASSES, max(1, round(STEPS / math.ceil(samples / _together(length)))))
+def passes_for(steps: int, samples: int, length: int) -> int:
+    """Over so many sequences of so many tokens, for about so many steps; at least one."""
+    of_a_pass = math.ceil(samples / _together(min(length, TOKENS_A_STEP)))
+    return max(1, round(steps / max(of_a_pass, STEPS_OF_A_PASS)))
 
 
 def refine(
@@ -89,7 +90,7 @@ def refine(
         for given, wanted in zip(hidden, targets, strict=True)
         for pair in zip(given.split(), given.split_like(wanted), strict=True)
     ]
-    judges = pairs[::JUDGES]
+    judges, shown = pairs[::JUDGES], _heads(model, index, pairs)
     parameters = {
         name: parameter.detach().float() for name, parameter in model.blocks[index].named_parameters()
     }
@@ -99,7 +100,7 @@ def refine(
     }
     parameters |= trained
     kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim > 1}
-    together = _together(hidden[0].states.shape[-2])
+    together = _together(shown[0][0].length)
     energy = sum(
         float((wanted.float() - given.states.float()).square().sum()) for given, wanted in pairs
     ) / len(pairs)
@@ -123,7 +124,7 @@ def refine(
     before = error(parameters)
     if not math.isfinite(before):
         raise FloatingPointError("the result of the pruned block is not finite on the calibration text")
-    steps = passes * math.ceil(len(pairs) / together)
+    steps = passes * math.ceil(len(shown) / together)
     warm_up = min(WARM_UP, 1 + steps // 4)
     rate = min(MOST_RATE, RATE / hidden[0].states.shape[-1])
     optimiser = torch.optim.Adam(
@@ -132,6 +133,7 @@ def refine(
             for parameter in trained.values()
         ],
         betas=(0.9, 0.95),
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1, (step + 1) / warm_up) * (1 - step / steps)
@@ -139,8 +141,8 @@ def refine(
     order = torch.Generator().manual_seed(index)
     with torch.enable_grad():
         for _ in range(passes):
-            for chosen in torch.randperm(len(pairs), generator=order).split(together):
-                lost([pairs[i] for i in chosen.tolist()], parameters).backward()
+            for chosen in torch.randperm(len(shown), generator=order).split(together):
+                lost([shown[i] for i in chosen.tolist()], parameters).backward()
                 for name, mask in kept.items():
                     gradient = trained[name].grad
                     assert gradient is not None
@@ -153,6 +155,28 @@ def refine(
     result = {name: parameter.detach().to(stored[name].dtype) + 0 for name, parameter in trained.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
     return Refined(result if after < before else None, before, after if math.isfinite(after) else None)
+
+
+def _heads(
+    model: BlockwiseModel, index: int, pairs: list[tuple[Batch, Tensor]]
+) -> list[tuple[Batch, Tensor]]:
+    """Of sequences that are longer than a step the beginnings: attention costs less, and a step is a step.
+
+    Only where the block gives for a beginning by itself what it gives for it within the whole: not where
+    earlier blocks have left it something, nor where positions count by the length.
+    """
+    first = pairs[0][0]
+    if first.length <= TOKENS_A_STEP or first.shared:
+        return pairs
+    heads = [
+        (given.head(TOKENS_A_STEP), wanted.narrow(1 - given.axis, 0, TOKENS_A_STEP))
+        for given, wanted in pairs
+    ]
+    head = heads[0][0]
+    alone = model.run(index, head).float()
+    within = model.run(index, first).narrow(1 - first.axis, 0, TOKENS_A_STEP).float()
+    added = (within - head.states.to(within.device).float()).square().sum()
+    return heads if (alone - within).square().sum() <= ALIKE * added else pairs
 
 
 def _together(length: int) -> int:

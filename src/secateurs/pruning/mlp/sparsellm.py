@@ -43,6 +43,9 @@ from secateurs.pruning.solvers.admm import ADMM
 from secateurs.pruning.solvers.solver import Solver, working_dtype
 from secateurs.pruning.solvers.statistics import Products, Statistics
 
+ITERATIONS = 4
+"""By default."""
+
 
 class Weights(NamedTuple):
     """What the squared residuals of the four terms count for, per token."""
@@ -59,7 +62,8 @@ class SparseLLM:
 
     Args:
         solver: prunes each layer once it is fitted, and the layers outside MLPs.
-        iterations: after the first pruning; with none, down is fitted to the pruned gate and up, and no more.
+        iterations: after the first pruning; with 0, down is fitted to the pruned gate and up, and no more. By
+            default 4, in a run of `prune` what its effort says.
         alpha: weight of the pre-activations' terms, relative to the output's.
         gamma: weight of the hidden term, relative to the output's.
         damping: of the fits, that of o among them, as a share of the mean of H's diagonal.
@@ -70,7 +74,7 @@ class SparseLLM:
     """
 
     solver: Solver = field(default_factory=ADMM)
-    iterations: int = 1
+    iterations: int | None = None
     alpha: float = 0.3
     gamma: float = 0.3
     damping: float = 0.01
@@ -78,7 +82,7 @@ class SparseLLM:
     def __post_init__(self) -> None:
         if not hasattr(self.solver, "solve"):
             raise ValueError("the solver inside SparseLLM is a local one: admm, or in Python ADMM()")
-        if not isinstance(self.iterations, int) or self.iterations < 0:
+        if self.iterations is not None and (not isinstance(self.iterations, int) or self.iterations < 0):
             raise ValueError(f"iterations is a whole number, not {self.iterations!r}")
         for name in ("alpha", "gamma", "damping"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -108,9 +112,10 @@ class _Run:
 
     def __init__(self, settings: SparseLLM, mlp: MLP, tokens: Tokens) -> None:
         self.settings, self.dense, self.tokens = settings, mlp, tokens
+        self.iterations = ITERATIONS if settings.iterations is None else settings.iterations
         self.dtype, self.device = working_dtype(mlp.down.weight), mlp.down.weight.device
         self.running = running_dtype(mlp, tokens.inputs[0], self.dtype, self.device)
-        self.solving, self.held_out = rows_of(tokens.inputs, hold_out=settings.iterations > 0)
+        self.solving, self.held_out = rows_of(tokens.inputs, hold_out=self.iterations > 0)
         self.moments = Statistics(mlp.first[0].weight.shape[1], dtype=self.dtype, device=self.device)
         self.auxiliary: list[Tensor] = []  # s beside z, for every batch
         self.weights = self._measure()
@@ -128,7 +133,7 @@ class _Run:
         """Take in X, start s and z where the dense MLP has them, weigh the terms by their energy there."""
         energy = torch.zeros(4, dtype=torch.float64, device=self.device)
         outputs = sum(len(layer.weight) for layer in self.dense.first)
-        if self.settings.iterations:
+        if self.iterations:
             self.auxiliary = [
                 x.new_empty(len(rows), outputs)
                 for x, rows in zip(self.tokens.inputs, self.solving, strict=True)
@@ -148,7 +153,7 @@ class _Run:
         return Weights(*(w / e for w, e in zip((alpha, alpha, gamma, 1.0), per_token, strict=True)))
 
     def solution(self) -> MLPSolution:
-        iterations = self.settings.iterations
+        iterations = self.iterations
         iterates: list[Iterate] = []
         best: tuple[float, MLPSolution] | None = None
         mlp = self.dense
