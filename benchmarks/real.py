@@ -47,12 +47,11 @@ METHODS: dict[str, Record] = {
     "sparsellm": {"tool": "secateurs", "method": "sparsellm"},
 }
 VARIANTS: dict[str, Record] = {
-    "sparsellm-0-iterations": {"method": "sparsellm:iterations=0"},
+    "sparsellm-fast": {"method": "sparsellm", "effort": "fast"},
+    "sparsellm-best": {"method": "sparsellm", "effort": "best"},
     "sparsellm-no-descent": {"method": "sparsellm", "refine": 0},
-    "sparsellm-fits-only": {"method": "sparsellm:iterations=0", "refine": 0},
     "sparsellm-block": {"method": "sparsellm", "target": "block"},
     "sparsellm-block-no-descent": {"method": "sparsellm", "target": "block", "refine": 0},
-    "sparsellm-block-fits-only": {"method": "sparsellm:iterations=0", "target": "block", "refine": 0},
     "sparsellm-repair-1": {"method": "sparsellm", "repair": 1.0},
     "sparsellm-sparsegpt": {"method": "sparsellm:solver=sparsegpt"},
     "admm-linear": {"method": "admm", "sequential": "linear"},
