@@ -87,6 +87,17 @@ def test_iterations_give_a_panel_for_each_block(blocks: int, pruned: Path, tmp_p
     assert_pictures(files, {"layers": [], "convergence": [*panels, *legend, "iteration"]})
 
 
+def test_the_descent_is_drawn_over_the_blocks(tmp_path: Path) -> None:
+    """Also of a block whose weights stayed as they were."""
+    source = save(tmp_path / "source", "llama")
+    folder = prune(source, output=tmp_path / "out", calibration=tokens(batch=8), effort="fast").output
+    record = json.loads((folder / "secateurs.json").read_text())
+    record["refinements"][1]["after"] = None
+    (folder / "secateurs.json").write_text(json.dumps(record))
+    files = plot(folder)
+    assert_pictures(files, {"layers": [], "descent": ["before the descent", "after", "block"]})
+
+
 def test_repeated_it_gives_the_same_bytes(pruned: Path, tmp_path: Path) -> None:
     first = {file.name: file.read_bytes() for file in plot(pruned, tmp_path)}
     assert {file.name: file.read_bytes() for file in plot(pruned, tmp_path)} == first

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from secateurs.checkpoint import RECORD
-from secateurs.pruning.record import MLPReport, Report
+from secateurs.pruning.record import MLPReport, Refinement, Report
 from secateurs.settings import takes
 
 if TYPE_CHECKING:
@@ -34,13 +34,14 @@ class PlotSettings:
 
 @takes(PlotSettings)
 def plot(folder: str | Path, *, settings: PlotSettings) -> list[Path]:
-    """Draw what became of each layer, and how the iterations on each MLP converged if there were any.
+    """Draw what became of each layer; how the iterations on each MLP converged, and what the descent on each
+    block gained, if there were any.
 
     Args:
         folder: of a pruned model. Older pictures are replaced.
 
     Returns:
-        The files: `layers` and perhaps `convergence`, each as .png and .svg.
+        The files: `layers` and perhaps `convergence` and `descent`, each as .png and .svg.
 
     Raises:
         ValueError: the folder holds no record of a run, or none that can be read.
@@ -55,6 +56,8 @@ def plot(folder: str | Path, *, settings: PlotSettings) -> list[Path]:
     files = save(_layers(report), output, "layers")
     if report.mlps:
         files += save(_convergence(report.mlps), output, "convergence")
+    if report.refinements:
+        files += save(_descent(report.refinements), output, "descent")
     return files
 
 
@@ -216,4 +219,28 @@ def _convergence(mlps: list[MLPReport]) -> "Figure":
     figure.supylabel("relative to the targets' energy", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False)
+    return figure
+
+
+def _descent(refinements: list[Refinement]) -> "Figure":
+    """The error of each block's result before the descent on its weights, and after."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(2 * PANEL[0] + 0.6, PANEL[1] + 0.9)
+    ax = figure.add_subplot()
+    tidy(ax)
+    blocks = [int(refinement.name.rpartition(".")[2]) for refinement in refinements]
+    after = [
+        r.before if r.after is None else min(r.before, r.after)  # what is no better is not taken
+        for r in refinements
+    ]
+    before = [refinement.before for refinement in refinements]
+    for label, errors, color in (("before the descent", before, "C0"), ("after", after, "crimson")):
+        shown = [error if error > 0 else math.nan for error in errors]
+        ax.plot(blocks, shown, label=label, color=color, marker="o", markersize=3, linewidth=1.2)
+    logarithmic(ax)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.set_xlabel("block", fontsize=9)
+    ax.set_ylabel("error of what the block adds", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     return figure
