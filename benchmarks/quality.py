@@ -38,15 +38,18 @@ from secateurs.text import calibration_blocks, evaluation_tokens
 Cell = tuple[str, str, int | None]  # method, pattern, calibration seed
 DENSE: Cell = ("dense", "0%", None)
 
+AROUND_SPARSEGPT = "sparsellm:solver=sparsegpt,iterations=4"
+
 RUNGS: dict[str, Record] = {
     "+sequential": {"method": "sparsegpt", "sequential": "linear"},
     "+fit": {"method": "sparsegpt", "target": "block"},
-    "+iterations": {"method": "sparsellm:solver=sparsegpt", "target": "block", "refine": 0},
-    "+dense": {"method": "sparsellm:solver=sparsegpt", "target": "dense", "refine": 0},
-    "+refinement": {"method": "sparsellm:solver=sparsegpt", "target": "dense"},
-    "+allocation": {"method": "sparsellm:solver=sparsegpt", "target": "dense", "allocation": "sensitivity"},
+    "+iterations": {"method": AROUND_SPARSEGPT, "target": "block", "refine": 0},
+    "+dense": {"method": AROUND_SPARSEGPT, "target": "dense", "refine": 0},
+    "+refinement": {"method": AROUND_SPARSEGPT, "target": "dense"},
+    "+allocation": {"method": AROUND_SPARSEGPT, "target": "dense", "allocation": "sensitivity"},
     "sparsellm": {"method": "sparsellm"},
-    "without iterations": {"method": "sparsellm:iterations=0"},
+    "sparsellm fast": {"method": "sparsellm", "effort": "fast"},
+    "sparsellm best": {"method": "sparsellm", "effort": "best"},
     "everything": {"method": "sparsellm", "allocation": "sensitivity"},
 }
 """What `secateurs.prune` is given for methods that are more than a name."""
