@@ -230,7 +230,7 @@ def test_allocations_by_name(place: Place) -> None:
 
 
 def test_inspect_and_plot(place: Place) -> None:
-    assert place.prune("--pattern", "2:4").status == 0
+    assert place.prune("--pattern", "2:4", "--effort", "best").status == 0
     result = place.run(["inspect", str(place.output), "--against", str(place.model)])
     assert result.status == 0
     assert "top 10% kept" in result.out
@@ -240,6 +240,8 @@ def test_inspect_and_plot(place: Place) -> None:
     assert sorted(Path(line).name for line in result.out.splitlines()) == [
         "convergence.png",
         "convergence.svg",
+        "descent.png",
+        "descent.svg",
         "layers.png",
         "layers.svg",
     ]
@@ -352,7 +354,8 @@ def test_too_little_text_says_how_much_there_is(place: Place) -> None:
 
 
 def test_too_few_tokens_for_iterations_are_found_before_the_work(place: Place) -> None:
-    place.refuses("too few for SparseLLM's iterations", options=("--samples", "2", "--length", "2"))
+    options = ("--samples", "2", "--length", "2", "--effort", "best")
+    place.refuses("too few for SparseLLM's iterations", options=options)
 
 
 def test_what_is_idle_without_text_is_said(place: Place) -> None:

@@ -42,22 +42,15 @@ class Batch:
     """Which of the states' dimensions is that of the sequences."""
     shared: dict[str, Any] = field(default_factory=dict)
     """What blocks have left for later ones (keys and values, where several blocks use the same)."""
+    is_head: bool = False
+    """Whether these are only what the sequences begin with (`BlockwiseModel.head`)."""
 
     def split(self) -> list["Batch"]:
         """Each sequence by itself."""
         return [
-            Batch(states, [at], self.axis, pytree.tree_map(partial(_one, i), self.shared))
+            Batch(states, [at], self.axis, pytree.tree_map(partial(_one, i), self.shared), self.is_head)
             for i, (states, at) in enumerate(zip(self.split_like(self.states), self.at, strict=True))
         ]
-
-    @property
-    def length(self) -> int:
-        """Of each sequence."""
-        return self.states.shape[1 - self.axis]
-
-    def head(self, length: int) -> "Batch":
-        """So many first tokens of each sequence; of a batch for which blocks have left nothing."""
-        return Batch(self.states.narrow(1 - self.axis, 0, length), self.at, self.axis)
 
     def split_like(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The parts that belong to each sequence of a tensor laid out as the states are."""
@@ -72,6 +65,7 @@ class Batch:
             [at for part in parts for at in part.at],
             axis,
             pytree.tree_map(_joined, *(part.shared for part in parts)),
+            parts[0].is_head,
         )
 
 
@@ -98,6 +92,8 @@ class BlockwiseModel:
         anatomy: what its blocks are made of.
         text_config: the configuration of the decoder, in a model of images and text a part of the whole.
         pieces: what parameters and stored buffers are made of in the files, by their names in the model.
+        length: of the sequences that were embedded, in tokens.
+        head: what sequences begin with, as blocks may be run on it, if `embed` was asked for it.
         dtype: what is computed in: config.json's, or without one there that of the first block's weights,
             whatever other tensors are stored in. Weights that transformers keeps in float32 are in float32.
 
@@ -138,7 +134,9 @@ class BlockwiseModel:
                 self._put(name, buffer.to(device))
         blocks: Any = self.model.get_submodule(self.path)
         self.blocks: nn.ModuleList = blocks
-        self._calls: dict[int, list[_Calls]] = {}  # by the length of the sequences
+        self._calls: list[_Calls] = []
+        self.length = 0
+        self.head: Head | None = None
 
     def parameters_of(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What a block holds, as it is stored: by its names within the block.
@@ -230,7 +228,8 @@ class BlockwiseModel:
         Args:
             tokens: (samples, length) ids; all of one length and unpadded.
             batch_size: sequences run at once.
-            head: also note it for so many first tokens of each.
+            head: also note it for so many first tokens of each, where they are more and the states have one
+                place for each. What differs between sequences is then held for both.
 
         Returns:
             The first block's input, on the device.
@@ -249,8 +248,10 @@ class BlockwiseModel:
         batches: list[Batch] = []
         with self._materialised({name: assemble(self.pieces[name], tensors) for name in outside}):
             del tensors
-            lengths = dict.fromkeys((tokens.shape[1], min(head or tokens.shape[1], tokens.shape[1])))
-            self._calls = {length: self._calls_for(tokens[:, :length]) for length in lengths}
+            self._calls, self.head = self._calls_for(tokens), None
+            self.length = tokens.shape[1]
+            if head is not None and head < tokens.shape[1]:
+                self.head = self._head(tokens, head)
             two = self._note(tokens[:1].expand(2, -1), blocks=1)
             one = self._note(tokens[:1], blocks=1)[0][0][0].shape
             axis = next(i for i, size in enumerate(two[0][0][0].shape) if size != one[i])
@@ -260,6 +261,13 @@ class BlockwiseModel:
                 batches.append(Batch(states, range(first, first + len(ids)), axis))
                 first += len(ids)
         return batches
+
+    def _head(self, tokens: Tensor, length: int) -> "Head | None":
+        whole, head = (self._note(ids, blocks=1)[0][0][0].shape for ids in (tokens[:1], tokens[:1, :length]))
+        places = [axis for axis in range(len(whole)) if whole[axis] != head[axis]]
+        if len(places) != 1 or (whole[places[0]], head[places[0]]) != (tokens.shape[1], length):
+            return None  # a model may put tokens of its own before the first
+        return Head(length, places[0], self._calls_for(tokens[:, :length]))
 
     def _calls_for(self, tokens: Tensor) -> list["_Calls"]:
         noted = [_Calls(args, kwargs) for args, kwargs in self._note(tokens[:1])]
@@ -304,10 +312,14 @@ class BlockwiseModel:
             batch: stays as it is.
             keep: but for what the block leaves for later ones.
         """
-        args, kwargs = self._calls[batch.length][index].of(
-            batch, batch.shared if keep else dict(batch.shared)
-        )
+        args, kwargs = self._call(index, batch).of(batch, batch.shared if keep else dict(batch.shared))
         return _states(self.blocks[index](batch.states.to(self.device), *args, **kwargs))
+
+    def _call(self, index: int, batch: Batch) -> "_Calls":
+        if not batch.is_head:
+            return self._calls[index]
+        assert self.head is not None
+        return self.head.calls[index]
 
     def push(self, index: int, batch: Batch) -> None:
         """Replace a batch's states by a materialised block's output, where they were."""
@@ -315,10 +327,37 @@ class BlockwiseModel:
 
     def run_with(self, index: int, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """What `run` gives with other parameters, by their names in the block; gradients flow to them."""
-        args, kwargs = self._calls[batch.length][index].of(batch, dict(batch.shared))
+        args, kwargs = self._call(index, batch).of(batch, dict(batch.shared))
         return _states(
             torch.func.functional_call(self.blocks[index], parameters, (batch.states, *args), kwargs)
         )
+
+
+@dataclass(frozen=True)
+class Head:
+    """What sequences begin with."""
+
+    length: int
+    """In tokens."""
+    axis: int
+    """Which of the states' dimensions is that of the tokens."""
+    calls: list["_Calls"]
+    """Of each block."""
+
+    def of(self, batch: Batch) -> Batch:
+        """Of the sequences of a batch.
+
+        Raises:
+            ValueError: blocks have left something there for later ones, of the whole sequences.
+        """
+        if batch.shared:
+            raise ValueError("what blocks share is not known for a part of the tokens")
+        # As a model would have it: some look at it another way.
+        return Batch(self.of_tensor(batch.states).contiguous(), batch.at, batch.axis, is_head=True)
+
+    def of_tensor(self, tensor: Tensor) -> Tensor:
+        """Of a tensor laid out as the states are."""
+        return tensor.narrow(self.axis, 0, self.length)
 
 
 def _states(output: Any) -> Tensor:

@@ -95,7 +95,8 @@ def test_the_descent_is_drawn_over_the_blocks(tmp_path: Path) -> None:
     record["refinements"][1]["after"] = None
     (folder / "secateurs.json").write_text(json.dumps(record))
     files = plot(folder)
-    assert_pictures(files, {"layers": [], "descent": ["before the descent", "after", "block"]})
+    legend = ["before the descent", "after", "no better, and not taken"]
+    assert_pictures(files, {"layers": [], "descent": [*legend, "block"]})
 
 
 def test_repeated_it_gives_the_same_bytes(pruned: Path, tmp_path: Path) -> None:

@@ -489,7 +489,7 @@ def test_descent_starts_from_what_is_stored(tmp_path: Path, monkeypatch: pytest.
 
     def nothing(model: Any, index: int, stored: dict[str, Tensor], *args: Any, passes: int) -> Refined:
         started.update({f"model.layers.{index}.{name}": tensor for name, tensor in stored.items()})
-        return Refined(None, 0.0, None)
+        return Refined(None, 0.0, None, 24)
 
     monkeypatch.setattr(secateurs.pruning.block.joint, "refined_by_descent", nothing)
     prune(source, output=tmp_path / "out", calibration=tokens())
@@ -517,8 +517,8 @@ def test_inside_a_callers_inference_mode(tmp_path: Path) -> None:
     """The descent and the iterations need gradients."""
     source = save(tmp_path / "source", "llama")
     with torch.inference_mode():
-        report = prune(source, output=tmp_path / "out", calibration=tokens(), refine=1)
-    assert len(report.refinements) == 3
+        report = prune(source, output=tmp_path / "out", calibration=tokens(), effort="best")
+    assert (len(report.refinements), len(report.mlps)) == (3, 3)
 
 
 # What is refused.

@@ -23,7 +23,8 @@ PANEL = (3.2, 2.4)
 
 @dataclass(frozen=True)
 class PlotSettings:
-    """Draw what the record of a pruned model holds: error and sparsity per layer, convergence per block.
+    """Draw what the record of a pruned model holds: error and sparsity per layer, how SparseLLM's iterations
+    converged, and what the descent gained in each block.
 
     Example: secateurs plot my-llama-70
     """
@@ -238,9 +239,14 @@ def _descent(refinements: list[Refinement]) -> "Figure":
     for label, errors, color in (("before the descent", before, "C0"), ("after", after, "crimson")):
         shown = [error if error > 0 else math.nan for error in errors]
         ax.plot(blocks, shown, label=label, color=color, marker="o", markersize=3, linewidth=1.2)
+    failed = [r for r in refinements if r.after is None or r.after >= r.before]
+    if failed:
+        places = [int(r.name.rpartition(".")[2]) for r in failed]
+        style: dict[str, Any] = {"color": "black", "marker": "x", "linestyle": "none", "zorder": 5}
+        ax.plot(places, [r.before for r in failed], label="no better, and not taken", **style)
     logarithmic(ax)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set_xlabel("block", fontsize=9)
     ax.set_ylabel("error of what the block adds", fontsize=9)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return figure

@@ -62,6 +62,8 @@ class Refinement:
     """Squared error of the block's result, relative to the energy of what the block is asked to add."""
     after: float | None
     """Where it is no lower, or None for not finite, the weights stay as they were before."""
+    tokens: int | None = None
+    """Of each sequence that the descent was shown: the first ones. Older records do not say: all."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ REPAIR = 0.5
 
 
 class Work(NamedTuple):
-    """What SparseLLM does where nothing else is said."""
+    """What sparsellm does to a block where nothing else is said."""
 
     iterations: int
     """On each MLP."""
@@ -101,10 +101,9 @@ class PruneSettings(InWindows, OnDevice):
     and up to 1. By default 0.5."""
 
     refine: int | None = None
-    """Passes over the calibration text in which the weights that are left in a pruned block are trained
-    towards the target. By default 0, but for sparsellm, unless its target is layer, what the effort asks for:
-    of the default effort about 192 steps, that is 6 passes over 32 sequences of 512 tokens or more, one over
-    128."""
+    """Passes over the calibration text, of sequences longer than 512 tokens over the first 512, in which the
+    weights that are left in a pruned block are trained towards the target. By default 0, but for sparsellm,
+    unless its target is layer, as many as make about the steps that the effort asks for, and at least one."""
 
     sequential: Sequential | None = None
     """What a layer's inputs have seen when they are measured: the pruned blocks before it (block, as local

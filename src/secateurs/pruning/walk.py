@@ -131,10 +131,11 @@ def _calibration(settings: PruneSettings, model: BlockwiseModel, progress: bool)
     if settings.drops_only:
         return text
     tokens = text.samples * text.length
-    iterates = isinstance(settings.solver, SparseLLM) and settings.solver.iterations
+    iterates = isinstance(settings.solver, SparseLLM) and settings.solver.rounds
     if iterates and tokens < HELD_OUT:
         raise ValueError(
-            f"{tokens} calibration tokens are too few for SparseLLM's iterations: give {HELD_OUT} or more"
+            f"{tokens} calibration tokens are too few for SparseLLM's iterations: give {HELD_OUT} or more, "
+            "or leave the effort at default"
         )
     return text
 

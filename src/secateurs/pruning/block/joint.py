@@ -111,7 +111,7 @@ class Joint:
         hidden = model.text_config.hidden_size
         # The dense stream, two or three aims in float32, and what the MLP sees and aims at.
         streams = 8 if all(anatomy.adds for anatomy in model.anatomy.blocks) else 10
-        if not self.method.iterations:
+        if not self.method.rounds:
             return streams
         widest = max(
             (sum(matrix.shape[0] for matrix in mlp.first) for a in model.anatomy.blocks for mlp in a.mlps),
@@ -246,7 +246,7 @@ class Joint:
                 reports.append(layer_report(block.name(matrix), pruned, 0.0))
         share = round((time.monotonic() - start) / len(reports), 4)  # they are solved together
         report.layers.extend(replace(layer, seconds=share) for layer in reports)
-        if self.method.iterations:
+        if self.method.rounds:
             report.mlps.append(MLPReport(name, solution.iterates, solution.kept))
 
     def _prune_experts(
@@ -286,7 +286,7 @@ class Joint:
             raise FloatingPointError(f"'{path}': {error}") from None
         for name, values in (found.parameters or {}).items():
             block.put(name, values)
-        return Refinement(path, found.before, found.after)
+        return Refinement(path, found.before, found.after, found.tokens)
 
 
 def _aim(block: Block, parts: _Parts, hidden: list[Batch], *, keep: bool = False) -> _Aims:

@@ -7,6 +7,7 @@ pruned blocks in the same way).
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ TOKENS_A_STEP = 512
 STEPS_OF_A_PASS = 32
 """A text of fewer steps than these is not gone through the more often for it."""
 
-ALIKE = 1e-3
-"""The share of the energy of what a block adds that rounding may account for."""
+ALIKE = 1e-5
+"""The share of the energy of what a block adds to a token that rounding may account for, in float32."""
 
 JUDGES = 8
 """One sequence in so many, and at least one, tells whether the descent gained anything. It is shown to it, as
@@ -49,6 +50,8 @@ class Refined(NamedTuple):
     block is asked to add: its target less its input."""
     after: float | None
     """The same with what was found; None where that is not finite."""
+    tokens: int
+    """Of each sequence that it was shown: the first ones."""
 
 
 def passes_for(steps: int, samples: int, length: int) -> int:
@@ -69,9 +72,9 @@ def refine(
     """Train some parameters of a materialised block towards a target. The block itself stays as it is.
 
     Adam on float32 weights, at a rate that rises for some steps and then falls linearly to zero; a step sees
-    about `TOKENS_A_STEP` tokens, and multiplies them in bfloat16 where the model does and the device is fast
-    at it. Matrices keep their zeros. Memory: about six times the block's parameters in float32, and the
-    activations of one step.
+    `TOKENS_A_STEP` tokens, or one sequence, and multiplies them in bfloat16 where the model does and the
+    device is fast at it. Matrices keep their zeros. Memory: about six times the block's parameters in
+    float32, and the activations of one step.
 
     Args:
         model: whose block it is.
@@ -80,7 +83,8 @@ def refine(
             result is judged as it is rounded to their dtypes.
         hidden: what the block is given.
         targets: what it ought to give, a (batch, length, hidden) tensor for each batch.
-        passes: over the sequences.
+        passes: over the sequences; where they are longer than a step and the model was asked to note that
+            (`BlockwiseModel.embed`), over what they begin with.
 
     Raises:
         FloatingPointError: the block's result is not finite before anything is changed.
@@ -90,7 +94,7 @@ def refine(
         for given, wanted in zip(hidden, targets, strict=True)
         for pair in zip(given.split(), given.split_like(wanted), strict=True)
     ]
-    judges, shown = pairs[::JUDGES], _heads(model, index, pairs)
+    judges = pairs[::JUDGES]
     parameters = {
         name: parameter.detach().float() for name, parameter in model.blocks[index].named_parameters()
     }
@@ -100,15 +104,12 @@ def refine(
     }
     parameters |= trained
     kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim > 1}
-    together = _together(shown[0][0].length)
-    energy = sum(
-        float((wanted.float() - given.states.float()).square().sum()) for given, wanted in pairs
-    ) / len(pairs)
-    energy = energy or 1.0
-
+    shown = _heads(model, index, pairs, parameters)
+    seen = model.length if shown is pairs or model.head is None else model.head.length
+    together = _together(seen)
     low = hidden[0].states.dtype == torch.bfloat16 and multiplies_bfloat16(model.device)
 
-    def lost(some: Sequence[tuple[Batch, Tensor]], weights: dict[str, Tensor]) -> Tensor:
+    def lost(some: Sequence[tuple[Batch, Tensor]], weights: dict[str, Tensor], energy: float) -> Tensor:
         given = Batch.joined([batch for batch, _ in some])
         given.states = given.states.to(model.device).float()
         wanted = torch.cat([tensor for _, tensor in some], dim=given.axis).to(model.device).float()
@@ -117,9 +118,11 @@ def refine(
             result = model.run_with(index, given, weights)
         return (result - wanted).square().sum() / (energy * len(some))
 
+    of_whole, of_shown = _energy(pairs), _energy(shown)
+
     @torch.no_grad()
     def error(weights: dict[str, Tensor]) -> float:
-        return sum(float(lost([pair], weights)) for pair in judges) / len(judges)
+        return sum(float(lost([pair], weights, of_whole)) for pair in judges) / len(judges)
 
     before = error(parameters)
     if not math.isfinite(before):
@@ -142,7 +145,7 @@ def refine(
     with torch.enable_grad():
         for _ in range(passes):
             for chosen in torch.randperm(len(shown), generator=order).split(together):
-                lost([shown[i] for i in chosen.tolist()], parameters).backward()
+                lost([shown[i] for i in chosen.tolist()], parameters, of_shown).backward()
                 for name, mask in kept.items():
                     gradient = trained[name].grad
                     assert gradient is not None
@@ -154,29 +157,40 @@ def refine(
     # Rounding may bring small negative weights to -0; adding 0 makes it +0.
     result = {name: parameter.detach().to(stored[name].dtype) + 0 for name, parameter in trained.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
-    return Refined(result if after < before else None, before, after if math.isfinite(after) else None)
+    return Refined(result if after < before else None, before, after if math.isfinite(after) else None, seen)
+
+
+def _energy(pairs: list[tuple[Batch, Tensor]]) -> float:
+    """Of what a block is asked to add to a sequence, on average; 1 where that is nothing."""
+    total = sum(float((wanted.float() - given.states.float()).square().sum()) for given, wanted in pairs)
+    return total / len(pairs) or 1.0
 
 
 def _heads(
-    model: BlockwiseModel, index: int, pairs: list[tuple[Batch, Tensor]]
+    model: BlockwiseModel,
+    index: int,
+    pairs: list[tuple[Batch, Tensor]],
+    parameters: dict[str, Tensor],
 ) -> list[tuple[Batch, Tensor]]:
-    """Of sequences that are longer than a step the beginnings: attention costs less, and a step is a step.
+    """Of sequences that are longer than a step what they begin with, if the model has noted that.
 
-    Only where the block gives for a beginning by itself what it gives for it within the whole: not where
-    earlier blocks have left it something, nor where positions count by the length.
+    A step is then a step, and attention costs less. But only where the block gives for a beginning by itself
+    what it gives for it within the whole: not where earlier blocks have left it something, nor where
+    positions count by the length.
     """
-    first = pairs[0][0]
-    if first.length <= TOKENS_A_STEP or first.shared:
+    head, first = model.head, pairs[0][0]
+    if head is None or first.shared:
         return pairs
-    heads = [
-        (given.head(TOKENS_A_STEP), wanted.narrow(1 - given.axis, 0, TOKENS_A_STEP))
-        for given, wanted in pairs
-    ]
-    head = heads[0][0]
-    alone = model.run(index, head).float()
-    within = model.run(index, first).narrow(1 - first.axis, 0, TOKENS_A_STEP).float()
-    added = (within - head.states.to(within.device).float()).square().sum()
-    return heads if (alone - within).square().sum() <= ALIKE * added else pairs
+    whole = replace(first, states=first.states.to(model.device).float())
+    begun = head.of(whole)
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        alone = model.run_with(index, begun, parameters)
+        within = head.of_tensor(model.run_with(index, whole, parameters))
+    # By token: a single one may have nearly all of the energy.
+    moved = (alone - within).square().sum(dim=-1) / (within - begun.states).square().sum(dim=-1)
+    if not moved.median() <= ALIKE:
+        return pairs
+    return [(head.of(given), head.of_tensor(wanted)) for given, wanted in pairs]
 
 
 def _together(length: int) -> int:

@@ -88,6 +88,11 @@ class SparseLLM:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
 
+    @property
+    def rounds(self) -> int:
+        """The iterations, also where none were given."""
+        return ITERATIONS if self.iterations is None else self.iterations
+
     @torch.no_grad()
     def prune(self, mlp: MLP, tokens: Tokens) -> MLPSolution:
         """Prune an MLP.
@@ -112,7 +117,7 @@ class _Run:
 
     def __init__(self, settings: SparseLLM, mlp: MLP, tokens: Tokens) -> None:
         self.settings, self.dense, self.tokens = settings, mlp, tokens
-        self.iterations = ITERATIONS if settings.iterations is None else settings.iterations
+        self.iterations = settings.rounds
         self.dtype, self.device = working_dtype(mlp.down.weight), mlp.down.weight.device
         self.running = running_dtype(mlp, tokens.inputs[0], self.dtype, self.device)
         self.solving, self.held_out = rows_of(tokens.inputs, hold_out=self.iterations > 0)
