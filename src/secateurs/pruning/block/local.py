@@ -41,7 +41,8 @@ class Local:
 
     def copies(self, model: BlockwiseModel) -> float:
         """See `BlockPruner.copies`."""
-        return 1
+        # The stream, and the tokens that experts are given.
+        return 2 if any(anatomy.experts for anatomy in model.anatomy.blocks) else 1
 
     def prune(self, block: Block, streams: Streams, clock: Clock, advance: Advance) -> BlockReport:
         """See `BlockPruner.prune`."""
