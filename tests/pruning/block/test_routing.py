@@ -13,7 +13,7 @@ import secateurs
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.pruning.block.block import Block
-from secateurs.pruning.block.experts import Gathering, experts_of, route
+from secateurs.pruning.block.experts import Gathering, channels, experts_of, route
 from secateurs.pruning.block.measure import observe
 from secateurs.pruning.solvers.statistics import Statistics
 
@@ -93,6 +93,21 @@ def test_tokens_are_kept_once_and_in_the_order_in_which_experts_are_given_them(
     pool = torch.cat([each for tokens in expected for each in tokens])
     places = torch.randperm(len(pool), generator=torch.Generator().manual_seed(1))[:64].sort().values
     assert torch.equal(routed.drawn, pool[places])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "dbrx", "jetmoe", "nemotron_h"])
+def test_channels_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    """Also where biases are added to a product after it, as in GPT-OSS."""
+    model = BlockwiseModel(Checkpoint(decoders.save(name, tmp_path)), torch.device("cpu"))
+    hidden = model.embed(decoders.tokens(2, 24), batch_size=2)
+    with model.block(1):
+        block = Block(model, 1, {}, {})
+        [experts] = experts_of(block)
+        ends = [matrix for expert in experts.members for matrix in (expert.first[0], expert.down)]
+        [seen] = [seen.inputs.copy() for seen in observe(model, 1, hidden, inputs=ends)]
+        for expert in experts.members:
+            found = channels(block, expert, seen[expert.first[0].name])
+            torch.testing.assert_close(found, seen[expert.down.name], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_told_from_what_is_no_longer_rows() -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from secateurs.anatomy import MLP, Matrix, UnsupportedArchitectureError
@@ -172,7 +173,35 @@ class Gathering(TorchFunctionMode):
         return rows if torch.equal(rows.gathered(), tensor) else None
 
 
-def channels_of(block: Block, expert: Expert) -> Callable[[Tensor], Tensor]:
+def channels(block: Block, expert: Expert, tokens: Tensor) -> Tensor:
+    """What an expert's last matrix is given for tokens (tokens, in), by the weights as they run now.
+
+    Returns:
+        (tokens, channels), where the block runs.
+
+    Raises:
+        UnsupportedArchitectureError: what the expert computes is not understood.
+    """
+    function, products = _function_of(block, expert), []
+    for matrix in expert.first:
+        weight, bias = block.running(matrix)
+        product = functional.linear(tokens.to(weight.device), weight, bias)
+        added = None if bias is not None else _bias_beside(block, matrix)
+        products.append(product if added is None else product + added)
+    return function(torch.cat(products, dim=-1))
+
+
+def _bias_beside(block: Block, matrix: Matrix) -> Tensor | None:
+    """What transformers' experts add to a product after it, so that it is not seen to be the matrix's."""
+    home, _, leaf = matrix.weight.rpartition(".")
+    module: Any = block.module.get_submodule(home)
+    if not getattr(module, "has_bias", False):
+        return None
+    bias: Tensor = getattr(module, f"{leaf}_bias")[matrix.expert]
+    return bias
+
+
+def _function_of(block: Block, expert: Expert) -> Callable[[Tensor], Tensor]:
     """What makes an expert's channels of what its first matrices give, (tokens, out) each, side by side."""
     mlp, home = expert.mlp, expert.down.weight.rpartition(".")[0]
     module: Any = block.module.get_submodule(home)
@@ -185,10 +214,10 @@ def channels_of(block: Block, expert: Expert) -> Callable[[Tensor], Tensor]:
         )
     activation, gated = block.activation(mlp), mlp.gated
 
-    def channels(products: Tensor) -> Tensor:
+    def of_mlp(products: Tensor) -> Tensor:
         if not gated:
             return activation(products)
         gate, up = products.chunk(2, dim=-1)
         return activation(gate) * up
 
-    return channels
+    return of_mlp
