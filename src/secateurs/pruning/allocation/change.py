@@ -56,7 +56,7 @@ class Change:
         self._block, self._batches = Block(model, index, {}, {}), batches
         self._dense = [model.run(index, batch).float() for batch in batches]
         experts = [expert for module in experts_of(self._block) for expert in module.members]
-        self._ways = [_ways(self._block, experts, batch) for batch in batches] if experts else []
+        self._ways = [_ways(self._block, experts, batch) if experts else {} for batch in batches]
         self._expert = {
             self._block.name(matrix): expert
             for expert in experts
@@ -71,23 +71,17 @@ class Change:
     def of(self, layer: str) -> Tensor:
         """|y' - y|^2 / |y|^2 of each token, (tokens,), with the layer's weight as it is now and all others
         dense."""
-        expert = self._expert.get(layer)
-        if expert is None:
-            model, index = self._block.model, self._block.index
-            moved = [
-                model.run(index, batch).float() - dense
-                for batch, dense in zip(self._batches, self._dense, strict=True)
-            ]
-        else:
-            moved = [
-                torch.zeros_like(dense)
-                if way is None
-                else way.moved(_gives(self._block, expert, way.tokens)).float()
-                for way, dense in zip(
-                    (ways[expert.down.name] for ways in self._ways), self._dense, strict=True
-                )
-            ]
-        return torch.cat([relative(each, dense) for each, dense in zip(moved, self._dense, strict=True)])
+        block, expert = self._block, self._expert.get(layer)
+        changes = []
+        for batch, ways, dense in zip(self._batches, self._ways, self._dense, strict=True):
+            if expert is None:
+                moved = block.model.run(block.index, batch).float() - dense
+            elif (way := ways[expert.down.name]) is None:
+                moved = torch.zeros_like(dense)
+            else:
+                moved = way.moved(_gives(block, expert, way.tokens)).float()
+            changes.append(relative(moved, dense))
+        return torch.cat(changes)
 
 
 def relative(moved: Tensor, dense: Tensor) -> Tensor:
