@@ -45,3 +45,18 @@ def test_an_expert_is_found_in_a_dimension_of_its_own_or_below_others(
 def test_other_rows_of_a_parameter_are_no_experts(part: slice) -> None:
     parameter = torch.randn(6, 5)
     assert seen(parameter, parameter[part]) == ([("w", 1)] if part.start == 3 else [])
+
+
+def test_another_tensor_may_take_a_products_place() -> None:
+    x, parameter = torch.randn(2, 5), torch.randn(3, 4, 5)
+    products = x @ parameter.mT  # (experts, tokens, out)
+
+    def doubled(name: str, expert: int | None, product: Tensor) -> Tensor | None:
+        return 2 * product if expert == 1 else None
+
+    with Watch({"w": parameter}, lambda *_: None, doubled):
+        one, other = functional.linear(x, parameter[1]), functional.linear(x, parameter[2])
+        together = torch.bmm(x.expand(3, -1, -1), parameter.mT)
+    torch.testing.assert_close(one, 2 * products[1])
+    torch.testing.assert_close(other, products[2])
+    torch.testing.assert_close(together, torch.stack([products[0], 2 * products[1], products[2]]))

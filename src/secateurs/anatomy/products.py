@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-Told = Callable[[str, int | None, Tensor], None]
+Told = Callable[[str, int | None, Tensor], Tensor | None]
 
 
 class Place(NamedTuple):
@@ -99,7 +99,8 @@ class Watch(TorchFunctionMode):
         named: the block's parameters, as it runs with them.
         before: called with the parameter, the expert if there are several, and what is multiplied (..., in).
             What it raises ends the run.
-        after: called with the same names and the product (..., out).
+        after: called with the same names and the product (..., out). What it gives, if anything, takes the
+            product's place.
     """
 
     def __init__(self, named: Mapping[str, Tensor], before: Told, after: Told) -> None:
@@ -117,13 +118,15 @@ class Watch(TorchFunctionMode):
         together = place.expert is None and multiplication.weight.ndim == 3
         _tell(self._before, place, multiplication.given, together)
         result = func(*args, **kwargs)
-        _tell(self._after, place, result, together)
-        return result
+        return _tell(self._after, place, result, together)
 
 
-def _tell(told: Told, place: Place, tensor: Tensor, together: bool) -> None:
+def _tell(told: Told, place: Place, tensor: Tensor, together: bool) -> Tensor:
+    """What is to take the tensor's place, mostly the tensor itself."""
     if not together:
-        told(place.weight, place.expert, tensor)
-        return
-    for expert, part in enumerate(tensor):
-        told(place.weight, expert, part)
+        other = told(place.weight, place.expert, tensor)
+        return tensor if other is None else other
+    others = [told(place.weight, expert, part) for expert, part in enumerate(tensor)]
+    if all(other is None for other in others):
+        return tensor
+    return torch.stack([part if other is None else other for part, other in zip(tensor, others, strict=True)])

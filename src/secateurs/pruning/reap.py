@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.anatomy import UnsupportedArchitectureError, skeleton
-from secateurs.anatomy.cutting import Numbers, numbers_of, sides_of
+from secateurs.anatomy.fewer import Numbers, numbers_of, sides_of
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint.config import read_config
 from secateurs.checkpoint.cut import CutCheckpoint

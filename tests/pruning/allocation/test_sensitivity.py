@@ -15,7 +15,7 @@ from secateurs import NM, Pattern, Sensitivity, Unstructured, parse_pattern, pru
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.pruning.allocation import sensitivity
-from secateurs.pruning.allocation.sensitivity import interpolate, relative_change
+from secateurs.pruning.allocation.sensitivity import interpolate
 from secateurs.pruning.allocation.survey import Patterns, Survey, layer_shapes
 from table import family_of, linear_weight
 
@@ -162,12 +162,6 @@ def test_without_text_there_is_nothing_to_measure(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     with pytest.raises(ValueError, match="at least 1, not 0"):
         Sensitivity(tokens=0)
-
-
-def test_change_is_relative_token_by_token() -> None:
-    dense = torch.tensor([[[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]])
-    output = torch.tensor([[[3.0, 4.5], [0.3, 0.45], [0.0, 0.0]]])
-    assert relative_change(output, dense) == pytest.approx(torch.tensor([0.01, 0.01, 0.0]))
 
 
 def test_interpolation_is_by_the_logarithm() -> None:

@@ -13,7 +13,8 @@ import secateurs
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.pruning.block.block import Block
-from secateurs.pruning.block.experts import experts_of, route
+from secateurs.pruning.block.experts import Gathering, channels, experts_of, route
+from secateurs.pruning.block.measure import observe
 from secateurs.pruning.solvers.statistics import Statistics
 
 
@@ -50,7 +51,7 @@ def test_each_sees_its_own_tokens_and_as_many_drawn_from_all(name: str, tmp_path
     assert len(routed.drawn) == width
     everything = torch.cat(expected)
     for number, tokens in enumerate(expected):
-        own = torch.cat(routed.own[number])
+        own = torch.cat([rows.gathered() for rows in routed.own[number]])
         torch.testing.assert_close(own.sort(dim=0).values, tokens.sort(dim=0).values)
         # H = (c H_routed + k H_drawn) / (c + k)
         moments = Statistics(width)
@@ -59,6 +60,70 @@ def test_each_sees_its_own_tokens_and_as_many_drawn_from_all(name: str, tmp_path
         sums = tokens.T @ tokens + routed.drawn.T @ routed.drawn
         torch.testing.assert_close(moments.moment, sums / (len(tokens) + width))
     assert all((everything == token).all(1).any() for token in routed.drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("mixtral", 144),
+        ("dbrx", 144),
+        ("jetmoe", 144),  # cuts one tensor of all experts' tokens into parts
+        ("llama4_text", 288),  # gives each expert tokens times its weight: they are no rows of one tensor
+    ],
+)
+def test_tokens_are_kept_once_and_in_the_order_in_which_experts_are_given_them(
+    name: str, rows: int, tmp_path: Path
+) -> None:
+    model = BlockwiseModel(Checkpoint(decoders.save(name, tmp_path, torch.bfloat16)), torch.device("cpu"))
+    hidden = model.embed(decoders.tokens(6, 24), batch_size=2)
+    with model.block(1):
+        block = Block(model, 1, {}, {})
+        [experts] = experts_of(block)
+        routed = route(block, hidden, experts)
+        firsts = [expert.first[0] for expert in experts.members]
+        expected: list[list[Tensor]] = [[] for _ in firsts]
+        for seen in observe(model, 1, hidden, inputs=firsts):
+            for tokens, matrix in zip(expected, firsts, strict=True):
+                given = seen.inputs[matrix.name].reshape(-1, 64)
+                tokens.append(given[given.any(1)])
+    for own, tokens in zip(routed.own, expected, strict=True):
+        assert all(torch.equal(a.gathered(), b) for a, b in zip(own, tokens, strict=True))
+    held = {each.source.data_ptr(): len(each.source) for own in routed.own for each in own}
+    assert sum(held.values()) == rows
+    pool = torch.cat([each for tokens in expected for each in tokens])
+    places = torch.randperm(len(pool), generator=torch.Generator().manual_seed(1))[:64].sort().values
+    assert torch.equal(routed.drawn, pool[places])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "dbrx", "jetmoe", "nemotron_h"])
+def test_channels_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    """Also where biases are added to a product after it, as in GPT-OSS."""
+    model = BlockwiseModel(Checkpoint(decoders.save(name, tmp_path)), torch.device("cpu"))
+    hidden = model.embed(decoders.tokens(2, 24), batch_size=2)
+    with model.block(1):
+        block = Block(model, 1, {}, {})
+        [experts] = experts_of(block)
+        ends = [matrix for expert in experts.members for matrix in (expert.first[0], expert.down)]
+        [seen] = [seen.inputs.copy() for seen in observe(model, 1, hidden, inputs=ends)]
+        for expert in experts.members:
+            found = channels(block, expert, seen[expert.first[0].name])
+            torch.testing.assert_close(found, seen[expert.down.name], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_told_from_what_is_no_longer_rows() -> None:
+    source = torch.randn(5, 3)
+    with Gathering() as gathering:
+        three = source[torch.tensor([4, 0, 0])]
+        written = source[torch.tensor([1, 2])].mul_(2)
+    rows = gathering.rows(three)
+    assert rows is not None
+    assert rows.source is source
+    assert rows.at.tolist() == [4, 0, 0]
+    rows = gathering.rows(three.split([1, 2])[1])
+    assert rows is not None
+    assert rows.at.tolist() == [0, 0]
+    for other in (written, three[:, :2], three.clone(), three.view(-1)[1:7].view(2, 3)):
+        assert gathering.rows(other) is None
 
 
 def test_the_record_says_what_each_saw(tmp_path: Path) -> None:

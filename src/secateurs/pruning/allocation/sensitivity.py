@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from secateurs.blockwise import Batch
 from secateurs.budget import choose, kept, levels_around, most_zeros, spend, zeros
 from secateurs.pattern import NM, Pattern, Unstructured
+from secateurs.pruning.allocation.change import Change
 from secateurs.pruning.allocation.survey import Patterns, Survey
 from secateurs.pruning.solvers.wanda import Wanda
 
@@ -31,7 +30,7 @@ STEP = 0.01
 """Between the sparsities that a layer may get. Their errors are interpolated by the logarithm."""
 
 SOLVER = Wanda()
-"""Prunes for the measurement: it costs less than the forward pass that follows."""
+"""Prunes for the measurement: it costs less than the forward pass of a block."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +73,23 @@ class Sensitivity:
         sizes: dict[str, int] = {}
         errors: list[list[float]] = []
         for block in survey.blocks():
-            inputs = _first(block.hidden, self.tokens)
-            outputs = [survey.model.run(block.index, batch).float() for batch in inputs]
-            for layer in block.layers:
-                sizes[layer.name] = layer.weight.numel()
-                errors.append([])
+            change = Change(survey.model, block.index, _first(block.hidden, self.tokens))
+            found: dict[str, list[float]] = {}
+            # Experts first: what is known of them holds on to weights that follow them.
+            for layer in sorted(block.layers, key=lambda layer: not change.is_short(layer.name)):
+                own = found[layer.name] = []
                 dense = layer.weight.clone()
                 for pattern in patterns:
-                    if pattern is not None:
-                        layer.weight.copy_(SOLVER.solve(dense, layer.statistics, pattern).weight)
-                    moved = [
-                        relative_change(survey.model.run(block.index, batch).float(), output)
-                        for batch, output in zip(inputs, outputs, strict=True)
-                    ]
-                    errors[-1].append(float(torch.cat(moved).mean()))
+                    if pattern is None:
+                        own.append(0.0)
+                        continue
+                    layer.weight.copy_(SOLVER.solve(dense, layer.statistics, pattern).weight)
+                    own.append(float(change.of(layer.name).mean()))
                     layer.weight.copy_(dense)
+            for layer in block.layers:
+                sizes[layer.name] = layer.weight.numel()
+                errors.append(found[layer.name])
         return sizes, errors
-
-
-def relative_change(output: Tensor, dense: Tensor) -> Tensor:
-    """|y' - y|^2 / |y|^2 of each token: (batch, length, hidden) twice -> (tokens,)."""
-    energy = dense.square().sum(dim=-1).clamp_min(torch.finfo(dense.dtype).tiny)
-    return ((output - dense).square().sum(dim=-1) / energy).flatten()
 
 
 def interpolate(at: Sequence[float], shares: Sequence[float], errors: Sequence[float]) -> list[float]:

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from secateurs.anatomy import Matrix
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.pruning.block.block import Advance, Block, Clock, Streams, layer_report
-from secateurs.pruning.block.experts import Expert, Experts, channels_of, experts_of, route
+from secateurs.pruning.block.experts import Expert, Experts, channels, experts_of, route
 from secateurs.pruning.block.measure import Group, alike, check_finite, measure
 from secateurs.pruning.mlp.linear import Linear, Pruned
 from secateurs.pruning.record import BlockReport, ExpertsReport, LayerReport
@@ -45,7 +43,8 @@ class Local:
 
     def copies(self, model: BlockwiseModel) -> float:
         """See `BlockPruner.copies`."""
-        return 1
+        # The stream, and the tokens that experts are given.
+        return 2 if any(anatomy.experts for anatomy in model.anatomy.blocks) else 1
 
     def prune(self, block: Block, streams: Streams, clock: Clock, advance: Advance) -> BlockReport:
         """See `BlockPruner.prune`."""
@@ -169,23 +168,12 @@ class Local:
             for tokens in given:
                 moments.update(tokens)
             check_finite(moments, block.name(first[0]))
-            dense = [] if self.sequential == "linear" else self._channels(block, expert, given)
+            linear = self.sequential == "linear"
+            dense = [] if linear else [channels(block, expert, tokens) for tokens in given]
         self.prune_group(block, first, moments, clock, advance, report)
         with clock("run"):
             moments = Statistics(second[0].shape[1], device=device)
-            for part in dense or self._channels(block, expert, given):
+            for part in dense or (channels(block, expert, tokens) for tokens in given):
                 moments.update(part)
             check_finite(moments, block.name(second[0]))
         self.prune_group(block, second, moments, clock, advance, report)
-
-    def _channels(self, block: Block, expert: Expert, given: list[Tensor]) -> list[Tensor]:
-        """What an expert's last matrix is given for its tokens, by the weights as they run now."""
-        function = channels_of(block, expert)
-        results = []
-        for tokens in given:
-            products = []
-            for matrix in expert.first:
-                weight, bias = block.running(matrix)
-                products.append(functional.linear(tokens.to(weight.device), weight, bias))
-            results.append(function(torch.cat(products, dim=-1)))
-        return results
