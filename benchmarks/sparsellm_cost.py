@@ -2,8 +2,8 @@
 
 The model is a Llama of width 512 and MLP 1376 with random weights; 32 x 256 calibration tokens; 70 %; four
 iterations. "as published" has SparseGPT inside and each MLP's own output as the target; "dense" aims at the
-dense model; "default" is what `secateurs prune` does, with ADMM inside and refinement. Each run has a process
-of its own; the clock covers loading, pruning and writing, not the imports. Beside the peak stands what it is
+dense model; "default" is what `secateurs prune` does, with ADMM inside and the descent, "fast" and "best" the
+same with that effort, and "admm" ADMM alone. Each run has a process of its own; the clock covers loading, pruning and writing, not the imports. Beside the peak stands what it is
 above the imports and the model's own bytes.
 
     python benchmarks/sparsellm_cost.py
@@ -25,14 +25,13 @@ from common import RESULTS, Record, environment, middle, print_table, save
 from job import in_processes
 from random_models import random_llama, random_tokens
 
-DTYPES = ("float32", "bfloat16")
-
 
 def main(
     depths: tuple[int, ...] = (2, 8),
     samples: int = 32,
     length: int = 256,
-    methods: tuple[Literal["as published", "dense", "default"], ...] = (),
+    methods: tuple[Literal["as published", "dense", "default", "fast", "best", "admm"], ...] = (),
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
     repetitions: int = 3,
     results: Path = RESULTS / "sparsellm_cost.json",
     published: Path | None = None,
@@ -43,9 +42,11 @@ def main(
         "as published": {**ours, "target": "layer"},
         "dense": {**ours, "target": "dense", "refine": 0},
         "default": {"tool": "secateurs", "method": "sparsellm"},
+        "fast": {"tool": "secateurs", "method": "sparsellm", "effort": "fast"},
+        "best": {"tool": "secateurs", "method": "sparsellm", "effort": "best"},
+        "admm": {"tool": "secateurs", "method": "admm"},
     }
-    if methods:
-        tools = {name: tools[name] for name in methods}
+    tools = {name: tools[name] for name in methods or ("as published", "dense", "default")}
     rows: list[Record] = []
     table = []
     ratios = []
@@ -53,8 +54,8 @@ def main(
         here = Path(temporary)
         tokens = random_tokens(here / "ids.safetensors", samples, length)
         for depth in depths:
-            models = {dtype: random_llama(here / f"{depth}_{dtype}", depth, dtype) for dtype in DTYPES}
-            kinds = {(name, dtype): tool for dtype in DTYPES for name, tool in tools.items()}
+            models = {dtype: random_llama(here / f"{depth}_{dtype}", depth, dtype) for dtype in dtypes}
+            kinds = {(name, dtype): tool for dtype in dtypes for name, tool in tools.items()}
             if published:
                 theirs = {"tool": "published_sparsellm", "repository": str(published), "iterations": 4}
                 kinds["published", "float32"] = theirs
@@ -73,7 +74,7 @@ def main(
             ratios += [
                 f"{depth} blocks: published (float32) / as published ({dtype}) "
                 f"{seconds['published', 'float32'] / seconds['as published', dtype]:.2f} in seconds"
-                for dtype in DTYPES
+                for dtype in dtypes
                 if published and ("as published", dtype) in seconds
             ]
     print_table(
