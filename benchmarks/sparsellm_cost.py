@@ -3,8 +3,9 @@
 The model is a Llama of width 512 and MLP 1376 with random weights; 32 x 256 calibration tokens; 70 %; four
 iterations. "as published" has SparseGPT inside and each MLP's own output as the target; "dense" aims at the
 dense model; "default" is what `secateurs prune` does, with ADMM inside and the descent, "fast" and "best" the
-same with that effort, and "admm" ADMM alone. Each run has a process of its own; the clock covers loading, pruning and writing, not the imports. Beside the peak stands what it is
-above the imports and the model's own bytes.
+same with that effort, and "admm" ADMM alone. Each run has a process of its own; the clock covers loading,
+pruning and writing, not the imports. Beside the peak stands what it is above the imports and the model's own
+bytes.
 
     python benchmarks/sparsellm_cost.py
 
