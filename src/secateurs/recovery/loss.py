@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 256
-"""Positions at once: a quarter of a GB in float32 with a vocabulary of 256k."""
+CHUNK = 16
+"""Positions at once on a CPU: a few MB in float32, which stay in its cache. Larger tensors would be new pages
+of memory each time, which cost more than what is computed."""
+
+CHUNK_ON_GPU = 256
+"""A quarter of a GB in float32 with a vocabulary of 256k."""
 
 
 def divergence(logits: Tensor, wanted: Tensor, ids: Tensor, *, text: float = 0.0) -> Tensor:
@@ -41,13 +45,14 @@ class _Divergence(torch.autograd.Function):
         # The same memory and count of versions: if whoever made the logits needs them, autograd will say so.
         place = logits.detach()
         size = min(logits.shape[-1], wanted.shape[-1])
+        chunk = CHUNK if logits.device.type == "cpu" else CHUNK_ON_GPU
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         for row, row_wanted, tokens in zip(place, wanted, ids, strict=True):
             following = torch.cat([tokens[1:], tokens[:1]])
             weights = torch.full_like(tokens, text, dtype=torch.float32)
             weights[-1] = 0
-            for start in range(0, len(tokens), CHUNK):
-                part = slice(start, start + CHUNK)
+            for start in range(0, len(tokens), chunk):
+                part = slice(start, start + chunk)
                 given = row[part, :size].float().log_softmax(dim=-1)
                 target = row_wanted[part, :size].float().log_softmax(dim=-1)
                 weight, token = weights[part, None], following[part, None]
@@ -58,7 +63,7 @@ class _Divergence(torch.autograd.Function):
                 total -= (weight * given.gather(1, token)).where(weight > 0, 0).sum()
                 if ctx.needs_input_grad[0]:
                     gradient = given.exp().sub_(share.mul_(1 - weight)).scatter_add_(1, token, -weight)
-                    row[part, :size] = gradient / ids.numel()
+                    row[part, :size] = gradient.div_(ids.numel())
                     row[part, size:] = 0
         ctx.gradient = place
         return total / ids.numel()

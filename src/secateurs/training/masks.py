@@ -22,6 +22,9 @@ from secateurs.anatomy.matrix import Matrix
 from secateurs.training.cutting import kept_part, local, make_whole
 from secateurs.training.omission import decoder_of, parameter_of, unwrapped
 
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their bytes."""
+
 
 class Masks:
     """Masks of a model's parameters.
@@ -128,7 +131,7 @@ class Masks:
         """Set to zero what is held."""
         for name in self._held:
             parameter = self._parameters[name]
-            local(parameter).masked_fill_(kept_part(parameter, self._mask(name)), 0)
+            _zero(local(parameter), kept_part(parameter, self._mask(name)))
 
     def attach(self, optimizer: Optimizer) -> None:
         """Hold the zeros through every step of an optimiser, torch's or accelerate's wrapping of one.
@@ -187,7 +190,7 @@ class Masks:
 
     def _mask_gradient(self, name: str, parameter: nn.Parameter) -> None:
         if name in self._held and parameter.grad is not None:
-            local(parameter.grad).masked_fill_(kept_part(parameter, self._mask(name)), 0)
+            _zero(local(parameter.grad), kept_part(parameter, self._mask(name)))
 
     def _mask(self, name: str) -> Tensor:
         """What is held of a parameter, where the parameter is: Trainer moves models to GPUs."""
@@ -222,6 +225,12 @@ def places_of(model: nn.Module) -> dict[str, list[Place]]:
             place = Place(f"{anatomy.path}.{index}.{matrix.name}", parameter, matrix)
             found.setdefault(id(parameter), []).append(place)
     return {name: found[id(p)] for name, p in unwrapped(model).named_parameters() if id(p) in found}
+
+
+def _zero(tensor: Tensor, held: Tensor) -> None:
+    """Set to +0 where `held`, whatever is there: as `masked_fill_`, which takes several times as long on a
+    CPU, where it goes weight by weight."""
+    tensor.detach().view(BITS[tensor.element_size()]).mul_(~held)
 
 
 class KeepZeros(TrainerCallback):
