@@ -220,6 +220,31 @@ def test_after_pruning(
         prune(dense, **{**arguments, "recover": 0})
 
 
+@pytest.mark.parametrize("recover", [0, 8_192])
+def test_who_asks_for_other_tokens_or_none_goes_on_from_the_pruned_model(
+    recover: int, dense: Path, pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where recovery cannot be ended, as memory is too small for it, say."""
+    arguments = {**PRUNING, "calibration": text, "output": tmp_path / "out"}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(Stop):
+            prune(dense, **arguments, recover=6_144)
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "_walk", None)
+        prune(dense, **arguments, recover=recover)
+    record = json.loads((tmp_path / "out" / "secateurs.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "pruned", "text.txt"]
+    if recover:
+        assert record["recovery"]["tokens"] == recover
+        return
+    assert "recovery" not in record
+    assert record["settings"] == json.loads((pruned / "secateurs.json").read_text())["settings"]
+    found, plain = folders.tensors_of(tmp_path / "out"), folders.tensors_of(pruned)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert (tmp_path / "out" / "README.md").read_bytes() == (pruned / "README.md").read_bytes()
+
+
 def test_what_stops_recovery_is_found_before_pruning(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

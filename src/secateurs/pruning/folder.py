@@ -40,8 +40,10 @@ class WorkFolder:
     Args:
         output: the folder that the run is to make.
         model: that it prunes.
-        settings: all that decides the result.
+        settings: all that decides the pruned model.
         most: bytes in one weight file.
+        recover: tokens that it is recovered on at the end, if it is. The pruned model is the same without:
+            who asks for other tokens, or for none, goes on from it.
 
     Raises:
         ValueError: the output folder, or an unfinished one, holds something else than this run's work.
@@ -55,6 +57,7 @@ class WorkFolder:
         settings: dict[str, Any],
         *,
         most: int,
+        recover: int = 0,
     ) -> None:
         checkpoint = model.checkpoint
         blocks = _apart([model.block_tensors(index) for index in range(len(model.blocks))])
@@ -73,10 +76,11 @@ class WorkFolder:
             "versions": self.versions,
             "checkpoint": checkpoint.identity(),
         }
-        self.run = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        self.run = _hash(identity)
+        self.asked = _hash({**identity, "recover": recover}) if recover else self.run
         self.partial = _partial(self.output)
         self.model, self.progress = self.partial / "model", self.partial / "progress"
-        self.recovered = self.partial / "recovered"
+        self.recovered = self.partial / f"recovered-{self.asked[:8]}"
         inside = {name for names in blocks for name in names}
         self.parts = [sorted(set(checkpoint.file_of) - inside), *blocks]
         self.shards = Shards(
@@ -100,7 +104,7 @@ class WorkFolder:
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
             return False
         record = self.output / RECORD
-        if not record.is_file() or read_json(record).get("run") != self.run:
+        if not record.is_file() or read_json(record).get("run") != self.asked:
             raise ValueError(f"'{self.output}' exists and is not this run's: give another output folder")
         return True
 
@@ -264,6 +268,10 @@ class WorkFolder:
 def begun(output: Path) -> bool:
     """Whether something is where a run's output is to be, or in the folder that it works in before."""
     return output.exists() or _partial(output.resolve()).exists()
+
+
+def _hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _partial(output: Path) -> Path:

@@ -257,7 +257,8 @@ class PruneSettings(InWindows, OnDevice):
     def record(self) -> dict[str, Any]:
         """What was chosen, defaults filled in, for `secateurs.json`.
 
-        Text and allocation are left out: a run describes them as it finds them.
+        Text and allocation are left out: a run describes them as it finds them. So is recovery, which has an
+        entry of its own.
         """
         return {
             "method": describe_method(self.solver),
@@ -267,6 +268,5 @@ class PruneSettings(InWindows, OnDevice):
             "repair": self.share_repaired if self.aim == "dense" else None,
             "refine": self.refine or 0,
             "sequential": self.seen,
-            "recover": self.recover,
             "max_shard_size": size_in_bytes(self.max_shard_size),
         }

@@ -86,7 +86,8 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     if text and text.form and not begun(Path(settings.output)):
         text.check_room()
     with output_lock(Path(settings.output)):
-        work = WorkFolder(Path(settings.output), blockwise, run, most=size_in_bytes(settings.max_shard_size))
+        most = size_in_bytes(settings.max_shard_size)
+        work = WorkFolder(Path(settings.output), blockwise, run, most=most, recover=settings.recover)
         if work.finished:
             return Report.read(work.output)
         if not work.pruned:
@@ -108,7 +109,7 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
             return work.release(work.model)
         recovery = settings.recovery(model, work.recovered)
         pruned = Checkpoint(work.model)
-        recover_folder(pruned, recovery, model=str(model), progress=progress, run=work.run)
+        recover_folder(pruned, recovery, model=str(model), progress=progress, run=work.asked)
         return work.release(work.recovered)
 
 

@@ -42,7 +42,7 @@ from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import multiplies_bfloat16, resolve_device
 from secateurs.recovery.report import KEY, RecoveryReport
 from secateurs.recovery.settings import RecoverSettings
-from secateurs.recovery.steps import Recovery, held_out_loss, hold_out, in_order, rows_of, without_dropout
+from secateurs.recovery.steps import Recovery, held_out_loss, hold_out, in_order, rows_of, without_noise
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
 from secateurs.text import TooShortError, check_tokens, load_tokenizer
@@ -144,7 +144,7 @@ def recover_folder(
         loaded = load_model(checkpoint.folder, "cpu", None if settings.lora else torch.float32)
         towards = _load_dense(dense, arguments.device)
     weights = StoredWeights(loaded, checkpoint)
-    without_dropout(loaded)
+    without_noise(loaded)
     set_seed(arguments.seed)
     adapted: Any = with_adapters(loaded, settings.lora) if settings.lora else loaded
     masks = Masks.of_zeros(adapted)

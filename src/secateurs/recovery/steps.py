@@ -9,6 +9,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from secateurs.recovery.loss import divergence
 
+NOISE = ("dropout", "layerdrop", "layer_drop", "drop_prob", "drop_path", "jitter")
+"""Parts of the names that transformers' models give to what they do at random in training."""
+
 ALIKE = 32
 """Tokens that two sequences have in common only where they are from the same place of a text."""
 
@@ -60,14 +63,18 @@ def held_out_loss(
     return total / len(tokens)
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Noise has no place in a comparison with a model that runs without."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+def without_noise(model: nn.Module) -> None:
+    """Dropout, layers left out and jitter of routers have no place in a comparison with a model that runs
+    without. Some of a model reads them from its configuration at each call."""
+    configurations = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
+    for owner in (*model.modules(), *configurations.values()):
+        if isinstance(owner, nn.Dropout):
+            owner.p = 0.0
+        for name, value in vars(owner).items():
+            if isinstance(value, float) and any(part in name for part in NOISE):
+                setattr(owner, name, 0.0)
 
 
 def hold_out(tokens: Tensor, count: int, seed: int, written: Tensor | None = None) -> tuple[Tensor, Tensor]:
