@@ -54,6 +54,9 @@ class Values:
         if self.bits == 8 and self.grid == "half":
             raise ValueError("with 8 bits the grid is whole: half a step more or less is nothing there")
 
+    def __str__(self) -> str:
+        return f"int{self.bits}, {self.grid} grid, a scale for every {self.group} inputs"
+
     @property
     def lowest(self) -> int:
         """The level of code 0."""

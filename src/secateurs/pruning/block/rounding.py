@@ -5,13 +5,11 @@ what became of those before it; and where the first time o and down were fitted 
 they are now fitted to what the block gave before any of it was rounded.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-import torch
 
 from secateurs.blockwise import BlockwiseModel
 from secateurs.pattern import Mask
+from secateurs.pruning.allocation.survey import Patterns
 from secateurs.pruning.block.block import Advance, Block, Clock, Streams
 from secateurs.pruning.block.joint import Joint
 from secateurs.pruning.block.local import Local
@@ -55,23 +53,22 @@ class Rounded:
     def prune(self, block: Block, streams: Streams, clock: Clock, advance: Advance) -> BlockReport:
         """See `BlockPruner.prune`."""
         report = self.pruner.prune(block, streams, clock, advance)
-        kept = replace(block, patterns={block.name(matrix): None for matrix in block.anatomy.matrices.values()})
-        kept.patterns.update(_masks(block))
-        again = self._rounder.prune(kept, Streams(streams.pruned, None), clock, lambda name, error: None)
+        masked = replace(block, patterns=_masks(block))
+        again = self._rounder.prune(masked, Streams(streams.pruned, None), clock, lambda name, error: None)
         rounded = {layer.name: layer for layer in again.layers}
         return replace(report, layers=[_rounded(layer, rounded[layer.name]) for layer in report.layers])
 
 
-def _masks(block: Block) -> Iterator[tuple[str, Mask]]:
-    """Of a pruned block: where a pattern without zeros leaves a 0, that is rounded like any other weight."""
+def _masks(block: Block) -> Patterns:
+    """Of what is left of a pruned block."""
+    masks: Patterns = {}
     for matrix in block.anatomy.matrices.values():
-        pattern = block.pattern(matrix)
-        if pattern is not None:
-            weight, _ = block.running(matrix)
-            yield (
-                block.name(matrix),
-                Mask(weight != 0 if pattern.sparsity else torch.ones_like(weight, dtype=torch.bool)),
-            )
+        pattern, weight = block.pattern(matrix), block.linear(matrix).weight
+        if pattern is None:
+            masks[block.name(matrix)] = None
+        else:
+            masks[block.name(matrix)] = Mask(weight != 0) if pattern.sparsity else Mask.of(weight)
+    return masks
 
 
 def _rounded(layer: LayerReport, rounded: LayerReport) -> LayerReport:

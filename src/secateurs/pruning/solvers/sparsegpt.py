@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from secateurs.pattern import Pattern
+from secateurs.pattern import Mask, Pattern
 from secateurs.pruning.solvers import sweep_cpu
 from secateurs.pruning.solvers.solver import Solution, finished, working_dtype
 from secateurs.pruning.solvers.statistics import Statistics
@@ -52,7 +52,8 @@ class SparseGPT:
         pruned[statistics.norms == 0] = 0
         sweep = _sweep_for(pruned)
         for now, inverse in blocks(pruned, factor, whole_groups(self.block, pattern)):
-            sweep(pruned[now], inverse, pattern)
+            here = Mask(pattern.kept[:, now]) if isinstance(pattern, Mask) else pattern
+            sweep(pruned[now], inverse, here)
         return Solution(finished(pruned.T.contiguous()))
 
 
