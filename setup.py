@@ -14,16 +14,18 @@ setup(
     ext_modules=[
         Extension(
             f"secateurs.{name}",
-            [f"src/secateurs/{source}"],
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-w", *openmp],
+            [f"src/secateurs/{source}" for source in sources],
+            depends=["src/secateurs/runtime/kernels.h"],
+            # Without -ffp-contract what is rounded where would depend on the instruction set.
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-w", *openmp],
             extra_link_args=openmp,
             language="c++",
             optional=True,
         )
-        for name, source in (
+        for name, *sources in (
             ("pruning.solvers._products", "pruning/solvers/products.cpp"),
             ("pruning.solvers._sweep", "pruning/solvers/sweep.cpp"),
-            ("runtime._kernels", "runtime/kernels.cpp"),
+            ("runtime._kernels", "runtime/kernels.cpp", "runtime/quantised.cpp"),
         )
     ]
 )

@@ -350,7 +350,7 @@ def test_broken_files_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
     refused(good, {**entry, "nonzeros": sum(counts)}, "as many 'nonzeros' as it has experts")
     refused(good, {**entry, "shape": [shape[0], shape[2], shape[1]]}, "but the model's is")
     refused(good, {**entry, "shape": shape[1:]}, "needs 'shape', 'values' and 'nonzeros', and nothing else")
-    refused(good, {**entry, "values": "int4"}, "cannot read yet")
+    refused(good, {**entry, "values": "int4"}, "come with version 3")
     for stored in (None, {"w": 3}, {"w": [0]}, {"w": [True]}):
         refused(good, {**entry, "stored": stored}, "names and shapes that it is 'stored' as")
 

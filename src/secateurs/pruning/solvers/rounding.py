@@ -25,6 +25,7 @@ from secateurs.pruning.solvers.statistics import Statistics, live
 from secateurs.pruning.solvers.sweep import blocks
 from secateurs.values import Values
 
+
 @dataclass(frozen=True)
 class Rounding:
     """Round to a grid what a pattern keeps, here of the largest weights: a `Mask`, as a rule.
