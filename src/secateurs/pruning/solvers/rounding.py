@@ -1,5 +1,5 @@
-"""The weights that are left, rounded to a grid: GPTQ (Frantar et al., arXiv 2210.17323) under a mask (SparseGPT,
-2301.00774, section 3.5), then coordinate descent (as in QuantEase, 2309.01885).
+"""The weights that are left, rounded to a grid: GPTQ (Frantar et al., arXiv 2210.17323) under a mask
+(SparseGPT, 2301.00774, section 3.5), then coordinate descent (as in QuantEase, 2309.01885).
 
 Columns are rounded from left to right, and what each one loses is made up for by the columns to its right. A
 group's scale is chosen when the sweep reaches it, for the weights as they are by then: the one of a few
@@ -24,6 +24,7 @@ from secateurs.pruning.solvers.solver import Solution, finished, working_dtype
 from secateurs.pruning.solvers.statistics import Statistics, live
 from secateurs.pruning.solvers.sweep import blocks
 from secateurs.values import Values
+
 
 @dataclass(frozen=True)
 class Rounding:
