@@ -53,7 +53,9 @@ class Rounding:
         kernel = _kernel_for(rounded)
         for now, inverse in blocks(rounded, factor, self.values.group):
             diagonal = inverse.diagonal()
-            importance = diagonal.square().reciprocal().masked_fill(dead[now], 0)
+            importance = diagonal.square().reciprocal()
+            if not dead[now].all():
+                importance.masked_fill_(dead[now], 0)
             scales.append(kernel.choose_scales(rounded[now], keep[now], importance, self.values))
             push = inverse / -diagonal[:, None]
             kernel.settle(rounded[now], None, keep[now], scales[-1], push, self.values)
