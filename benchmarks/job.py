@@ -99,10 +99,10 @@ def compress(model: str, output: str) -> Record:
 
 
 def llmcompressor(
-    model: str, tokens: str, output: str, method: str, pattern: str, batch_size: int = 1
+    model: str, tokens: str, output: str, method: str, pattern: str, batch_size: int = 1, group: int = 64
 ) -> Record:
-    """Its defaults: 128 columns a block, dampening 0.01 of the mean diagonal, one decoder layer at a time. For
-    GPTQ, symmetric int4 with groups of 128.
+    """Its defaults: 128 columns a block, dampening 0.01 of the mean diagonal, one decoder layer at a time.
+    GPTQ rounds to symmetric int4.
 
     Weights keep their dtype and are saved uncompressed. Its default batch is one sample.
     """
@@ -119,7 +119,8 @@ def llmcompressor(
     samples = [{"input_ids": row} for row in ids]
     settings: Record
     if method == "gptq":
-        settings = {"scheme": "W4A16"}
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+        settings = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
     elif pattern.endswith("%"):
         settings = {"sparsity": float(pattern[:-1]) / 100, "mask_structure": "0:0"}
     else:

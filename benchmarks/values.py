@@ -1,17 +1,17 @@
 """Quality by zeros and bits: what a byte a weight buys, and GPTQ by llm-compressor on the same tokens.
 
-Each cell is a run of `prune` (or of llm-compressor) in a process of its own, saved, loaded by transformers and
-measured on the first windows of each text: perplexity, and the divergence of the dense model's predictions
-from the cell's. Bytes a weight are those of the matrices in the blocks as `compress` packs them: codes of what
-is left, a bit of mask where there are zeros, and two bytes for each scale. A cell in the results is not
-repeated: interrupt at will, and run the same command again.
+Each cell is a run of `prune` (or of llm-compressor) in a process of its own, saved, loaded by transformers
+and measured on the first windows of each text: perplexity, and the divergence of the dense model's
+predictions from the cell's. Bytes a weight are those of the matrices in the blocks: codes of what is left, a
+bit of mask where there are zeros, and two bytes for each scale. A cell in the results is not repeated:
+interrupt at will, and run the same command again.
 
     python benchmarks/values.py --calibration ../data/wikitext-2/valid.txt \
         --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt \
         --patterns 0% 30% 50% --values int4 int3 int2 --methods magnitude sparsellm
 
-Without `--model` it is the model that the package carries. `--peer-python` is the interpreter of an environment
-with llm-compressor, which then rounds to int4 with groups of 128 at 0%.
+Without `--model` it is the model that the package carries. `--peer-python` is the interpreter of an
+environment with llm-compressor, which then rounds to int4 with groups of 64 at 0%.
 """
 
 import tempfile
@@ -63,7 +63,11 @@ def main(
         "model": model.name if model != MODEL else "bundled",
         "calibration": calibration.name,
         "texts": [text.name for text in texts],
-        **{"samples": samples, "length": length, "windows": windows, "window": window, "seed": seed},
+        "samples": samples,
+        "length": length,
+        "windows": windows,
+        "window": window,
+        "seed": seed,
     }
     about = {**environment(), **settings}
     rows = load(results, settings)
@@ -73,7 +77,7 @@ def main(
     cells = [("", "0%", AS_STORED)]
     cells += [cell for cell in product(methods, patterns, values) if cell[1:] != ("0%", AS_STORED)]
     if peer_python is not None:
-        cells.append(("llm-compressor gptq", "0%", "int4:group=128"))
+        cells.append(("llm-compressor gptq", "0%", "int4"))
     done = {(row["method"], row["pattern"], row["values"]) for row in rows}
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)

@@ -183,6 +183,16 @@ class ExpertsLayout:
         return self.layouts[0].dtype
 
     @property
+    def codes(self) -> Codes | None:
+        """Of the first expert; all have codes or none has."""
+        return self.layouts[0].codes
+
+    @property
+    def value_bytes(self) -> int:
+        """Of all experts."""
+        return sum(layout.value_bytes for layout in self.layouts)
+
+    @property
     def nonzeros(self) -> int:
         """Of all experts."""
         return sum(layout.nonzeros for layout in self.layouts)

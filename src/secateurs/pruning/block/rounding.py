@@ -1,8 +1,8 @@
 """A block pruned, and what is left of it rounded to grids.
 
-Rounding is pruning once more, by a solver that keeps what was kept (`Rounding`): matrix by matrix, each seeing
-what became of those before it; and where the first time o and down were fitted to what lies beyond the layer,
-they are now fitted to what the block gave before any of it was rounded.
+Rounding is pruning once more, by a solver that keeps what was kept (`Rounding`): matrix by matrix, each
+seeing what became of those before it; and where the first time o and down were fitted to what lies beyond
+the layer, they are now fitted to what the block gave before any of it was rounded.
 """
 
 from dataclasses import dataclass, replace

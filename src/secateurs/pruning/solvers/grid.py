@@ -34,7 +34,7 @@ def choose_scales(weight: Tensor, keep: Tensor, importance: Tensor, values: Valu
         (out,), of numbers that bfloat16 has.
     """
     counts = keep * importance[:, None]
-    largest = (weight * keep).abs().amax(0)
+    largest = (weight * (counts != 0)).abs().amax(0)
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
 
     def offer(scale: Tensor) -> None:

@@ -33,7 +33,7 @@ def serves(weight: Tensor) -> bool:
 def choose_scales(
     weight: Tensor, keep: Tensor, importance: Tensor, values: Values, *, isa: str = ISAS[-1]
 ) -> Tensor:
-    """The same as `grid.choose_scales`, up to rounding, of a contiguous `weight`; `isa` is the most to use."""
+    """The same as `grid.choose_scales`, up to rounding; `isa` is the most to use."""
     compiled = _compiled()
     assert compiled is not None
     _check(weight, keep, importance)

@@ -1,5 +1,5 @@
-"""The weights that are left, rounded to a grid: GPTQ (Frantar et al., arXiv 2210.17323) under a mask (SparseGPT,
-2301.00774, section 3.5), then coordinate descent (as in QuantEase, 2309.01885).
+"""The weights that are left, rounded to a grid: GPTQ (Frantar et al., arXiv 2210.17323) under a mask
+(SparseGPT, 2301.00774, section 3.5), then coordinate descent (as in QuantEase, 2309.01885).
 
 Columns are rounded from left to right, and what each one loses is made up for by the columns to its right. A
 group's scale is chosen when the sweep reaches it, for the weights as they are by then: the one of a few
@@ -53,7 +53,9 @@ class Rounding:
         kernel = _kernel_for(rounded)
         for now, inverse in blocks(rounded, factor, self.values.group):
             diagonal = inverse.diagonal()
-            importance = diagonal.square().reciprocal().masked_fill(dead[now], 0)
+            importance = diagonal.square().reciprocal()
+            if not dead[now].all():
+                importance.masked_fill_(dead[now], 0)
             scales.append(kernel.choose_scales(rounded[now], keep[now], importance, self.values))
             push = inverse / -diagonal[:, None]
             kernel.settle(rounded[now], None, keep[now], scales[-1], push, self.values)

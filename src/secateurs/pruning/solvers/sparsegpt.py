@@ -1,8 +1,8 @@
 """SparseGPT (Frantar and Alistarh, arXiv 2301.00774, sections 3.2 to 3.4, algorithm 1).
 
 Columns are pruned from left to right, and what each one loses is made up for by the columns to its right.
-The paper reads the corrections from U, the upper Cholesky factor of H^-1. Here neither is formed (`blocks`): a
-Cholesky factorisation is all that is done at full size. Within a block the sweep is the paper's, on U_bb.
+The paper reads the corrections from U, the upper Cholesky factor of H^-1. Here neither is formed (`blocks`):
+a Cholesky factorisation is all that is done at full size. Within a block the sweep is the paper's, on U_bb.
 """
 
 from collections.abc import Callable

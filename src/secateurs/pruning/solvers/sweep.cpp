@@ -181,7 +181,7 @@ ALWAYS_INLINE void scales_tile(const Group& group, int64_t first, float* scratch
     for (int64_t j = 0; j < columns; ++j) {
         for (int64_t r = 0; r < kTile; ++r) {
             const int64_t at = j * group.outputs + first + r;
-            const bool kept = r < count && group.keep[at];
+            const bool kept = r < count && group.keep[at] && group.importance[j] != 0.0f;
             tile[j * kTile + r] = kept ? group.weight[at] : 0.0f;
             counts[j * kTile + r] = kept ? group.importance[j] : 0.0f;
             largest[r] = std::max(largest[r], std::fabs(tile[j * kTile + r]));
