@@ -8,6 +8,9 @@ import sys
 
 from setuptools import Extension, setup
 
+# How activations are rounded must not depend on the instruction set.
+EXACT = {"runtime._kernels": ["-ffp-contract=off"]}
+
 openmp = ["-fopenmp"] if sys.platform == "linux" else []
 
 setup(
@@ -16,8 +19,7 @@ setup(
             f"secateurs.{name}",
             [f"src/secateurs/{source}" for source in sources],
             depends=["src/secateurs/runtime/kernels.h"],
-            # Without -ffp-contract what is rounded where would depend on the instruction set.
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-w", *openmp],
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-w", *openmp, *EXACT.get(name, [])],
             extra_link_args=openmp,
             language="c++",
             optional=True,

@@ -2,8 +2,8 @@
 
 A row is cut into words of 64 columns, the last one filled up. Of each word the codes that are kept follow in
 order: one byte each with 8 bits; packed with 3 and 2 bits, every word from a byte on. With 4 bits words are
-taken in spans of max(group, 64) columns, and the codes of even spans are the low halves of a row's bytes, those
-of odd spans the high halves, both from the row's first byte on: so that a kernel has them by one `and`.
+taken in spans of max(group, 64) columns, and the codes of even spans are the low halves of a row's bytes,
+those of odd spans the high halves, both from the row's first byte on: a kernel has them by one `and`.
 
 Plain torch, on any device: the reference for the kernels, and the path for machines without one.
 """

@@ -3,8 +3,8 @@
 A decoder reads every weight for every token, so what counts is bytes: `(1 - s) * b + 1/8` per weight at
 sparsity s with values of b bytes. Values may also be codes of a few bits, with scales behind them, and then
 the mask may be missing. There are no stored offsets that a file could lie about: where a row begins follows
-from the mask's bits, counted once when the weight is loaded, and compared with the promised length. The layout
-is documented in docs/format.md.
+from the mask's bits, counted once when the weight is loaded, and compared with the promised length. The
+layout is documented in docs/format.md.
 """
 
 from collections.abc import Mapping
@@ -305,7 +305,7 @@ def read_layout(name: str, entry: Any, version: int) -> Layout | ExpertsLayout:
 
 
 Grid = tuple[Values, torch.Tensor]
-"""What a weight was rounded to: the grid, and scales (rows, groups), or of experts (experts, rows, groups)."""
+"""What a weight was rounded to: the grid, and scales (rows, groups) or (experts, rows, groups)."""
 
 
 def pack_experts(
@@ -376,7 +376,7 @@ def pack(weight: torch.Tensor, grid: Grid | None = None) -> tuple[torch.Tensor, 
 
 
 def _pack(weight: torch.Tensor, layout: Layout, scales: torch.Tensor | None) -> torch.Tensor:
-    """The bytes of a weight with the layout that `layout_of` gave; scales (rows, groups) where there are codes."""
+    """The bytes of a weight in a layout that `layout_of` gave; scales (rows, groups) where it has codes."""
     assert weight.ndim == 2
     assert weight.dtype in DTYPES.values()
     assert weight.shape[0] * padded(weight.shape[1]) <= MOST_WEIGHTS

@@ -143,8 +143,8 @@ torch.library.define(
 )
 torch.library.define(
     "secateurs::input_gradient",
-    "(Tensor gradient, Tensor weight, Tensor offsets, int columns, ScalarType dtype, int bits=0, int group=0, "
-    "bool half=False, bool masked=True) -> Tensor",
+    "(Tensor gradient, Tensor weight, Tensor offsets, int columns, ScalarType dtype, int bits=0, "
+    "int group=0, bool half=False, bool masked=True) -> Tensor",
 )
 torch.library.impl("secateurs::linear", "CompositeExplicitAutograd", _linear)
 torch.library.impl("secateurs::input_gradient", "CompositeExplicitAutograd", _input_gradient)
