@@ -5,7 +5,8 @@
 // are floats. With AVX-512 (VBMI2, VNNI) codes go from memory into the product without a detour: unpacked,
 // spread out by the mask and multiplied, all in registers. They stay unsigned, as that instruction wants them,
 // and places without a weight are filled with the code of zero; what that adds to a sum is known from the
-// activations alone. Elsewhere a row is first expanded to signed bytes, which stay in the first-level cache.
+// activations alone, and is taken away from the row's result (from each group's whole number it would be exact,
+// and cost a fifth of the time). Elsewhere a row is first expanded to signed bytes, which stay in the first-level cache.
 //
 // Layout (docs/format.md). A row is cut into words of 64 columns, the last one filled up; of each word the codes
 // that the mask keeps (without a mask all 64) follow in order:
@@ -515,6 +516,10 @@ EXPORT void secateurs_quantised_linear(const uint8_t* mask, const uint8_t* codes
         float sums[kTokens];
         for (int64_t row = begin; row < end; ++row) {
             const float shift = bias ? load(bias, x_dtype, row) : 0.0f;
+            if (offsets[row] == offsets[row + 1]) {  // nothing is kept: exactly zero, which floats would miss
+                for (int64_t n = 0; n < tokens; ++n) store(y, x_dtype, n * rows + row, shift);
+                continue;
+            }
             for (int64_t first = 0; first < tokens;) {
                 int64_t count = std::min<int64_t>(kTokens, tokens - first);
 #ifdef SECATEURS_X86
