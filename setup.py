@@ -8,6 +8,8 @@ import sys
 
 from setuptools import Extension, setup
 
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-w"]
+
 # How activations are rounded must not depend on the instruction set.
 EXACT = {"runtime._kernels": ["-ffp-contract=off"]}
 
@@ -19,7 +21,7 @@ setup(
             f"secateurs.{name}",
             [f"src/secateurs/{source}" for source in sources],
             depends=["src/secateurs/runtime/kernels.h"],
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-w", *openmp, *EXACT.get(name, [])],
+            extra_compile_args=[*FLAGS, *openmp, *EXACT.get(name, [])],
             extra_link_args=openmp,
             language="c++",
             optional=True,

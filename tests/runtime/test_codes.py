@@ -15,18 +15,16 @@ from secateurs.runtime import kernels
 from secateurs.runtime.codes import pack_codes, row_bytes, unpack_codes
 from secateurs.runtime.cpu import cpu_kernels
 from secateurs.runtime.format import (
-    Codes,
     Grid,
-    Layout,
     layout_of,
     layout_of_experts,
     pack,
     pack_experts,
-    read_layout,
     row_offsets,
     unpack,
 )
 from secateurs.runtime.kernels import expand, sparse_linear
+from secateurs.runtime.layout import Codes, Layout, read_layout
 from secateurs.values import Values
 
 KINDS = [
@@ -275,7 +273,7 @@ def test_experts_are_packed_alike() -> None:
 def test_entries_survive_json(values: Values, sparsity: float) -> None:
     _, layout = pack(*rounded(3, 70, sparsity, values, torch.float16))
     assert read_layout("layer", layout.to_json(), 3) == layout
-    with pytest.raises(ValueError, match="'layer' has .* come with version 3"):
+    with pytest.raises(ValueError, match=r"'layer' has .* come with version 3"):
         read_layout("layer", layout.to_json(), 2)
 
 
@@ -315,7 +313,7 @@ def test_bytes_that_lie_are_refused() -> None:
     # As many bits, in other words.
     other[: layout.row_mask_bytes] = other[: layout.row_mask_bytes].view(-1, 8).flip(0).flatten()
     fewer = replace(layout, codes=Codes(Values(3), True, layout.codes.bytes - 1))
-    with pytest.raises(ValueError, match="should be|beyond|bytes of codes by its mask"):
+    with pytest.raises(ValueError, match=r"should be|beyond|bytes of codes by its mask"):
         row_offsets("w", other[:-1], fewer)
     infinite = packed.clone()
     scale = layout.mask_bytes + layout.value_bytes

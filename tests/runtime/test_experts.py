@@ -22,7 +22,8 @@ from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.names import abbreviated, expanded, skeleton_of
 from secateurs.runtime import SparseLinear, compress, decompress, packable
 from secateurs.runtime.experts import SparseExperts, hold_packed
-from secateurs.runtime.format import ExpertsLayout, pack_experts
+from secateurs.runtime.format import pack_experts
+from secateurs.runtime.layout import ExpertsLayout
 from secateurs.runtime.linear import Packed
 from secateurs.runtime.parameters import Parameters, unpacked
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import DTYPES, sparse
 
-from secateurs.runtime.format import Layout, mask_of, pack, row_offsets, unpack, values_of
+from secateurs.runtime.format import mask_of, pack, row_offsets, unpack, values_of
+from secateurs.runtime.layout import Layout
 
 
 @settings(max_examples=60, deadline=None)

@@ -27,17 +27,8 @@ from secateurs.checkpoint.config import is_compressed
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.pieces import take_apart
 from secateurs.checkpoint.scales import read_scales, write_scales
-from secateurs.runtime.format import (
-    VERSION,
-    VERSION_WITH_CODES,
-    VERSION_WITH_EXPERTS,
-    ExpertsLayout,
-    Grid,
-    Layout,
-    pack,
-    pack_experts,
-    scales_of,
-)
+from secateurs.runtime.format import Grid, pack, pack_experts, scales_of
+from secateurs.runtime.layout import VERSION, VERSION_WITH_CODES, VERSION_WITH_EXPERTS, ExpertsLayout, Layout
 from secateurs.runtime.parameters import Parameters
 from secateurs.runtime.quantizer import GUARD, METHOD
 from secateurs.runtime.settings import CompressSettings, DecompressSettings

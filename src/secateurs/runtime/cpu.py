@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateurs.native import library
-from secateurs.runtime.format import Layout
+from secateurs.runtime.layout import Layout
 
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16")  # by their numbers in kernels.cpp, best last
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

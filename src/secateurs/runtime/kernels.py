@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from secateurs.runtime.cpu import DTYPE_CODES, cpu_kernels
-from secateurs.runtime.format import Codes, Layout, mask_of, unpack, values_of
+from secateurs.runtime.format import mask_of, unpack, values_of
+from secateurs.runtime.layout import Codes, Layout
 from secateurs.values import Values
 
 # More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateurs.checkpoint.names import PACKED_EXPERTS, own_names, packed_names
 from secateurs.runtime.experts import hold_packed
-from secateurs.runtime.format import VERSIONS, ExpertsLayout, Layout, read_layout
+from secateurs.runtime.layout import VERSIONS, ExpertsLayout, Layout, read_layout
 from secateurs.runtime.linear import Packed, SparseLinear
 from secateurs.runtime.packable import own_parameters, packables
 

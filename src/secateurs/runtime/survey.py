@@ -11,16 +11,8 @@ from transformers import PreTrainedModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.names import abbreviated
 from secateurs.checkpoint.pieces import Piece
-from secateurs.runtime.format import (
-    DTYPES,
-    MOST_WEIGHTS,
-    ExpertsLayout,
-    Grid,
-    Layout,
-    layout_of,
-    layout_of_experts,
-    padded,
-)
+from secateurs.runtime.format import Grid, layout_of, layout_of_experts
+from secateurs.runtime.layout import DTYPES, MOST_WEIGHTS, ExpertsLayout, Layout, padded
 from secateurs.runtime.packable import is_experts, read_elsewhere
 from secateurs.runtime.parameters import Parameters
 
