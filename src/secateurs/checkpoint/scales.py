@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from secateurs.checkpoint.writing import write_tensors
 from secateurs.finite import all_finite
 from secateurs.values import SCALES, Values
 
@@ -23,12 +23,8 @@ def write_scales(folder: Path, scales: Mapping[str, tuple[Values, Tensor]]) -> N
     """
     path = folder / SCALES
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    tensors = {name: each.to(torch.bfloat16).contiguous() for name, (_, each) in scales.items()}
-    save_file(
-        tensors, partial, metadata={n: json.dumps(values.describe()) for n, (values, _) in scales.items()}
-    )
-    partial.replace(path)
+    tensors = {name: each.to(torch.bfloat16) for name, (_, each) in scales.items()}
+    write_tensors(path, tensors, {n: json.dumps(values.describe()) for n, (values, _) in scales.items()})
 
 
 def read_scales(folder: Path) -> dict[str, tuple[Values, Tensor]]:
