@@ -199,6 +199,12 @@ class Report:
         return ", ".join(parts)
 
     @property
+    def tags(self) -> list[str]:
+        """What a model card finds it by."""
+        pruned = ["pruned", "sparse"] if self.settings["pattern"] != "0%" or self.choice else []
+        return [*pruned, *(["quantized"] if self.values else [])]
+
+    @property
     def values(self) -> Values | None:
         """What weights were rounded to, if they were."""
         return Values(**self.settings["values"]) if "values" in self.settings else None

@@ -1,6 +1,8 @@
 """Rounding against GPTQ with an explicit inverse, one weight at a time, and against what a level could be
 instead."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,7 @@ def levels(values: Values) -> np.ndarray:
 def naive(
     inputs: np.ndarray, weight: np.ndarray, kept: np.ndarray, scales: np.ndarray, values: Values
 ) -> np.ndarray:
-    """GPTQ: eliminates inputs one by one from H^-1 (arXiv 2210.17323, equation 2; SparseGPT's under a mask)."""
+    """GPTQ under a mask: eliminates inputs one by one from H^-1 (arXiv 2210.17323, equation 2)."""
     weight = weight.copy()
     outputs, width = weight.shape
     moment = inputs.T @ inputs / len(inputs)
@@ -99,7 +101,7 @@ def test_passes_never_raise_the_error(values: Values, share: float, width: int, 
         )
         for passes in range(4)
     ]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert after <= before * (1 + 1e-9) + 1e-12
 
 
@@ -191,9 +193,7 @@ def test_what_is_not_finite_is_refused() -> None:
 
 # The C++ loops against those in torch, in float64.
 
-compiled = pytest.mark.skipif(
-    not grid_cpu.serves(torch.empty(0)), reason="it was installed without a compiler"
-)
+compiled = pytest.mark.skipif(not grid_cpu.serves(torch.empty(0)), reason="installed without a compiler")
 
 
 @compiled
