@@ -4,7 +4,7 @@ The relative error of the outputs (towards the dense layer's) of the matrices of
 model, by what they were rounded with; all inputs are the dense model's. "nearest" has each group's best
 scale and nothing else; "one sweep" is SparseGPT's joint one (2301.00774, section 3.5), which chooses the mask
 of 128 columns when it reaches them and rounds on the way; the others round what SparseGPT or ADMM left. Then
-the seconds for one square matrix, on one thread.
+processor seconds for one square matrix, on one thread.
 
     python benchmarks/rounding.py --calibration ../data/wikitext-2/valid.txt
 """
@@ -86,23 +86,23 @@ def trials(layer: Layer, sparsity: float, values: Values) -> dict[str, float]:
 
 
 def seconds(width: int) -> dict[str, float]:
-    """Of solvers on a square matrix, once the factor is there."""
+    """Of a processor, for a square matrix: of its factor, then of solvers."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(width, width, generator=generator)
     statistics = Statistics.from_inputs(torch.randn(width, width, generator=generator))
     kept = torch.rand(width, width, generator=generator) > 0.5
     found = {}
-    start = time.perf_counter()
+    start = time.process_time()
     statistics.factor(0.01)
-    found["factor"] = time.perf_counter() - start
+    found["factor"] = time.process_time() - start
     for name, solver, pattern in (
         ("sparsegpt", SparseGPT(), Unstructured(0.5)),
         ("rounding, 0 passes", Rounding(Values(4), 0), Mask(kept)),
         ("rounding, 2 passes", Rounding(Values(4), 2), Mask(kept)),
     ):
-        start = time.perf_counter()
+        start = time.process_time()
         solver.solve(weight, statistics, pattern)
-        found[name] = time.perf_counter() - start
+        found[name] = time.process_time() - start
     return found
 
 
