@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from secateurs.runtime.convert import compress
 from secateurs.runtime.experts import SparseExperts
-from secateurs.runtime.format import Layout
+from secateurs.runtime.layout import Layout
 from secateurs.runtime.linear import SparseLinear
 from secateurs.runtime.load import load_model
 

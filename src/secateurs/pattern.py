@@ -140,7 +140,39 @@ class NM:
             )
 
 
-Pattern = Unstructured | NM
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """These places and no others, whatever the scores.
+
+    Args:
+        kept: (out, in), bool.
+    """
+
+    kept: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Mask":
+        """Where a weight (out, in) is not 0. All of it, if less than a hundredth is 0: no one meant that."""
+        kept = weight != 0
+        return cls(kept if (~kept).float().mean() >= 0.01 else torch.ones_like(kept))
+
+    def __str__(self) -> str:
+        return "mask"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1 - int(self.kept.count_nonzero()) / self.kept.numel()
+
+    def keep(self, scores: Tensor, *, group: Group = "layer") -> Tensor:
+        """The mask."""
+        return self.kept
+
+    def check_width(self, name: str, width: int) -> None:
+        """It is that of the mask."""
+
+
+Pattern = Unstructured | NM | Mask
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:

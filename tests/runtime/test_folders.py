@@ -282,7 +282,7 @@ def test_broken_files_are_refused_by_layer(folders: dict[str, tuple[Path, Path]]
     refused(good | {f"{name}.weight": packed[:-1].clone()}, settings, f"{name}.*should be")
     refused(good | {f"{name}.weight": flipped}, settings, f"{name}.*bits in its mask")
     refused({k: v for k, v in good.items() if k != f"{name}.weight"}, settings, f"{name}.*has no weight")
-    refused(good, settings | {"version": 3}, "version 3 is not known")
+    refused(good, settings | {"version": 4}, "version 4 is not known")
     refused(good, settings | {"more": 2}, "and nothing else")
     layers = settings["layers"]
     refused(
