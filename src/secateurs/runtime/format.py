@@ -83,17 +83,20 @@ def layout_of(weight: torch.Tensor, grid: Grid | None = None, *, masked: bool = 
     )
 
 
-def pack(weight: torch.Tensor, grid: Grid | None = None) -> tuple[torch.Tensor, Layout]:
+def pack(
+    weight: torch.Tensor, grid: Grid | None = None, *, masked: bool = False
+) -> tuple[torch.Tensor, Layout]:
     """Packs a dense weight.
 
     Args:
         weight: (rows, columns), float32, bfloat16 or float16, on any device. Both zeros count as zero.
         grid: that it was rounded to; see `layout_of`.
+        masked: have a mask, whatever it costs.
 
     Returns:
         The packed bytes, (layout.bytes,) uint8 on the CPU, and their layout.
     """
-    layout = layout_of(weight, grid)
+    layout = layout_of(weight, grid, masked=masked)
     return _pack(weight, layout, None if grid is None else grid[1]), layout
 
 
