@@ -69,7 +69,9 @@ def ours(shape: tuple[int, int], zeros: float, bits: int, group: int, grid: str,
     rows, columns = shape
     scales = torch.rand(rows, values.groups(columns)).add(0.5).bfloat16()
     weight = values.decode(torch.randint(2**bits, shape, dtype=torch.uint8), scales)
-    weight = weight.where(torch.rand(shape) >= zeros, 0)
+    if zeros:  # a level that is 0 would be one more
+        weight = weight.where(weight != 0, values.spread(scales.float(), columns))
+        weight = weight.where(torch.rand(shape) >= zeros, 0)
     packed, layout = pack(weight, (values, scales), masked=zeros > 0)
     offsets, kernels = row_offsets("w", packed, layout), cpu_kernels()
     assert kernels is not None, "install a C++ compiler, and secateurs again"
