@@ -302,6 +302,6 @@ def test_broken_files_are_refused_by_layer(folders: dict[str, tuple[Path, Path]]
 
 @pytest.mark.parametrize("kind", ["dense", "experts", "codes"])
 def test_mutated_folders_load_right_or_not_at_all(kind: str) -> None:
-    counts = fuzz(100, seed=1, kind=kind)
-    assert counts.total() == 100
+    counts = fuzz(200, seed=1, kind=kind)
+    assert counts.total() == 200
     assert min(counts["refused"], counts["right"]) > 5
