@@ -56,7 +56,14 @@ def test_the_description_is_the_constructors() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"bits": 5}, {"bits": 4, "group": 48}, {"bits": 4, "grid": "gap"}, {"bits": 8, "grid": "half"}]
+    "wrong",
+    [
+        {"bits": 5},
+        {"bits": 4.0},
+        {"bits": 4, "group": 48},
+        {"bits": 4, "grid": "gap"},
+        {"bits": 8, "grid": "half"},
+    ],
 )
 def test_what_is_no_grid(wrong: dict[str, int | str]) -> None:
     with pytest.raises(ValueError, match="is"):

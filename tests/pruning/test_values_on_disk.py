@@ -194,9 +194,13 @@ def test_scales_stay_behind_when_weights_change(tmp_path: Path) -> None:
     prune(source, output=tmp_path / "rounded", calibration=text, method="wanda", values="int4")
     assert (tmp_path / "rounded" / SCALES).exists()
     prune(tmp_path / "rounded", output=tmp_path / "again", calibration=text, method="wanda", pattern="60%")
-    recover(tmp_path / "rounded", output=tmp_path / "recovered", towards=source, calibration=text, tokens=64)
-    for output in ("again", "recovered"):
-        assert not (tmp_path / output / "quantised").exists()
+    assert not (tmp_path / "again" / "quantised").exists()
+    to = {"towards": source, "calibration": text, "tokens": 64}
+    for output, rate in (("better", 1e-3), ("worse", 2.0)):
+        report = recover(tmp_path / "rounded", output=tmp_path / output, learning_rate=rate, **to)
+        # Where nothing was gained the weights are as they were, and so are the scales.
+        assert (tmp_path / output / SCALES).exists() != report.kept
+    assert not report.kept
 
 
 @pytest.mark.parametrize(
@@ -205,6 +209,8 @@ def test_scales_stay_behind_when_weights_change(tmp_path: Path) -> None:
         ({"values": "int5"}, r"unknown values 'int5'; there are int8, int4, int3, int2$"),
         ({"values": "int4:group=48"}, "group is one of 32, 64, 128, not 48"),
         ({"values": "int4:group=x"}, r"'group=x' of 'int4': expected int$"),
+        ({"values": "int4:bits=8"}, "says the bits twice"),
+        ({"values": 4}, "values are a name such as int4 or int4:group=32, not 4"),
         ({"values": "int8:grid=half"}, "with 8 bits the grid is whole"),
         ({"values": "int4", "recover": 1000}, "prune and recover without values first"),
         ({"pattern": "0%"}, r"outside \(0, 1\)"),
@@ -218,6 +224,22 @@ def test_what_is_refused(chosen: dict[str, Any], message: str, tmp_path: Path) -
         prune(source, output=tmp_path / "out", calibration=families.tokens(2), **chosen)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_rounding_is_damped_as_sparsegpt_is(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", "llama")
+    errors = []
+    for damping in (0.01, 1.0):
+        report = prune(
+            source,
+            output=tmp_path / f"out{damping}",
+            calibration=families.tokens(6),
+            method=f"sparsegpt:damping={damping}",
+            pattern="0%",
+            values="int3:group=32",
+        )
+        errors.append(report.rounding)
+    assert errors[0] < errors[1]
 
 
 def test_a_mask_goes_for_pruning_too() -> None:

@@ -1,5 +1,6 @@
 """Rounded models as folders: pruned with values, compressed, loaded, saved and made dense again."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,38 @@ def test_scales_that_do_not_fit(spoilt: str, tmp_path: Path) -> None:
     write_scales(rounded, {name: (grid, s[:, :1]) for name, (grid, s) in read_scales(rounded).items()})
     done = secateurs.compress(rounded, tmp_path / "s")
     assert done.moved
+
+
+def test_scales_of_what_is_not_in_the_model(tmp_path: Path) -> None:
+    rounded = made("llama", tmp_path, pattern="50%", values="int4")
+    write_scales(rounded, {f"x.{name}": grid for name, grid in read_scales(rounded).items()})
+    with pytest.raises(ValueError, match=r"\A[^\n]*has scales of 'x[^\n]*not in the model[^\n]*\Z"):
+        secateurs.compress(rounded, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_scales_that_got_lost_are_missed(tmp_path: Path) -> None:
+    rounded = made("llama", tmp_path, pattern="50%", values="int4")
+    shutil.rmtree(rounded / "quantised")
+    with pytest.warns(UserWarning, match="was rounded to few bits, but has no quantised/scales"):
+        done = secateurs.compress(rounded, tmp_path / "s")
+    assert done.layers == 14
+    assert not done.coded
+
+
+def test_one_expert_that_is_not_rounded_is_nobodys_change(tmp_path: Path) -> None:
+    folder = decoders.save("qwen3_moe", tmp_path / "model")
+    secateurs.prune(
+        folder,
+        output=tmp_path / "rounded",
+        method="magnitude",
+        values="int4:group=32",
+        allocation={"*.experts.0.*": "50%", "*.experts.2.*": "50%", "*.self_attn.*": "50%"},
+        device="cpu",
+    )
+    done = secateurs.compress(tmp_path / "rounded", tmp_path / "s")
+    assert done.coded
+    assert not done.moved
+    secateurs.decompress(tmp_path / "s", tmp_path / "d")
+    before, after = (folders.tensors_of(tmp_path / each) for each in ("rounded", "d"))
+    assert all(torch.equal(before[key], after[key]) for key in before)

@@ -22,14 +22,18 @@ AT_ONCE = 1 << 22
 """Weights that are packed at once: some tens of bytes each meanwhile."""
 
 
-def row_bytes(kept: Tensor, values: Values) -> Tensor:
+def word_counts(kept: Tensor) -> Tensor:
+    """(rows, words) int64, how many of each word's 64 columns are kept; of (rows, columns) bool."""
+    return kept.unflatten(1, (-1, WORD)).sum(dim=2)
+
+
+def row_bytes(counts: Tensor, values: Values) -> Tensor:
     """(rows,) int64, bytes of each row's codes.
 
     Args:
-        kept: (rows, columns) bool, columns a multiple of 64.
+        counts: (rows, words) int64, codes that each word keeps.
         values: what the codes are of.
     """
-    counts = _counts(kept)
     if values.bits == 4:
         low, high = (counts[:, words].sum(dim=1) for words in _spans(counts.shape[1], values))
         return torch.maximum(low, high)
@@ -52,7 +56,7 @@ def unpack_codes(packed: Tensor, kept: Tensor, values: Values) -> Tensor:
     codes = torch.zeros(kept.shape, dtype=torch.uint8, device=packed.device)
     first = 0
     for rows in _some(kept):
-        size = int(row_bytes(kept[rows], values).sum())
+        size = int(row_bytes(word_counts(kept[rows]), values).sum())
         codes[rows] = _unpack(packed[first : first + size], kept[rows], values)
         first += size
     return codes
@@ -95,11 +99,6 @@ def _unpack(packed: Tensor, kept: Tensor, values: Values) -> Tensor:
     return codes.masked_scatter_(kept, mine.to(torch.uint8))
 
 
-def _counts(kept: Tensor) -> Tensor:
-    """(rows, words) codes that each word keeps."""
-    return kept.unflatten(1, (-1, WORD)).sum(dim=2)
-
-
 def _word_bytes(counts: Tensor, bits: int) -> Tensor:
     return (counts * bits + 7) // 8
 
@@ -112,7 +111,7 @@ def _spans(words: int, values: Values) -> tuple[Tensor, Tensor]:
 
 def _halves(kept: Tensor, values: Values) -> tuple[int, list[tuple[Tensor, Tensor]]]:
     """How many bytes there are; of even and of odd spans the columns, and the bytes of what they keep."""
-    sizes = row_bytes(kept, values)
+    sizes = row_bytes(word_counts(kept), values)
     begins = sizes.cumsum(0) - sizes
     halves = []
     for words in _spans(kept.shape[1] // WORD, values):
@@ -124,7 +123,7 @@ def _halves(kept: Tensor, values: Values) -> tuple[int, list[tuple[Tensor, Tenso
 
 def _bits(kept: Tensor, bits: int) -> tuple[int, Tensor]:
     """How many bytes there are; and the first bit of each code that is kept."""
-    sizes = _word_bytes(_counts(kept), bits)
+    sizes = _word_bytes(word_counts(kept), bits)
     begins = sizes.flatten().cumsum(0).view_as(sizes) - sizes
     words = kept.unflatten(1, (-1, WORD))
     return int(sizes.sum()), (8 * begins[..., None] + bits * (words.cumsum(dim=2) - 1))[words]

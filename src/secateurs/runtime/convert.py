@@ -1,5 +1,6 @@
 """From a folder of dense weights to a compressed one, and back, shard by shard."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from secateurs.checkpoint import (
     copy_file,
     new_folder,
     output_lock,
+    read_json,
     resolve,
     write_json,
     write_tensors,
@@ -34,6 +36,7 @@ from secateurs.runtime.quantizer import GUARD, METHOD
 from secateurs.runtime.settings import CompressSettings, DecompressSettings
 from secateurs.runtime.survey import survey
 from secateurs.settings import takes
+from secateurs.values import SCALES
 
 RECORD = "secateurs.json"
 """How the weights were pruned: as true of them compressed."""
@@ -112,6 +115,12 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
     skeleton = skeleton_of(checkpoint)
     parameters = Parameters(checkpoint, skeleton)
     grids = read_scales(checkpoint.folder)
+    if not grids and _was_rounded(checkpoint):
+        warnings.warn(
+            f"'{checkpoint.folder}' was rounded to few bits, but has no {SCALES}: its weights are packed as "
+            "they are",
+            stacklevel=4,
+        )
     found = survey(checkpoint, skeleton, parameters, grids)
     layouts = found.layouts
     dense_bytes = sum(layout.dense_bytes for layout in layouts.values())
@@ -220,6 +229,13 @@ def _decompress(model: str, checkpoint: Checkpoint, output: Path) -> None:
             usage="",
             tags=["sparse"],
         )
+
+
+def _was_rounded(checkpoint: Checkpoint) -> bool:
+    """Whether the record of the pruning says so."""
+    file = checkpoint.folder / RECORD
+    settings = read_json(file).get("settings") if file.is_file() else None
+    return isinstance(settings, dict) and "values" in settings
 
 
 def _grid(packed: Tensor, layout: Layout | ExpertsLayout) -> Grid:

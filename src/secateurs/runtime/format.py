@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from secateurs.runtime.codes import pack_codes, row_bytes, unpack_codes
+from secateurs.runtime.codes import pack_codes, row_bytes, unpack_codes, word_counts
 from secateurs.runtime.layout import (
     DTYPES,
     MOST_WEIGHTS,
@@ -44,7 +44,9 @@ def pack_experts(
 def layout_of_experts(
     weights: torch.Tensor, stored: Mapping[str, tuple[int, ...]], grid: Grid | None = None
 ) -> ExpertsLayout:
-    """Of the matrices of all experts once they are packed, all in the same way; see `layout_of`."""
+    """Of the matrices of all experts once they are packed; see `layout_of`. All are packed in the same way:
+    one that was not rounded keeps the others from being codes.
+    """
     if grid is not None:
         values, scales = grid
         for masked in (False, True):
@@ -55,7 +57,8 @@ def layout_of_experts(
 
 
 def layout_of(weight: torch.Tensor, grid: Grid | None = None, *, masked: bool = False) -> Layout:
-    """Of a weight (rows, columns) once it is packed: the form of least bytes that gives it back exactly.
+    """Of a weight (rows, columns) once it is packed, so that it comes back exactly: where it is on a grid, as
+    codes, with a mask or without one, whichever takes fewer bytes.
 
     Args:
         weight: float32, bfloat16 or float16, on any device. Both zeros count as zero.
@@ -71,7 +74,7 @@ def layout_of(weight: torch.Tensor, grid: Grid | None = None, *, masked: bool = 
     missed = values.decode(values.encode(weight, scales), scales).to(weight.dtype) != weight
     if (missed & kept).any():
         return layout
-    size = int(row_bytes(_filled(kept, value=False), values).sum())
+    size = int(row_bytes(word_counts(_filled(kept, value=False)), values).sum())
     layout = replace(layout, codes=Codes(values, True, size))
     if masked or missed.any():  # a zero that is no level
         return layout
@@ -217,15 +220,15 @@ def row_offsets(name: str, packed: torch.Tensor, layout: Layout) -> torch.Tensor
         beyond[:, 0] >>= rest
     if beyond.any():
         raise ValueError(f"compressed layer '{name}' keeps weights beyond its {layout.columns} columns")
-    counts = np.bitwise_count(np.ascontiguousarray(mask)).sum(axis=1, dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+    counts = np.bitwise_count(np.ascontiguousarray(mask).view(np.uint64)).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(counts.sum(axis=1))])
     if offsets[-1] != layout.nonzeros:
         raise ValueError(
             f"compressed layer '{name}' has {offsets[-1]} bits in its mask, not {layout.nonzeros}"
         )
     if layout.codes is not None:
-        sizes = row_bytes(kept_of(packed.cpu(), layout), layout.codes.values).numpy()
-        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        sizes = row_bytes(torch.from_numpy(counts), layout.codes.values)
+        offsets = np.concatenate([[0], np.cumsum(sizes.numpy())])
         if offsets[-1] != layout.codes.bytes:
             raise ValueError(
                 f"compressed layer '{name}' has {offsets[-1]} bytes of codes by its mask, not "

@@ -78,18 +78,15 @@ def _linear(
     bias: Tensor | None,
     columns: int,
     dtype: torch.dtype,
-    bits: int = 0,
-    group: int = 0,
-    half: bool = False,
-    masked: bool = True,
+    *codes: Any,
 ) -> Tensor:
-    layout = _layout(weight, offsets, columns, dtype, bits, group, half, masked)
+    layout = _layout(weight, offsets, columns, dtype, *codes)
     assert x.shape[-1] == columns
     assert x.device == weight.device
     tokens = x.reshape(-1, columns)
     shape = (*x.shape[:-1], layout.rows)
-    direct = DIRECT_TOKENS_OF_CODES if bits else DIRECT_TOKENS
-    if weight.is_cuda and x.dtype in DTYPE_CODES and not bits:
+    direct = DIRECT_TOKENS if layout.codes is None else DIRECT_TOKENS_OF_CODES
+    if weight.is_cuda and x.dtype in DTYPE_CODES and layout.codes is None:
         from secateurs.runtime import gpu
 
         if len(tokens) <= gpu.DIRECT_TOKENS:
@@ -117,17 +114,9 @@ def _shaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _input_gradient(
-    gradient: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    columns: int,
-    dtype: torch.dtype,
-    bits: int = 0,
-    group: int = 0,
-    half: bool = False,
-    masked: bool = True,
+    gradient: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype, *codes: Any
 ) -> Tensor:
-    layout = _layout(weight, offsets, columns, dtype, bits, group, half, masked)
+    layout = _layout(weight, offsets, columns, dtype, *codes)
     wide = torch.promote_types(gradient.dtype, dtype)
     tokens = gradient.reshape(-1, layout.rows).to(wide)
     total = tokens.new_zeros(len(tokens), columns, dtype=torch.promote_types(wide, torch.float32))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from secateurs.runtime.codes import row_bytes
+from secateurs.runtime.codes import WORD, row_bytes
 from secateurs.values import Values
 
 VERSION, VERSION_WITH_EXPERTS, VERSION_WITH_CODES = VERSIONS = 1, 2, 3
@@ -273,7 +273,7 @@ def _codes(name: str, entry: Mapping[str, Any], layout: Layout) -> Codes:
 
 def bytes_of_all(layout: Layout, values: Values) -> int:
     """Of a weight's codes where all are kept, and the most that there can be."""
-    return layout.rows * int(row_bytes(torch.ones(1, padded(layout.columns), dtype=torch.bool), values))
+    return layout.rows * int(row_bytes(torch.full((1, padded(layout.columns) // WORD), WORD), values))
 
 
 def expert_name(name: str, expert: int) -> str:

@@ -84,14 +84,17 @@ struct Tokens {
     const float* excess(int64_t token) const { return scales(token) + lanes; }
 };
 
-// One group: to whole numbers up to 127, and their sum.
+// As bits: 2^-118. Below, 127 divided by it would not be finite.
+constexpr int32_t kSmallest = (127 - 118) << 23;
+
+// One group: to whole numbers up to 127, and their sum; to zeros if all of it is next to nothing.
 INLINE float round_group(const float* x, int64_t count, int8_t* rounded, int32_t& sum) {
     int32_t largest = 0;  // as bits, which are in the order of the numbers and can be compared many at a time
     for (int64_t j = 0; j < count; ++j) {
         largest = std::max(largest, int32_t(bits_from_float(x[j]) & 0x7fffffff));
     }
     sum = 0;
-    if (largest == 0) {
+    if (largest < kSmallest) {
         std::memset(rounded, 0, size_t(count));
         return 0.0f;
     }

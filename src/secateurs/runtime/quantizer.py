@@ -124,9 +124,12 @@ class SecateursQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Which experts have tokens is not known beforehand."""
-        return not any(
-            isinstance(layout, ExpertsLayout) for layout in self.quantization_config.layers.values()
+        """Which experts have tokens is not known beforehand; and codes are expanded on a GPU by what waits
+        for it."""
+        layouts = self.quantization_config.layers.values()
+        coded = any(layout.codes is not None for layout in layouts)
+        return not any(isinstance(layout, ExpertsLayout) for layout in layouts) and not (
+            coded and torch.cuda.is_available()
         )
 
 

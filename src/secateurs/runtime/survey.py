@@ -15,6 +15,7 @@ from secateurs.runtime.format import Grid, layout_of, layout_of_experts
 from secateurs.runtime.layout import DTYPES, MOST_WEIGHTS, ExpertsLayout, Layout, padded
 from secateurs.runtime.packable import is_experts, read_elsewhere
 from secateurs.runtime.parameters import Parameters
+from secateurs.values import SCALES
 
 WORTH = 0.9  # of the dense bytes: saving less does not pay for expanding the layer at every long prompt
 
@@ -49,8 +50,14 @@ def survey(
         grids: that parameters, by the model's names, were rounded to.
 
     Raises:
-        ValueError: nothing is worth compressing. Says what comes nearest.
+        ValueError: nothing is worth compressing (says what comes nearest), or there are scales of what the
+            model does not have.
     """
+    for stranger in grids.keys() - parameters.pieces.keys():
+        raise ValueError(
+            f"'{checkpoint.folder / SCALES}' has scales of '{stranger}', which is not in the model: "
+            "delete the folder it is in to do without"
+        )
     elsewhere = read_elsewhere(skeleton)
     names = {packable.parameter: name for name, packable in parameters.packables.items()}
     prefix = f"{skeleton.base_model_prefix}."
@@ -70,7 +77,7 @@ def survey(
         matrices = packable.matrices_of(weights) if packable else weights.reshape(rows, columns)
         grid = grids.get(parameter) if packable else None
         layout = _layout(matrices, pieces, grid if grid and _fits(grid, matrices) else None)
-        if grid and layout.codes is None:
+        if grid and layout.codes is None and _whole(grid, matrices):
             moved.append(parameter)
         worth = layout.bytes <= WORTH * layout.dense_bytes
         if not name or name in elsewhere or not _apart(pieces, experts=isinstance(layout, ExpertsLayout)):
@@ -105,6 +112,11 @@ def _layout(matrices: Tensor, pieces: tuple[Piece, ...], grid: Grid | None) -> L
         return layout_of(matrices, grid)
     stored = {piece.stored: piece.stored_shape for piece in pieces}
     return layout_of_experts(matrices, abbreviated(stored, len(matrices)), grid)
+
+
+def _whole(grid: Grid, matrices: Tensor) -> bool:
+    """Whether all rows were rounded: one that was not has scales of 0 alone."""
+    return not bool((matrices.any(dim=-1) & ~grid[1].any(dim=-1)).any()) if _fits(grid, matrices) else True
 
 
 def _fits(grid: Grid, matrices: Tensor) -> bool:

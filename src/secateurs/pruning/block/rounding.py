@@ -16,6 +16,7 @@ from secateurs.pruning.block.local import Local
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.record import BlockReport, LayerReport
 from secateurs.pruning.solvers.rounding import Rounding
+from secateurs.pruning.solvers.sparsegpt import SparseGPT
 from secateurs.values import Values
 
 
@@ -45,7 +46,10 @@ class Rounded:
 
     @property
     def _rounder(self) -> Joint | Local:
+        inner = self.pruner.solver if isinstance(self.pruner, Local) else self.pruner.method.solver
         solver = Rounding(self.values)
+        if isinstance(inner, SparseGPT):  # the same sweep, damped as asked
+            solver = replace(solver, damping=inner.damping)
         if isinstance(self.pruner, Local):
             return Local(solver, "linear")
         return Joint(SparseLLM(solver, iterations=0), "block", 1.0, 0)
