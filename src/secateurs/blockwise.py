@@ -7,7 +7,7 @@ called with.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -238,16 +238,8 @@ class BlockwiseModel:
             UnsupportedArchitectureError: with more sequences the blocks' arguments take shapes in which they
                 cannot be put together.
         """
-        outside = [
-            name
-            for name in self.pieces
-            if name.startswith(self._prefix) and not name.startswith(f"{self.path}.")
-        ]
-        stored = {piece.stored for name in outside for piece in self.pieces[name]}
-        tensors = self.checkpoint.load(sorted(stored))
         batches: list[Batch] = []
-        with self._materialised({name: assemble(self.pieces[name], tensors) for name in outside}):
-            del tensors
+        with self._materialised(self._outside()):
             self._calls, self.head = self._calls_for(tokens), None
             self.length = tokens.shape[1]
             if head is not None and head < tokens.shape[1]:
@@ -261,6 +253,45 @@ class BlockwiseModel:
                 batches.append(Batch(states, range(first, first + len(ids)), axis))
                 first += len(ids)
         return batches
+
+    def _outside(self) -> dict[str, Tensor]:
+        """What the decoder holds outside of its blocks, as it is stored."""
+        outside = [
+            name
+            for name in self.pieces
+            if name.startswith(self._prefix) and not name.startswith(f"{self.path}.")
+        ]
+        stored = {piece.stored for name in outside for piece in self.pieces[name]}
+        tensors = self.checkpoint.load(sorted(stored))
+        return {name: assemble(self.pieces[name], tensors) for name in outside}
+
+    @torch.no_grad()
+    def given_to_head(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """What the model's head multiplies by, (..., hidden), of each batch, whose states are what the last
+        block gave."""
+        head = self.model.get_output_embeddings()
+        given: list[Tensor] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            given.append(args[0])
+            raise _Enough
+
+        hook = head.register_forward_pre_hook(note)
+        try:
+            with self._materialised(self._outside()):
+                for batch in batches:
+                    result = RESULTS[self.anatomy.result](batch.states.to(self.device))
+                    for block in self.blocks:
+                        block.forward = lambda *args, _result=result, **kwargs: _result
+                    ids = torch.zeros(len(batch.at), self.length, dtype=torch.long, device=self.device)
+                    with suppress(_Enough):
+                        self.model(input_ids=ids, use_cache=False)
+                    yield given.pop()
+        finally:
+            hook.remove()
+            for block in self.blocks:
+                with suppress(AttributeError):
+                    del block.forward
 
     def _head(self, tokens: Tensor, length: int) -> "Head | None":
         whole, head = (self._note(ids, blocks=1)[0][0][0].shape for ids in (tokens[:1], tokens[:1, :length]))

@@ -136,7 +136,7 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
             grid = None if layout.codes is None else grids[packable.parameter]
             if isinstance(layout, ExpertsLayout):
                 return {packable.packed: pack_experts(matrices, layout.stored, grid)[0]}
-            return {pieces[0].stored: pack(matrices, grid)[0]}
+            return {pieces[0].stored: pack(matrices, grid, masked=False if packable.by_row else None)[0]}
 
         return _Step([piece.stored for piece in pieces], packed)
 
@@ -147,7 +147,11 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
     version = VERSION_WITH_CODES if coded else version
     packing = {"quant_method": METHOD, "version": version, "layers": layers}
     config = {**checkpoint.config, "quantization_config": packing, "transformers_weights": GUARD}
-    counts = {name: packable.count for name, packable in parameters.packables.items()}
+    counts = {
+        name: packable.count
+        for name, packable in parameters.packables.items()
+        if name in layouts or not packable.by_row
+    }
     with new_folder(output) as folder:
         _rewrite(checkpoint, folder, map(step, layouts), config)
         done = Compression(
@@ -235,7 +239,7 @@ def _was_rounded(checkpoint: Checkpoint) -> bool:
     """Whether the record of the pruning says so."""
     file = checkpoint.folder / RECORD
     settings = read_json(file).get("settings") if file.is_file() else None
-    return isinstance(settings, dict) and "values" in settings
+    return isinstance(settings, dict) and not settings.keys().isdisjoint(("values", "embedding"))
 
 
 def _grid(packed: Tensor, layout: Layout | ExpertsLayout) -> Grid:

@@ -49,21 +49,22 @@ def layout_of_experts(
     """
     if grid is not None:
         values, scales = grid
-        for masked in (False, True):
+        for masked in (None, True):
             layouts = [layout_of(w, (values, s), masked=masked) for w, s in zip(weights, scales, strict=True)]
             if all(one.codes is not None and one.masked == layouts[0].masked for one in layouts):
                 return ExpertsLayout(tuple(layouts), stored)
     return ExpertsLayout(tuple(map(layout_of, weights)), stored)
 
 
-def layout_of(weight: torch.Tensor, grid: Grid | None = None, *, masked: bool = False) -> Layout:
+def layout_of(weight: torch.Tensor, grid: Grid | None = None, *, masked: bool | None = None) -> Layout:
     """Of a weight (rows, columns) once it is packed, so that it comes back exactly: where it is on a grid, as
-    codes, with a mask or without one, whichever takes fewer bytes.
+    codes.
 
     Args:
         weight: float32, bfloat16 or float16, on any device. Both zeros count as zero.
         grid: that it was rounded to. If it lies elsewhere now, its values stay as they are.
-        masked: have a mask, whatever it costs.
+        masked: whether codes have a mask; whichever takes fewer bytes by default. Without one there may be
+            none, since zero is not on every grid.
     """
     rows, columns = weight.shape
     layout = Layout(rows, columns, int(torch.count_nonzero(weight)), weight.dtype)
@@ -75,26 +76,25 @@ def layout_of(weight: torch.Tensor, grid: Grid | None = None, *, masked: bool = 
     if (missed & kept).any():
         return layout
     size = int(row_bytes(word_counts(_filled(kept, value=False)), values).sum())
-    layout = replace(layout, codes=Codes(values, True, size))
-    if masked or missed.any():  # a zero that is no level
-        return layout
+    behind_mask = replace(layout, codes=Codes(values, True, size))
+    if missed.any():  # a zero that is no level
+        return layout if masked is False else behind_mask
     size = bytes_of_all(layout, values)
-    return min(
-        layout,
-        Layout(rows, columns, rows * columns, weight.dtype, Codes(values, False, size)),
-        key=lambda one: one.bytes,
-    )
+    of_all = Layout(rows, columns, rows * columns, weight.dtype, Codes(values, False, size))
+    if masked is not None:
+        return behind_mask if masked else of_all
+    return min(behind_mask, of_all, key=lambda one: one.bytes)
 
 
 def pack(
-    weight: torch.Tensor, grid: Grid | None = None, *, masked: bool = False
+    weight: torch.Tensor, grid: Grid | None = None, *, masked: bool | None = None
 ) -> tuple[torch.Tensor, Layout]:
     """Packs a dense weight.
 
     Args:
         weight: (rows, columns), float32, bfloat16 or float16, on any device. Both zeros count as zero.
         grid: that it was rounded to; see `layout_of`.
-        masked: have a mask, whatever it costs.
+        masked: see `layout_of`.
 
     Returns:
         The packed bytes, (layout.bytes,) uint8 on the CPU, and their layout.

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateurs.checkpoint.names import PACKED_EXPERTS, own_names, packed_names
+from secateurs.runtime.embedding import hold_table
 from secateurs.runtime.experts import hold_packed
 from secateurs.runtime.layout import VERSIONS, ExpertsLayout, Layout, read_layout
 from secateurs.runtime.linear import Packed, SparseLinear
@@ -85,14 +87,17 @@ class SecateursQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         layouts = matching_layers(self.quantization_config.layers, model, checkpoint_files or [])
         self.quantization_config.layers = layouts  # of a bare model, all that it can save again
-        for name, layout in layouts.items():
+        known = packables(model)
+        heads = {head: layouts[name] for name in layouts if name in known for head in known[name].heads}
+        for name, layout in (layouts | heads).items():
             packed: Packed
             with torch.device("meta"):
                 if isinstance(layout, ExpertsLayout):
                     path, _, parameter = name.rpartition(".")
                     packed = hold_packed(model.get_submodule(path), parameter, layout)
+                elif isinstance(dense := model.get_submodule(name), nn.Embedding):
+                    packed = hold_table(dense, layout)
                 else:
-                    dense = model.get_submodule(name)
                     has_bias = getattr(dense, "bias", None) is not None
                     packed = SparseLinear(layout, has_bias, next(dense.parameters()).dtype)
                     model.set_submodule(name, packed)
@@ -176,6 +181,10 @@ def matching_layers(
             if layout.shape != known[name].shape:
                 raise ValueError(
                     f"compressed layer '{key}' is {layout.shape}, but the model's is {known[name].shape}"
+                )
+            if known[name].by_row and (layout.codes is None or layout.codes.masked):
+                raise ValueError(
+                    f"compressed layer '{key}' is an embedding: its values are codes without a mask"
                 )
             matching[name] = layout
         elif own[packed] not in stored or own[packed] in parameters:

@@ -13,7 +13,7 @@ from secateurs.checkpoint.names import abbreviated
 from secateurs.checkpoint.pieces import Piece
 from secateurs.runtime.format import Grid, layout_of, layout_of_experts
 from secateurs.runtime.layout import DTYPES, MOST_WEIGHTS, ExpertsLayout, Layout, padded
-from secateurs.runtime.packable import is_experts, read_elsewhere
+from secateurs.runtime.packable import Packable, is_experts, read_elsewhere
 from secateurs.runtime.parameters import Parameters
 from secateurs.values import SCALES
 
@@ -65,8 +65,11 @@ def survey(
     others: dict[str, Layout | ExpertsLayout] = {}
     moved: list[str] = []
     most, needed, whose, renamed = 0.0, 0.0, "", False
+    heads = {f"{head}.weight" for packable in parameters.packables.values() for head in packable.heads}
     for parameter, pieces in parameters.pieces.items():
-        name, shape = names.get(parameter), pieces[0].parameter_shape
+        if parameter in heads:  # read as the embedding
+            continue
+        name, shape = names.get(parameter, ""), pieces[0].parameter_shape
         if len(shape) < 2 or {piece.dtype for piece in pieces} not in ({dtype} for dtype in DTYPES.values()):
             continue
         packable = parameters.packables[name] if name else None
@@ -76,18 +79,30 @@ def survey(
         weights = parameters.read(parameter)
         matrices = packable.matrices_of(weights) if packable else weights.reshape(rows, columns)
         grid = grids.get(parameter) if packable else None
-        layout = _layout(matrices, pieces, grid if grid and _fits(grid, matrices) else None)
+        by_row = packable is not None and packable.by_row
+        fitting = grid if grid and _fits(grid, matrices) else None
+        layout = _layout(matrices, pieces, fitting, masked=False if by_row else None)
         if grid and layout.codes is None and _whole(grid, matrices):
             moved.append(parameter)
         worth = layout.bytes <= WORTH * layout.dense_bytes
-        if not name or name in elsewhere or not _apart(pieces, experts=isinstance(layout, ExpertsLayout)):
+        own, stored = parameter, pieces[0].stored
+        known_name = stored in (own, prefix + own, own.removeprefix(prefix))
+        if (
+            not packable
+            or not elsewhere.isdisjoint((name, *packable.heads))
+            or not _apart(pieces, experts=isinstance(layout, ExpertsLayout))
+            or (by_row and not (known_name and _shared(packable, parameters)))
+        ):
             if worth:
                 others[parameter] = layout
             continue
+        if by_row and layout.codes is None:
+            continue
         if worth:
             layouts[name] = layout
-            own, stored = parameter, pieces[0].stored
-            renamed |= len(pieces) == 1 and stored not in (own, prefix + own, own.removeprefix(prefix))
+            renamed |= len(pieces) == 1 and not known_name
+        if by_row:
+            continue
         if not whose or layout.sparsity > most:
             # What the mask and the tail take, and a tenth to be saved.
             overhead = layout.bytes - layout.value_bytes
@@ -106,10 +121,12 @@ def survey(
     return Survey(layouts, renamed, _outside(skeleton, parameters), unpacked, moved)
 
 
-def _layout(matrices: Tensor, pieces: tuple[Piece, ...], grid: Grid | None) -> Layout | ExpertsLayout:
+def _layout(
+    matrices: Tensor, pieces: tuple[Piece, ...], grid: Grid | None, *, masked: bool | None
+) -> Layout | ExpertsLayout:
     """Of matrices (out, in) or (experts, out, in), once they are packed."""
     if matrices.dim() == 2:
-        return layout_of(matrices, grid)
+        return layout_of(matrices, grid, masked=masked)
     stored = {piece.stored: piece.stored_shape for piece in pieces}
     return layout_of_experts(matrices, abbreviated(stored, len(matrices)), grid)
 
@@ -124,6 +141,12 @@ def _fits(grid: Grid, matrices: Tensor) -> bool:
     values, scales = grid
     *outer, columns = matrices.shape
     return tuple(scales.shape) == (*outer, values.groups(columns))
+
+
+def _shared(table: Packable, parameters: Parameters) -> bool:
+    """Whether an embedding and the heads that share its table are stored once."""
+    names = (table.parameter, *(f"{head}.weight" for head in table.heads))
+    return len({piece.stored for name in names for piece in parameters.pieces[name]}) == 1
 
 
 def _apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:
