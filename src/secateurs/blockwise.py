@@ -209,14 +209,15 @@ class BlockwiseModel:
             return torch.float32
         return self.dtype if isinstance(present, nn.Parameter) else present.dtype
 
+    def _owner(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
     def _get(self, name: str) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
-        tensor: Tensor = getattr(self.model.get_submodule(owner), leaf)
+        tensor: Tensor = getattr(self._owner(name), name.rpartition(".")[2])
         return tensor
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
+        module, leaf = self._owner(name), name.rpartition(".")[2]
         setattr(
             module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor
         )
@@ -254,12 +255,22 @@ class BlockwiseModel:
                 first += len(ids)
         return batches
 
-    def _outside(self) -> dict[str, Tensor]:
-        """What the decoder holds outside of its blocks, as it is stored."""
+    def _outside(self, *, beyond: bool = False) -> dict[str, Tensor]:
+        """What the decoder holds outside of its blocks, as it is stored.
+
+        Args:
+            beyond: also what comes after it, but for the head.
+        """
+        head = self.model.get_output_embeddings() if beyond else None
+        others = f"{self.model.base_model_prefix}."
         outside = [
             name
             for name in self.pieces
-            if name.startswith(self._prefix) and not name.startswith(f"{self.path}.")
+            if not name.startswith(f"{self.path}.")
+            and (
+                name.startswith(self._prefix)
+                or (beyond and not name.startswith(others) and self._owner(name) is not head)
+            )
         ]
         stored = {piece.stored for name in outside for piece in self.pieces[name]}
         tensors = self.checkpoint.load(sorted(stored))
@@ -278,7 +289,7 @@ class BlockwiseModel:
 
         hook = head.register_forward_pre_hook(note)
         try:
-            with self._materialised(self._outside()):
+            with self._materialised(self._outside(beyond=True)):
                 for batch in batches:
                     result = RESULTS[self.anatomy.result](batch.states.to(self.device))
                     for block in self.blocks:

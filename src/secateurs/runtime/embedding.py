@@ -9,6 +9,10 @@ from secateurs.runtime.kernels import rows
 from secateurs.runtime.layout import Layout
 from secateurs.runtime.linear import Packed
 
+SCALED = {"super", "forward", "embed_scale", "to", "weight", "dtype"}
+"""What the code of embeddings mentions that scale their rows: `super().forward(ids) *
+self.embed_scale.to(self.weight.dtype)`, in Gemma's words and all that followed it."""
+
 
 class SparseEmbedding(Packed, nn.Embedding):
     """A frozen embedding that holds its table as packed codes, and decodes the rows that are looked up.
@@ -26,6 +30,24 @@ class SparseEmbedding(Packed, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, sparsity={self.layout.sparsity:.3f}"
 
 
+class ScaledSparseEmbedding(SparseEmbedding):
+    """One whose rows are scaled (Gemma)."""
+
+    embed_scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale.to(self.dtype)
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether a module looks rows of its weight up as `nn.Embedding` does, and at most scales them."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:  # which scales rows in place
+        return False
+    forward = type(module).forward
+    names = set(forward.__code__.co_names)
+    return forward is nn.Embedding.forward or "weight" not in names or names == SCALED
+
+
 def hold_table(module: nn.Embedding, layout: Layout) -> SparseEmbedding:
     """Make an embedding hold a packed table instead of its own.
 
@@ -36,17 +58,15 @@ def hold_table(module: nn.Embedding, layout: Layout) -> SparseEmbedding:
         layout: of codes without a mask.
     """
     held: Any = module
-    dtype = module.weight.dtype
-    held.__class__ = _packed_kind(type(module))
+    dtype, kind = module.weight.dtype, type(module)
+    if kind is nn.Embedding:
+        bases: tuple[type, ...] = (SparseEmbedding,)
+    elif "weight" in kind.forward.__code__.co_names:
+        bases = (ScaledSparseEmbedding, kind)
+    else:  # its `super().forward` becomes the packed one's
+        bases = (kind, SparseEmbedding)
+    held.__class__ = type(f"Sparse{kind.__name__}", bases, {})
     del held.weight
     held.hold(layout)
     held.dtype = dtype
-    assert isinstance(held, SparseEmbedding)
     return held
-
-
-def _packed_kind(kind: type[nn.Embedding]) -> type[nn.Embedding]:
-    """Of a class, one whose `super().forward` is that of `SparseEmbedding`."""
-    if kind is nn.Embedding:
-        return SparseEmbedding
-    return type(f"Sparse{kind.__name__}", (kind, SparseEmbedding), {})

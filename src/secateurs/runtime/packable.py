@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from secateurs.anatomy import UnsupportedArchitectureError, anatomy_of
 from secateurs.checkpoint.config import quiet
 from secateurs.checkpoint.names import PACKED_EXPERTS
+from secateurs.runtime.embedding import is_table
 
 OWN_WORDS = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
 """Linear layers whose classes write the same product in their own words."""
@@ -75,16 +76,6 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def is_plain_embedding(module: nn.Module) -> bool:
-    """Whether a module looks rows of its weight up as `nn.Embedding` does, and reads it in no other way."""
-    forward = type(module).forward
-    return (
-        isinstance(module, nn.Embedding)
-        and module.max_norm is None  # or rows would be scaled in place
-        and (forward is nn.Embedding.forward or "weight" not in forward.__code__.co_names)
-    )
-
-
 def packables(model: PreTrainedModel) -> dict[str, Packable]:
     """What may be packed, by the name of the linear module or embedding, or of the parameter that holds
     experts. What shares its weight with the embedding goes by the embedding's name.
@@ -117,7 +108,7 @@ def _embedding(model: PreTrainedModel) -> dict[str, Packable]:
     except NotImplementedError:
         return {}
     name = next((path for path, module in model.named_modules() if module is table), None)
-    if name is None or not is_plain_embedding(table):
+    if name is None or not is_table(table):
         return {}
     assert isinstance(table, nn.Embedding)
     weight = f"{name}.weight"

@@ -102,11 +102,14 @@ class SecateursQuantizer(HfQuantizer):
                     packed = SparseLinear(layout, has_bias, next(dense.parameters()).dtype)
                     model.set_submodule(name, packed)
             packed.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or it would be drawn at random
-            # Nor does what would draw the weights of its parts look at the shapes that these had.
+            # Nor does what would draw the weights of its parts look at the shapes that these had. (A whole
+            # model may have more to set: Falcon H1 has.)
             parent = model.get_submodule(name.rpartition(".")[0])
-            if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+            holds_more = [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]
+            if not holds_more and not isinstance(parent, PreTrainedModel):
                 parent._is_hf_initialized = True  # type: ignore[assignment]
-            packed._is_hf_initialized = True  # type: ignore[assignment]
+            if not isinstance(packed, nn.Embedding):  # Gemma's has a scale beside its table to set
+                packed._is_hf_initialized = True  # type: ignore[assignment]
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateurs.checkpoint import Checkpoint
-from secateurs.checkpoint.names import abbreviated
+from secateurs.checkpoint.names import abbreviated, own_names
 from secateurs.checkpoint.pieces import Piece
 from secateurs.runtime.format import Grid, layout_of, layout_of_experts
 from secateurs.runtime.layout import DTYPES, MOST_WEIGHTS, ExpertsLayout, Layout, padded
@@ -91,7 +91,7 @@ def survey(
             not packable
             or not elsewhere.isdisjoint((name, *packable.heads))
             or not _apart(pieces, experts=isinstance(layout, ExpertsLayout))
-            or (by_row and not (known_name and _shared(packable, parameters)))
+            or (by_row and not _shared(packable, parameters, skeleton))
         ):
             if worth:
                 others[parameter] = layout
@@ -143,10 +143,11 @@ def _fits(grid: Grid, matrices: Tensor) -> bool:
     return tuple(scales.shape) == (*outer, values.groups(columns))
 
 
-def _shared(table: Packable, parameters: Parameters) -> bool:
-    """Whether an embedding and the heads that share its table are stored once."""
+def _shared(table: Packable, parameters: Parameters, skeleton: PreTrainedModel) -> bool:
+    """Whether an embedding and the heads that share its table are stored once, and as the embedding's."""
     names = (table.parameter, *(f"{head}.weight" for head in table.heads))
-    return len({piece.stored for name in names for piece in parameters.pieces[name]}) == 1
+    stored = {piece.stored for name in names for piece in parameters.pieces[name]}
+    return len(stored) == 1 and table.parameter in own_names(stored, skeleton).values()
 
 
 def _apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:
