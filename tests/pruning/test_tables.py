@@ -125,11 +125,8 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     ("name", "tables"),
     [
-        (
-            "llama",
-            [Table(("model.embed_tokens.weight",), True, False), Table(("lm_head.weight",), False, True)],
-        ),
-        ("gpt2", [Table(("transformer.wte.weight", "lm_head.weight"), True, True)]),
+        ("llama", [("model.embed_tokens.weight",), ("lm_head.weight",)]),
+        ("gpt2", [("transformer.wte.weight", "lm_head.weight")]),
     ],
 )
 def test_which_tables_there_are(name: str, tables: list[tuple[str, ...]], tmp_path: Path) -> None:
