@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateurs.runtime.cpu import DTYPE_CODES, cpu_kernels
-from secateurs.runtime.format import codes_of, mask_of, scales_of, unpack, values_of
+from secateurs.runtime.format import codes_of, scales_of, unpack
 from secateurs.runtime.layout import TAIL_BYTES, Codes, Layout
 from secateurs.values import Values
 
@@ -30,12 +30,10 @@ def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: in
     """Rows [first, last) of a packed weight, dense, on its device."""
     if weight.device.type == "cpu" and (kernels := cpu_kernels()) is not None:
         return kernels.unpack(weight, offsets, layout, first, last)
-    if weight.is_cuda and layout.codes is None:
+    if weight.is_cuda:
         from secateurs.runtime import gpu
 
-        return gpu.expand(
-            mask_of(weight, layout), values_of(weight, layout), offsets, layout.columns, first, last
-        )
+        return gpu.expand(weight, offsets, layout, first, last)
     return unpack(weight, layout)[first:last]
 
 
@@ -87,13 +85,11 @@ def _linear(
     tokens = x.reshape(-1, columns)
     shape = (*x.shape[:-1], layout.rows)
     direct = DIRECT_TOKENS if layout.codes is None else DIRECT_TOKENS_OF_CODES
-    if weight.is_cuda and x.dtype in DTYPE_CODES and layout.codes is None:
+    if weight.is_cuda and x.dtype in DTYPE_CODES:
         from secateurs.runtime import gpu
 
         if len(tokens) <= gpu.DIRECT_TOKENS:
-            return _shaped(
-                gpu.linear(tokens, mask_of(weight, layout), values_of(weight, layout), offsets, bias), shape
-            )
+            return _shaped(gpu.linear(tokens, weight, offsets, bias, layout), shape)
     elif weight.device.type == "cpu" and len(tokens) <= direct.get(x.dtype, 0):
         kernels = cpu_kernels()
         if kernels is not None:

@@ -132,13 +132,9 @@ class SecateursQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Which experts have tokens is not known beforehand; and codes are expanded on a GPU by what waits
-        for it."""
+        """Which experts have tokens is not known beforehand."""
         layouts = self.quantization_config.layers.values()
-        coded = any(layout.codes is not None for layout in layouts)
-        return not any(isinstance(layout, ExpertsLayout) for layout in layouts) and not (
-            coded and torch.cuda.is_available()
-        )
+        return not any(isinstance(layout, ExpertsLayout) for layout in layouts)
 
 
 def matching_layers(
