@@ -2,8 +2,8 @@
 
 The head is rounded as a layer is (`Rounding`), by the second moment of what it is given on the calibration
 text. Of an embedding rows are read, so that all its inputs count alike. Where both are one table, the head's
-second moment counts, and a tenth of its mean for every input: on two models with 4 bits that loses least,
-and much less than either alone (docs/values.md).
+second moment counts, and a tenth of its mean for every input: with 4 bits that loses least on the two models
+it was tried on (docs/values.md).
 """
 
 from collections.abc import Iterable, Iterator
