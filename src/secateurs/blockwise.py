@@ -6,9 +6,9 @@ family's masks or positions: the blocks' `forward` is replaced for a moment by o
 called with.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -276,28 +276,37 @@ class BlockwiseModel:
         tensors = self.checkpoint.load(sorted(stored))
         return {name: assemble(self.pieces[name], tensors) for name in outside}
 
-    @torch.no_grad()
-    def given_to_head(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """What the model's head multiplies by, (..., hidden), of each batch, whose states are what the last
-        block gave."""
-        head = self.model.get_output_embeddings()
+    @contextmanager
+    def to_head(self) -> Iterator[Callable[[Batch], Tensor | None]]:
+        """Materialise what is outside of the blocks, for a function that gives what the model's head
+        multiplies by, (..., hidden), for a batch whose states are what the last block gave. None if that
+        depends on the tokens, or on what other blocks gave, too."""
         given: list[Tensor] = []
 
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             given.append(args[0])
             raise _Enough
 
-        hook = head.register_forward_pre_hook(note)
+        def run(batch: Batch, others: Tensor, token: int) -> Tensor:
+            last, other = (RESULTS[self.anatomy.result](each) for each in (batch.states, others))
+            for block in self.blocks:
+                block.forward = lambda *args, **kwargs: other
+            self.blocks[-1].forward = lambda *args, **kwargs: last
+            ids = torch.full((len(batch.at), self.length), token, device=self.device)
+            with suppress(_Enough):
+                self.model(input_ids=ids, use_cache=False)
+            return given.pop()
+
+        @torch.no_grad()
+        def found(batch: Batch) -> Tensor | None:
+            batch = replace(batch, states=batch.states.to(self.device))
+            result = run(batch, batch.states, 0)
+            return result if torch.equal(result, run(batch, 1 - batch.states, 1)) else None
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
         try:
             with self._materialised(self._outside(beyond=True)):
-                for batch in batches:
-                    result = RESULTS[self.anatomy.result](batch.states.to(self.device))
-                    for block in self.blocks:
-                        block.forward = lambda *args, _result=result, **kwargs: _result
-                    ids = torch.zeros(len(batch.at), self.length, dtype=torch.long, device=self.device)
-                    with suppress(_Enough):
-                        self.model(input_ids=ids, use_cache=False)
-                    yield given.pop()
+                yield found
         finally:
             hook.remove()
             for block in self.blocks:

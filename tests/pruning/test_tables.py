@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_walk import linear_names
 from torch import Tensor
 
 import decoders
 import families
-from folders import bytes_of, save, tensors_of
-from secateurs import Report, Statistics, prune
+from folders import bytes_of, rewrite, save, tensors_of
+from secateurs import Report, Statistics, compress, prune
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.scales import read_scales
@@ -23,7 +24,7 @@ from secateurs.runtime.load import load_model
 from secateurs.values import Values
 
 GRID = Values(4, 32)
-TIED = ["smollm3", "gemma3_text", "opt", "cohere", "modernbert-decoder", "mistral3"]
+TIED = ["smollm3", "gemma3_text", "opt", "cohere", "mistral3"]
 
 
 def given_to_head(folder: Path, ids: Tensor) -> Tensor:
@@ -41,9 +42,7 @@ def solved(weight: Tensor, statistics: Statistics, damping: float) -> Tensor:
     return Rounding(GRID, damping=damping).solve(weight, statistics, every).weight
 
 
-@pytest.mark.parametrize(
-    "name", ["smollm3", "gemma3_text", "opt", "cohere", "modernbert-decoder", "mistral3"]
-)
+@pytest.mark.parametrize("name", ["smollm3", "gemma3_text", "opt", "cohere", "mistral3"])
 def test_one_table_is_rounded_by_what_the_head_is_given_and_a_tenth(name: str, tmp_path: Path) -> None:
     source, ids = decoders.save(name, tmp_path / "source"), decoders.tokens(6)
     text: dict[str, Any] = {"calibration": ids, "method": "wanda", "pattern": "50%", "device": "cpu"}
@@ -73,7 +72,7 @@ def test_two_tables_are_rounded_each_by_its_own(tmp_path: Path) -> None:
     changed = {key for key in out if not torch.equal(out[key], dense[key])}
     assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
     assert not report.layers
-    assert report.title == "its embedding rounded to 4 bits"
+    assert report.title == "model.embed_tokens and lm_head to 4 bits"
     statistics = {
         "model.embed_tokens.weight": Statistics.from_inputs(torch.eye(dense["lm_head.weight"].shape[1])),
         "lm_head.weight": Statistics.from_inputs(given_to_head(source, ids)),
@@ -137,6 +136,67 @@ def test_which_tables_there_are(name: str, tables: list[tuple[str, ...]], tmp_pa
         [(True, True)],
         [(True, False), (False, True)],
     )
+
+
+def test_what_the_files_do_not_hold_as_one_is_not_rounded_as_one(tmp_path: Path) -> None:
+    """transformers ties only what is equal."""
+    source = decoders.save("smollm3", tmp_path / "source")
+    tensors = tensors_of(source)
+    name, other = "model.embed_tokens.weight", "lm_head.weight"
+    rewrite(source, {**tensors, other: tensors[name].clone()})
+    settings: dict[str, Any] = {"method": "magnitude", "pattern": "50%", "device": "cpu"}
+    prune(source, output=tmp_path / "same", embedding="int8", **settings)
+    out = tensors_of(tmp_path / "same")
+    assert torch.equal(out[name], out[other])
+    assert not torch.equal(out[name], tensors[name])
+    done = compress(tmp_path / "same", tmp_path / "small")
+    assert done.coded == 1
+    assert other not in tensors_of(tmp_path / "small")
+    ids = decoders.tokens(2, 16)
+    with torch.no_grad():
+        wanted, given = (load_model(tmp_path / f)(input_ids=ids).logits for f in ("same", "small"))
+    assert (given - wanted).norm() < 0.02 * wanted.norm()
+    rewrite(source, {**tensors, other: torch.randn_like(tensors[name])})
+    with pytest.raises(
+        ValueError, match=r"\A[^\n]*cannot be packed|can be packed as codes: leave embedding out"
+    ):
+        prune(source, output=tmp_path / "other", embedding="int8", **settings)
+
+
+@pytest.mark.parametrize("name", ["ctrl", "mamba", "gemma4"])
+def test_what_cannot_be_packed_is_refused_before_the_work(name: str, tmp_path: Path) -> None:
+    """A head with a bias; a weight that is read for its dtype; rows of a weight read otherwise."""
+    source = decoders.save(name, tmp_path / "source")
+    with pytest.raises(ValueError, match=r"\A[^\n]*can be packed as codes: leave embedding out\Z"):
+        prune(source, output=tmp_path / "out", method="magnitude", embedding="int8")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_head_that_sees_more_than_the_last_block_is_rounded_like_rows(tmp_path: Path) -> None:
+    source, ids = decoders.save("inkling2_text", tmp_path / "source"), decoders.tokens(4)
+    report = prune(
+        source, output=tmp_path / "out", calibration=ids, method="wanda", embedding="int8", device="cpu"
+    )
+    assert [table.by_head for table in report.tables] == [False, False]
+    source = save(tmp_path / "llama", "llama")
+    report = prune(
+        source, output=tmp_path / "o", calibration=families.tokens(4), method="wanda", embedding="int8"
+    )
+    assert [table.by_head for table in report.tables] == [False, True]
+
+
+@pytest.mark.parametrize("first", ["values", "embedding"])
+def test_what_was_rounded_before_stays_so(first: str, tmp_path: Path) -> None:
+    source, text = save(tmp_path / "source", "llama"), families.tokens(4)
+    rounds = {"values": "int4", "embedding": "int8"}
+    second = (rounds.keys() - {first}).pop()
+    settings: dict[str, Any] = {"calibration": text, "method": "sparsegpt", "pattern": "0%"}
+    prune(source, output=tmp_path / "first", **{first: rounds[first]}, **settings)
+    prune(tmp_path / "first", output=tmp_path / "both", **{second: rounds[second]}, **settings)
+    before, after = read_scales(tmp_path / "first"), read_scales(tmp_path / "both")
+    assert len(after) == len(linear_names(source)) + 2
+    assert all(torch.equal(after[name][1], scales) for name, (_, scales) in before.items())
+    assert compress(tmp_path / "both", tmp_path / "small").coded == len(after)
 
 
 @pytest.mark.parametrize(

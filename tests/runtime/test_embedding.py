@@ -1,6 +1,7 @@
 """Embeddings whose tables are codes, and the heads that share them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import decoders
 import folders
 import secateurs
+from secateurs.checkpoint.scales import read_scales
 from secateurs.runtime.embedding import SparseEmbedding, is_table
 from secateurs.runtime.format import pack, row_offsets, unpack
 from secateurs.runtime.kernels import rows
@@ -53,8 +55,9 @@ def test_rows_are_those_of_the_whole(values: Values, columns: int, dtype: torch.
     assert torch.equal(rows(index, packed, offsets, layout), weight[index])
     assert torch.equal(unpack(packed, layout), weight)
     assert rows(index[:0], packed, offsets, layout).shape == (0, 7, columns)
-    with pytest.raises(IndexError):
-        rows(torch.tensor([50]), packed, offsets, layout)
+    for beyond in (50, -1):
+        with pytest.raises(IndexError):
+            rows(torch.tensor([beyond]), packed, offsets, layout)
 
 
 def test_the_operator_is_one_to_torch() -> None:
@@ -117,7 +120,7 @@ def test_it_is_as_long_as_the_codes(made: Any) -> None:
 def test_a_table_that_cannot_be_read_by_row_is_refused(change: str, made: Any, tmp_path: Path) -> None:
     small = made("gemma3_text")[1]
     weight = folders.tensors_of(made("gemma3_text")[0])["model.embed_tokens.weight"]
-    grid = secateurs.checkpoint.scales.read_scales(made("gemma3_text")[0])["model.embed_tokens.weight"]
+    grid = read_scales(made("gemma3_text")[0])["model.embed_tokens.weight"]
     packed, layout = pack(weight, grid, masked=True) if change == "mask" else pack(weight)
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -133,21 +136,19 @@ def test_a_table_that_cannot_be_read_by_row_is_refused(change: str, made: Any, t
 
 def test_a_table_stored_as_the_head_s_stays_dense(made: Any, tmp_path: Path) -> None:
     """transformers takes it for both; packed, it would have to be called the embedding's."""
-    rounded = made("opt")[0]
-    tensors = folders.tensors_of(rounded)
+    rounded = tmp_path / "rounded"
+    shutil.copytree(made("opt")[0], rounded)
+    tensors, scales = folders.tensors_of(rounded), read_scales(rounded)
     tensors["lm_head.weight"] = tensors.pop("model.decoder.embed_tokens.weight")
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in rounded.iterdir():
-        if file.is_file():
-            (other / file.name).write_bytes(file.read_bytes())
-    folders.rewrite(other, tensors)
-    secateurs.prune(other, output=tmp_path / "half", method="magnitude", pattern="50%", embedding="int8")
-    done = secateurs.compress(tmp_path / "half", tmp_path / "s")
-    assert done.layers == 12
-    assert "lm_head.weight" in folders.tensors_of(tmp_path / "s")
-    assert torch.equal(logits(tmp_path / "half"), logits(tmp_path / "half"))
-    wanted, given = logits(tmp_path / "half"), logits(tmp_path / "s")
+    for name in [name for name in tensors if "fc1.weight" in name]:
+        tensors[name][:, ::2] = 0
+    folders.rewrite(rounded, tensors)
+    assert scales
+    done = secateurs.compress(rounded, tmp_path / "s")
+    assert (done.layers, done.coded) == (2, 0)
+    assert "rounded too and cannot be packed: 'model.decoder.embed_tokens.weight'" in str(done)
+    assert torch.equal(folders.tensors_of(tmp_path / "s")["lm_head.weight"], tensors["lm_head.weight"])
+    wanted, given = logits(rounded), logits(tmp_path / "s")
     assert (given - wanted).norm() < 0.02 * wanted.norm()
 
 
@@ -160,7 +161,12 @@ def test_which_modules_are_tables() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
+    class Direct(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.Embedding.forward(self, input)
+
     assert is_table(nn.Embedding(4, 2))
+    assert not is_table(Direct(4, 2))
     assert is_table(Doubled(4, 2))
     assert not is_table(Normed(4, 2))
     assert not is_table(nn.Embedding(4, 2, max_norm=1.0))

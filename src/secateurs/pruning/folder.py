@@ -25,7 +25,7 @@ from secateurs.blockwise import BlockwiseModel
 from secateurs.calibration.sequences import CalibrationText, sha256_of
 from secateurs.checkpoint import RECORD, check_output, copy_companions, read_json, write_json
 from secateurs.checkpoint.card import write_card
-from secateurs.checkpoint.scales import write_scales
+from secateurs.checkpoint.scales import read_scales, write_scales
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.checkpoint.writing import write_tensors
 from secateurs.pattern import parse_pattern
@@ -290,8 +290,12 @@ class WorkFolder:
         return [path for path in (self._choice, self._tables) if path.exists()]
 
     def _write_scales(self) -> None:
-        """All that there are, in one file."""
-        scales = {}
+        """All that there are, in one file: also those that the model had, of what is as it was."""
+        scales = {
+            name: scale
+            for name, scale in read_scales(self.checkpoint.folder).items()
+            if name in self.blockwise.pieces and self._is_as_it_was(name)
+        }
         if "values" in self.settings:
             values = Values(**self.settings["values"])
             for index in range(len(self.parts) - 1):
@@ -303,6 +307,12 @@ class WorkFolder:
             scales |= {name: (values, tensor) for name, tensor in load_file(self._table_scales).items()}
         if scales:
             write_scales(self.model, scales)
+
+    def _is_as_it_was(self, parameter: str) -> bool:
+        stored = {piece.stored for piece in self.blockwise.pieces[parameter]}
+        return all(
+            torch.equal(self.checkpoint.load([name])[name], self.shards.read([name])[name]) for name in stored
+        )
 
     def release(self, folder: Path) -> Report:
         """Turn a complete folder into the output."""

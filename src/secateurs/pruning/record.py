@@ -103,6 +103,8 @@ class TableReport:
     error: float
     """Squared error of what it gives on the calibration text, or of its weights if it is but read by row,
     relative to the energy."""
+    by_head: bool
+    """Whether what the head is given on the calibration text counted."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class Report:
             if self.values:
                 facts.append(("Of rounding alone", f"{self.rounding:.4f}"))
         if self.tables:
-            facts.append(("Embedding and head", str(Values(**settings["embedding"]))))
+            facts.append((f"Also {self.tabled}", str(Values(**settings["embedding"]))))
         if self.dense and self.layers:
             names = ", ".join(sorted({name.removesuffix(".weight") for name in self.dense}))
             facts.append(("Left dense", names))
@@ -213,8 +215,8 @@ class Report:
             parts.append(f"pruned to {self.sparsity:.0%} zeros")
         if self.values:
             parts.append(f"rounded to {self.values.bits} bits")
-        elif self.tables:
-            parts.append(f"its embedding rounded to {self.settings['embedding']['bits']} bits")
+        if self.tables:
+            parts.append(f"{self.tabled} to {self.settings['embedding']['bits']} bits")
         return ", ".join(parts)
 
     @property
@@ -227,6 +229,12 @@ class Report:
     def values(self) -> Values | None:
         """What weights were rounded to, if they were."""
         return Values(**self.settings["values"]) if "values" in self.settings else None
+
+    @property
+    def tabled(self) -> str:
+        """Which of the embedding and the head were rounded, by their names in the model."""
+        names = [name.removesuffix(".weight") for table in self.tables for name in table.parameters]
+        return " and ".join(names)
 
     @property
     def kept_experts(self) -> str:

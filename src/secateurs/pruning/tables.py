@@ -6,19 +6,21 @@ second moment counts, and a tenth of its mean for every input: with 4 bits that 
 it was tried on (docs/values.md).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateurs.blockwise import Batch, BlockwiseModel
+from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.pieces import assemble, take_apart
 from secateurs.pattern import Mask
 from secateurs.pruning.record import TableReport
 from secateurs.pruning.solvers.rounding import Rounding
 from secateurs.pruning.solvers.solver import rounded
 from secateurs.pruning.solvers.statistics import Statistics
+from secateurs.runtime.packable import Packable, packables, read_elsewhere
 from secateurs.values import Values
 
 SHARED = 0.1
@@ -55,27 +57,43 @@ class RoundedTable:
 
 
 def tables_of(model: BlockwiseModel) -> list[Table]:
-    """The embedding and the head, as one if they are tied.
+    """The embedding and the head, as one if they are tied; of these what `compress` can pack.
 
     Raises:
-        ValueError: the embedding is no table that can be rounded.
+        ValueError: that is neither.
     """
-    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
-    names = {id(module): f"{path}.weight" for path, module in model.model.named_modules()}
-    if not isinstance(embedding, nn.Embedding) or names[id(embedding)] not in model.pieces:
+    skeleton = skeleton_of(model.checkpoint)
+    elsewhere = read_elsewhere(skeleton)
+    known = {
+        name: one
+        for name, one in packables(skeleton).items()
+        if elsewhere.isdisjoint((name, *one.heads)) and _one(model, one)
+    }
+    paths = {id(module): path for path, module in skeleton.named_modules()}
+    head = paths.get(id(skeleton.get_output_embeddings()), "")
+    tables = []
+    for name, one in known.items():
+        if one.by_row:
+            heads = tuple(f"{each}.weight" for each in one.heads)
+            tables.append(Table((one.parameter, *heads), read=True, multiplied=head in one.heads))
+        elif name == head:
+            tables.append(Table((one.parameter,), read=False, multiplied=True))
+    if not tables:
         raise ValueError(
-            f"the embedding of '{model.checkpoint.folder}' is a {type(embedding).__name__}, which cannot be "
-            "rounded: leave embedding out"
+            f"neither the embedding of '{model.checkpoint.folder}' nor its head can be packed as codes: "
+            "leave embedding out"
         )
-    first = names[id(embedding)]
-    last = names[id(head)] if isinstance(head, nn.Linear) else None
-    ties = model.model.all_tied_weights_keys
-    if last in (None, first) or last not in model.pieces:
-        return [Table((first,), read=True, multiplied=False)]
-    assert last is not None
-    if ties.get(last) == first or ties.get(first) == last:
-        return [Table((first, last), read=True, multiplied=True)]
-    return [Table((first,), read=True, multiplied=False), Table((last,), read=False, multiplied=True)]
+    return sorted(tables, key=lambda table: not table.read)
+
+
+def _one(model: BlockwiseModel, table: Packable) -> bool:
+    """Whether all that is to share a table is the same in the files: transformers does not tie others."""
+    names = (table.parameter, *(f"{head}.weight" for head in table.heads))
+    stored = {piece.stored for name in names for piece in model.pieces.get(name, ())}
+    if len(stored) == 1:
+        return True
+    first, *others = model.checkpoint.load(sorted(stored)).values()
+    return all(torch.equal(first, other) for other in others)
 
 
 def round_tables(model: BlockwiseModel, values: Values, states: list[Batch]) -> Iterator[RoundedTable]:
@@ -92,30 +110,36 @@ def round_tables(model: BlockwiseModel, values: Values, states: list[Batch]) -> 
     """
     for table in tables_of(model):
         pieces = model.pieces[table.parameters[0]]
-        stored = model.checkpoint.load(sorted({piece.stored for piece in pieces}))
-        weight = assemble(pieces, stored)
-        if table.multiplied and states:
-            statistics = _second_moment(model.given_to_head(states), weight.shape[1], model.device)
-        else:
-            statistics = Statistics.from_inputs(torch.eye(weight.shape[1], device=model.device))
+        weight = assemble(pieces, model.checkpoint.load(sorted({piece.stored for piece in pieces})))
+        given = _second_moment(model, states, weight.shape[1]) if table.multiplied and states else None
+        statistics = given or Statistics.from_inputs(torch.eye(weight.shape[1], device=model.device))
         solver = Rounding(values, damping=SHARED) if table.read and table.multiplied else Rounding(values)
-        try:
-            parts = [_solved(solver, part.to(model.device), statistics) for part in weight.split(ROWS)]
-        except FloatingPointError as error:
-            raise FloatingPointError(f"'{table.parameters[0]}': {error}") from None
+        parts, lost, energy = [], 0.0, 0.0
+        for part in weight.split(ROWS):
+            dense = part.to(model.device)
+            try:
+                parts.append(_solved(solver, dense, statistics))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"'{table.parameters[0]}': {error}") from None
+            lost += statistics.energy(dense.float() - parts[-1][0].float())
+            energy += statistics.energy(dense)
         new, scales = (torch.cat([part[i].cpu() for part in parts]) for i in (0, 1))
         tensors: dict[str, Tensor] = {}
         for name in table.parameters:
             take_apart(new, model.pieces[name], tensors)
-        lost = statistics.error(weight.to(model.device), new.to(model.device))
-        report = TableReport(list(table.parameters), lost)
+        report = TableReport(list(table.parameters), max(lost, 0.0) / energy if energy else 0.0, bool(given))
         yield RoundedTable(report, tensors, scales)
 
 
-def _second_moment(inputs: Iterable[Tensor], width: int, device: torch.device) -> Statistics:
-    statistics = Statistics(width, device=device)
-    for given in inputs:
-        statistics.update(given)
+def _second_moment(model: BlockwiseModel, states: list[Batch], width: int) -> Statistics | None:
+    """Of what the head is given; None if the last block does not say what that is."""
+    statistics = Statistics(width, device=model.device)
+    with model.to_head() as to_head:
+        for batch in states:
+            given = to_head(batch)
+            if given is None:
+                return None
+            statistics.update(given)
     return statistics
 
 

@@ -45,7 +45,8 @@ def is_table(module: nn.Module) -> bool:
         return False
     forward = type(module).forward
     names = set(forward.__code__.co_names)
-    return forward is nn.Embedding.forward or "weight" not in names or names == SCALED
+    by_super = "super" in names and "weight" not in names
+    return forward is nn.Embedding.forward or by_super or names == SCALED
 
 
 def hold_table(module: nn.Embedding, layout: Layout) -> SparseEmbedding:
@@ -60,12 +61,11 @@ def hold_table(module: nn.Embedding, layout: Layout) -> SparseEmbedding:
     held: Any = module
     dtype, kind = module.weight.dtype, type(module)
     if kind is nn.Embedding:
-        bases: tuple[type, ...] = (SparseEmbedding,)
-    elif "weight" in kind.forward.__code__.co_names:
-        bases = (ScaledSparseEmbedding, kind)
-    else:  # its `super().forward` becomes the packed one's
-        bases = (kind, SparseEmbedding)
-    held.__class__ = type(f"Sparse{kind.__name__}", bases, {})
+        held.__class__ = SparseEmbedding
+    else:  # where it does not read the weight itself, its `super().forward` becomes the packed one's
+        reads = "weight" in kind.forward.__code__.co_names
+        bases = (ScaledSparseEmbedding, kind) if reads else (kind, SparseEmbedding)
+        held.__class__ = type(f"Sparse{kind.__name__}", bases, {})
     del held.weight
     held.hold(layout)
     held.dtype = dtype

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from secateurs.runtime.codes import pack_codes, row_bytes, unpack_codes, word_counts
+from secateurs.runtime.codes import pack_codes, row_bytes, row_slices, unpack_codes, word_counts
 from secateurs.runtime.layout import (
     DTYPES,
     MOST_WEIGHTS,
@@ -71,13 +71,16 @@ def layout_of(weight: torch.Tensor, grid: Grid | None = None, *, masked: bool | 
     if grid is None:
         return layout
     values, scales = grid
-    kept = weight != 0
-    missed = values.decode(values.encode(weight, scales), scales).to(weight.dtype) != weight
-    if (missed & kept).any():
-        return layout
-    size = int(row_bytes(word_counts(_filled(kept, value=False)), values).sum())
+    size, zeros_missed = 0, False
+    for some in row_slices(rows, columns):
+        part, kept = weight[some], weight[some] != 0
+        missed = values.decode(values.encode(part, scales[some]), scales[some]).to(weight.dtype) != part
+        if (missed & kept).any():
+            return layout
+        zeros_missed |= bool(missed.any())
+        size += int(row_bytes(word_counts(_filled(kept, value=False)), values).sum())
     behind_mask = replace(layout, codes=Codes(values, True, size))
-    if missed.any():  # a zero that is no level
+    if zeros_missed:  # a zero that is no level
         return layout if masked is False else behind_mask
     size = bytes_of_all(layout, values)
     of_all = Layout(rows, columns, rows * columns, weight.dtype, Codes(values, False, size))
@@ -120,7 +123,8 @@ def _pack(weight: torch.Tensor, layout: Layout, scales: torch.Tensor | None) -> 
         return packed
     assert scales is not None
     values, scales = layout.codes.values, scales.cpu().bfloat16().contiguous()
-    codes = _filled(values.encode(weight, scales), value=0)
+    some = row_slices(*weight.shape)
+    codes = _filled(torch.cat([values.encode(weight[each], scales[each]) for each in some]), value=0)
     wanted = _filled(kept, value=False) if layout.masked else torch.ones_like(codes, dtype=torch.bool)
     packed[begin:end] = pack_codes(codes, wanted, values)
     packed[end : end + layout.scale_bytes] = scales.view(torch.uint8).flatten()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateurs.runtime.cpu import DTYPE_CODES, cpu_kernels
-from secateurs.runtime.format import codes_of, scales_of, unpack
+from secateurs.runtime.format import unpack
 from secateurs.runtime.layout import TAIL_BYTES, Codes, Layout
 from secateurs.values import Values
 
@@ -128,15 +128,13 @@ def _rows(
 ) -> Tensor:
     layout = _layout(weight, offsets, columns, dtype, *form)
     assert layout.codes is not None
-    table, scales = codes_of(weight, layout).view(layout.rows, -1), scales_of(weight, layout)
+    codes, scales, tail = weight.split([layout.value_bytes, layout.scale_bytes, TAIL_BYTES])
     found = []
     for some in index.flatten().split(ROWS_AT_ONCE):
-        codes = table[some]
-        part = replace(layout, rows=len(some), codes=replace(layout.codes, bytes=codes.numel()))
-        ends = torch.arange(len(some) + 1, dtype=torch.int32, device=weight.device) * table.shape[1]
-        packed = torch.cat(
-            [codes.flatten(), scales[some].view(torch.uint8).flatten(), weight.new_zeros(TAIL_BYTES)]
-        )
+        parts = [each.view(layout.rows, -1).index_select(0, some) for each in (codes, scales)]
+        part = replace(layout, rows=len(some), codes=replace(layout.codes, bytes=parts[0].numel()))
+        ends = torch.arange(len(some) + 1, dtype=torch.int32, device=weight.device) * parts[0].shape[1]
+        packed = torch.cat([parts[0].flatten(), parts[1].flatten(), tail])
         found.append(expand(packed, ends, part, 0, part.rows))
     return torch.cat(found).view(*index.shape, columns)
 

@@ -203,9 +203,12 @@ def read_elsewhere(model: PreTrainedModel) -> set[str]:
     for kind in kinds:
         kind.__getattr__ = spy
     try:
+        width = getattr(model.config.get_text_config(decoder=True), "hidden_size", 1)
+        given = torch.ones(1, 8, width, dtype=model.dtype, device="meta")
         for mask in (None, torch.ones_like(tokens)):  # without one some look for padding in the tokens
-            with torch.no_grad(), suppress(Exception), quiet():
-                model(input_ids=tokens, attention_mask=mask)
+            for inputs in ({"input_ids": tokens}, {"inputs_embeds": given}):
+                with torch.no_grad(), suppress(Exception), quiet():
+                    model(**inputs, attention_mask=mask)
     finally:
         for kind in kinds:
             del kind.__getattr__

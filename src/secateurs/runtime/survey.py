@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -33,7 +34,8 @@ class Survey(NamedTuple):
     outside: dict[str, int]
     """Matrices of experts that cannot be packed, by the class that keeps them."""
     unpacked: dict[str, float]
-    """Shares of the bytes of other parameters that have zeros enough, if together they are notable."""
+    """Shares of the bytes of other parameters that have zeros enough or were rounded, if together they are
+    notable."""
     moved: list[str]
     """Parameters that are not on the grid any more that they were rounded to."""
 
@@ -91,7 +93,7 @@ def survey(
             not packable
             or not elsewhere.isdisjoint((name, *packable.heads))
             or not _apart(pieces, experts=isinstance(layout, ExpertsLayout))
-            or (by_row and not _shared(packable, parameters, skeleton))
+            or (by_row and not _stored_as_one(packable, parameters, skeleton))
         ):
             if worth:
                 others[parameter] = layout
@@ -116,7 +118,8 @@ def survey(
             largest = max(unpacked, key=lambda each: unpacked[each])
             kind = type(skeleton.get_submodule(largest.rpartition(".")[0])).__name__
             zeros = f"{others[largest].sparsity:.1%} zeros"
-            found = f"'{largest}' has {zeros}, but what {kind} keeps cannot be packed"
+            has = f"has {zeros}" if others[largest].codes is None else "was rounded"
+            found = f"'{largest}' {has}, but what {kind} keeps cannot be packed"
         raise ValueError(f"nothing in '{checkpoint.folder}' is worth compressing: {found}")
     return Survey(layouts, renamed, _outside(skeleton, parameters), unpacked, moved)
 
@@ -143,11 +146,16 @@ def _fits(grid: Grid, matrices: Tensor) -> bool:
     return tuple(scales.shape) == (*outer, values.groups(columns))
 
 
-def _shared(table: Packable, parameters: Parameters, skeleton: PreTrainedModel) -> bool:
-    """Whether an embedding and the heads that share its table are stored once, and as the embedding's."""
-    names = (table.parameter, *(f"{head}.weight" for head in table.heads))
-    stored = {piece.stored for name in names for piece in parameters.pieces[name]}
-    return len(stored) == 1 and table.parameter in own_names(stored, skeleton).values()
+def _stored_as_one(table: Packable, parameters: Parameters, skeleton: PreTrainedModel) -> bool:
+    """Whether an embedding and the heads that share its table are the same in the files, and stored as the
+    embedding's."""
+    heads = [f"{head}.weight" for head in table.heads]
+    own = {piece.stored for piece in parameters.pieces[table.parameter]}
+    others = {piece.stored for head in heads for piece in parameters.pieces[head]} - own
+    if table.parameter not in own_names(own, skeleton).values():
+        return False
+    weight = parameters.read(table.parameter) if others else None
+    return weight is None or all(torch.equal(weight, parameters.read(head)) for head in heads)
 
 
 def _apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:
@@ -163,13 +171,13 @@ def _notable(
     skeleton: PreTrainedModel,
     parameters: Parameters,
 ) -> dict[str, float]:
-    """Shares of the bytes. Embeddings do not count: they have zeros for tokens that there are not."""
+    """Shares of the bytes. Zeros of embeddings do not count: there are some for tokens that there are not."""
     shares: dict[str, float] = {}
     seen = set()
     for name, layout in others.items():
         stored = parameters.pieces[name][0].stored  # tied weights once
         embedding = isinstance(skeleton.get_submodule(name.rpartition(".")[0]), nn.Embedding)
-        if not embedding and stored not in seen:
+        if (layout.codes is not None or not embedding) and stored not in seen:
             shares[name] = layout.dense_bytes / checkpoint.tensor_bytes
         seen.add(stored)
     return shares if sum(shares.values()) >= NOTABLE else {}
