@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -18,7 +19,9 @@ from secateurs.pruning.solvers import sweep_triton
 from secateurs.runtime import gpu
 
 NAMES = {float32: "fp32", float16: "fp16", bfloat16: "bf16"}
-PACKED = {"mask": "*i32", "offsets": "*i32", "rows": "i32", "columns": "i32", "row_words": "i32"}
+PACKED = {"mask": "*i32", "offsets": "*i32", "scales": "*u8", "rows": "i32", "columns": "i32"}
+GRIDS = [(0, True), (8, True), (4, True), (4, False), (3, True), (2, False)]
+"""Bits, and whether there is a mask."""
 
 
 def compiled(kernel, pointers, constants, capability, warps=4):
@@ -30,7 +33,7 @@ def compiled(kernel, pointers, constants, capability, warps=4):
     aligned = {
         (number,): [["tt.divisibility", 16]]
         for number, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in ("rows", "columns", "row_words", "outputs")
+        if kind.startswith("*") or name in ("rows", "columns", "outputs")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -42,16 +45,22 @@ def of_a_tile(tile):
 
 def kernels(capability):
     """Every kernel as it is launched: its name, and what was compiled."""
-    for factor, name in NAMES.items():
-        data = dict.fromkeys(("x", "values", "bias", "y"), f"*{name}")
+    for (factor, name), (bits, masked) in product(NAMES.items(), GRIDS):
+        if bits and factor != bfloat16:  # they differ in how a weight is rounded at last
+            continue
+        form = {"BITS": bits, "GROUP": 64, "LOWEST": -8, "STEP": 1, "MASKED": masked, "DTYPE": factor}
+        values = {"values": "*u8" if bits else f"*{name}"}
+        kind = f"{name}, {bits} bits{'' if masked else ' without a mask'}" if bits else name
+        data = dict.fromkeys(("x", "bias", "y"), f"*{name}") | values
         together = gpu.TOGETHER_FLOAT32 if factor == float32 else gpu.TOGETHER
         for tokens, tile in ((1, gpu.ALONE), (16, together)):
-            constants = {"HAS_BIAS": True, "FACTOR": factor, "TOKENS": tokens} | of_a_tile(tile)
+            constants = {"HAS_BIAS": True, "FACTOR": factor, "TOKENS": tokens} | form | of_a_tile(tile)
             made = compiled(gpu._linear_kernel, data, constants, capability, tile.warps)
-            yield f"linear, {tokens} tokens, {name}", made
-        data = dict.fromkeys(("values", "dense"), f"*{name}")
-        made = compiled(gpu._expand_kernel, data, of_a_tile(gpu.EXPANSION), capability, gpu.EXPANSION.warps)
-        yield f"expand, {name}", made
+            yield f"linear, {tokens} tokens, {kind}", made
+        data = {"dense": f"*{name}"} | values
+        constants = form | of_a_tile(gpu.EXPANSION)
+        made = compiled(gpu._expand_kernel, data, constants, capability, gpu.EXPANSION.warps)
+        yield f"expand, {kind}", made
     for m in (0, 4):
         data = dict.fromkeys(("weight", "inverse", "keep"), "*fp32")
         constants = {"M": m, "WIDTH": 128, "ROWS": sweep_triton.TILE // 128}

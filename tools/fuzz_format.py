@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from secateurs.checkpoint.scales import write_scales
 from secateurs.runtime.convert import compress
+from secateurs.runtime.embedding import SparseEmbedding
 from secateurs.runtime.experts import SparseExperts
 from secateurs.runtime.layout import Layout
 from secateurs.runtime.linear import SparseLinear
@@ -85,13 +86,14 @@ def small_model(folder: Path, kind: str) -> None:
 
 
 def rounded(model: PreTrainedModel) -> Iterator[tuple[str, tuple[Values, torch.Tensor]]]:
-    """Puts the weights of linear layers on grids, in place; one matrix without zeros."""
-    weights = {name: weight for name, weight in model.named_parameters() if "proj" in name}
+    """Puts the embedding and the weights of linear layers on grids, in place; two of them without zeros."""
+    weights = {name: p for name, p in model.named_parameters() if "proj" in name or "embed" in name}
     for (name, weight), values in zip(weights.items(), cycle(GRIDS), strict=False):
         rows, columns = weight.shape
         scales = torch.randn(rows, values.groups(columns)).bfloat16()
         codes = torch.randint(0, 2**values.bits, weight.shape, dtype=torch.uint8)
-        kept = weight.data != 0 if "up_proj" not in name else torch.ones_like(weight, dtype=torch.bool)
+        whole = "up_proj" in name or "embed" in name
+        kept = torch.ones_like(weight, dtype=torch.bool) if whole else weight.data != 0
         weight.data = values.decode(codes, scales).mul_(kept).add_(0.0).bfloat16()
         yield name, (values, scales)
 
@@ -227,7 +229,11 @@ def outcome(folder: Path) -> str:
     file = load_file(folder / "model.safetensors")
     for name, module in model.named_modules():
         products: list[tuple[Layout, int, Callable[[torch.Tensor], torch.Tensor]]] = []
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseEmbedding):
+            weight, _ = plain_weight(file[f"{name}.weight"].numpy(), module.layout)
+            found, wanted = module(torch.arange(len(weight))), weight.to(module.layout.dtype).to(module.dtype)
+            assert torch.equal(found.nan_to_num(), wanted.nan_to_num()), f"'{name}' is read wrongly"
+        elif isinstance(module, SparseLinear) and f"{name}.weight" in file:
             products = [(module.layout, 0, module)]
         elif isinstance(module, SparseExperts):
             begin = 0

@@ -6,9 +6,9 @@ family's masks or positions: the blocks' `forward` is replaced for a moment by o
 called with.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -209,14 +209,15 @@ class BlockwiseModel:
             return torch.float32
         return self.dtype if isinstance(present, nn.Parameter) else present.dtype
 
+    def _owner(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
     def _get(self, name: str) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
-        tensor: Tensor = getattr(self.model.get_submodule(owner), leaf)
+        tensor: Tensor = getattr(self._owner(name), name.rpartition(".")[2])
         return tensor
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
+        module, leaf = self._owner(name), name.rpartition(".")[2]
         setattr(
             module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor
         )
@@ -238,16 +239,8 @@ class BlockwiseModel:
             UnsupportedArchitectureError: with more sequences the blocks' arguments take shapes in which they
                 cannot be put together.
         """
-        outside = [
-            name
-            for name in self.pieces
-            if name.startswith(self._prefix) and not name.startswith(f"{self.path}.")
-        ]
-        stored = {piece.stored for name in outside for piece in self.pieces[name]}
-        tensors = self.checkpoint.load(sorted(stored))
         batches: list[Batch] = []
-        with self._materialised({name: assemble(self.pieces[name], tensors) for name in outside}):
-            del tensors
+        with self._materialised(self._outside()):
             self._calls, self.head = self._calls_for(tokens), None
             self.length = tokens.shape[1]
             if head is not None and head < tokens.shape[1]:
@@ -261,6 +254,64 @@ class BlockwiseModel:
                 batches.append(Batch(states, range(first, first + len(ids)), axis))
                 first += len(ids)
         return batches
+
+    def _outside(self, *, beyond: bool = False) -> dict[str, Tensor]:
+        """What the decoder holds outside of its blocks, as it is stored.
+
+        Args:
+            beyond: also what comes after it, but for the head.
+        """
+        head = self.model.get_output_embeddings() if beyond else None
+        others = f"{self.model.base_model_prefix}."
+        outside = [
+            name
+            for name in self.pieces
+            if not name.startswith(f"{self.path}.")
+            and (
+                name.startswith(self._prefix)
+                or (beyond and not name.startswith(others) and self._owner(name) is not head)
+            )
+        ]
+        stored = {piece.stored for name in outside for piece in self.pieces[name]}
+        tensors = self.checkpoint.load(sorted(stored))
+        return {name: assemble(self.pieces[name], tensors) for name in outside}
+
+    @contextmanager
+    def to_head(self) -> Iterator[Callable[[Batch], Tensor | None]]:
+        """Materialise what is outside of the blocks, for a function that gives what the model's head
+        multiplies by, (..., hidden), for a batch whose states are what the last block gave. None if that
+        depends on the tokens, or on what other blocks gave, too."""
+        given: list[Tensor] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            given.append(args[0])
+            raise _Enough
+
+        def run(batch: Batch, others: Tensor, token: int) -> Tensor:
+            last, other = (RESULTS[self.anatomy.result](each) for each in (batch.states, others))
+            for block in self.blocks:
+                block.forward = lambda *args, **kwargs: other
+            self.blocks[-1].forward = lambda *args, **kwargs: last
+            ids = torch.full((len(batch.at), self.length), token, device=self.device)
+            with suppress(_Enough):
+                self.model(input_ids=ids, use_cache=False)
+            return given.pop()
+
+        @torch.no_grad()
+        def found(batch: Batch) -> Tensor | None:
+            batch = replace(batch, states=batch.states.to(self.device))
+            result = run(batch, batch.states, 0)
+            return result if torch.equal(result, run(batch, 1 - batch.states, 1)) else None
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
+        try:
+            with self._materialised(self._outside(beyond=True)):
+                yield found
+        finally:
+            hook.remove()
+            for block in self.blocks:
+                with suppress(AttributeError):
+                    del block.forward
 
     def _head(self, tokens: Tensor, length: int) -> "Head | None":
         whole, head = (self._note(ids, blocks=1)[0][0][0].shape for ids in (tokens[:1], tokens[:1, :length]))

@@ -70,6 +70,8 @@ def _prune(model: str, settings: PruneSettings) -> None:
         ]
         if report.values:
             parts.append(f"of rounding to int{report.values.bits} {report.rounding:.4f}")
+    if report.tables:
+        parts.append(f"{report.tabled} in int{report.settings['embedding']['bits']}")
     print(f"{report.output}: {', '.join(parts)}, {report.seconds:.1f} s")
     if not report.layers:
         return

@@ -209,7 +209,7 @@ def test_experts_that_cannot_be_packed_are_counted_and_named(
     assert done.experts == 0
     assert done.outside == {kind: count}
     assert f"{count + 1} left dense ({count} of {kind} cannot be packed)" in str(done)
-    assert "have zeros too and cannot be packed: " in str(done)
+    assert "are pruned or rounded too and cannot be packed: " in str(done)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     torch.testing.assert_close(logits(small), logits(model), rtol=0, atol=1e-4)
     pruned(CONFIGS[name], only="experts").save_pretrained(tmp_path / "only")

@@ -8,7 +8,8 @@ from small_models import DTYPES, logits, pruned, save, sparse
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateurs.runtime.convert import compress
-from secateurs.runtime.format import mask_of, pack, row_offsets, values_of
+from secateurs.runtime.format import mask_of, pack, row_offsets
+from secateurs.values import Values
 
 pytest.importorskip("triton")
 from secateurs.runtime import gpu, semi_structured
@@ -43,10 +44,9 @@ def test_triton_products_and_expansion(
     packed, layout = pack(weight)
     offsets = row_offsets("w", packed, layout).to(DEVICE)
     packed = packed.to(DEVICE)
-    mask, values = mask_of(packed, layout), values_of(packed, layout)
     x = torch.randn(tokens, columns).to(x_dtype)
     bias = torch.randn(rows).to(x_dtype) if has_bias else None
-    y = gpu.linear(x.to(DEVICE), mask, values, offsets, None if bias is None else bias.to(DEVICE)).cpu()
+    y = gpu.linear(x.to(DEVICE), packed, offsets, None if bias is None else bias.to(DEVICE), layout).cpu()
     exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
@@ -54,7 +54,48 @@ def test_triton_products_and_expansion(
     assert y.dtype == x_dtype
     assert ((y.double() - exact).abs() <= tolerance).all()
     first = rows // 2
-    assert torch.equal(gpu.expand(mask, values, offsets, columns, first, rows).cpu(), weight[first:])
+    assert torch.equal(gpu.expand(packed, offsets, layout, first, rows).cpu(), weight[first:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 24),
+    st.integers(1, 600),
+    st.integers(1, 16),
+    st.sampled_from(["none", 0.0, 0.5, 0.9, 1.0]),
+    st.sampled_from(
+        [Values(8, 128), Values(4, 32), Values(4, 128, "half"), Values(3), Values(2, 32, "half")]
+    ),
+    st.sampled_from(DTYPES),
+    st.sampled_from(DTYPES),
+)
+def test_triton_products_with_codes(
+    rows: int,
+    columns: int,
+    tokens: int,
+    sparsity: float | str,
+    values: Values,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+) -> None:
+    codes = torch.randint(2**values.bits, (rows, columns)).to(torch.uint8)
+    scales = torch.randn(rows, values.groups(columns)).bfloat16()
+    kept = torch.rand(rows, columns) >= (0.0 if isinstance(sparsity, str) else sparsity)
+    weight = (values.decode(codes, scales) * kept + 0.0).to(dtype)
+    packed, layout = pack(weight, (values, scales), masked=sparsity != "none")
+    assert layout.codes is not None
+    offsets, packed = row_offsets("w", packed, layout).to(DEVICE), packed.to(DEVICE)
+    found = gpu.expand(packed, offsets, layout, 0, rows).cpu()
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        assert ((found - weight).double().abs() <= ROUNDING[dtype] * weight.double().abs()).all()
+    else:
+        assert torch.equal(found, weight)
+    first = rows // 2
+    assert torch.equal(gpu.expand(packed, offsets, layout, first, rows).cpu(), found[first:])
+    x = torch.randn(tokens, columns).to(x_dtype)
+    y = gpu.linear(x.to(DEVICE), packed, offsets, None, layout).cpu()
+    exact, size = x.double() @ found.double().T, x.double().abs() @ found.double().abs().T
+    assert ((y.double() - exact).abs() <= ROUNDING[x_dtype] * exact.abs() + 2.0**-20 * size + 2.0**-24).all()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -25,12 +25,13 @@ from secateurs.blockwise import BlockwiseModel
 from secateurs.calibration.sequences import CalibrationText, sha256_of
 from secateurs.checkpoint import RECORD, check_output, copy_companions, read_json, write_json
 from secateurs.checkpoint.card import write_card
-from secateurs.checkpoint.scales import write_scales
+from secateurs.checkpoint.scales import read_scales, write_scales
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.checkpoint.writing import write_tensors
 from secateurs.pattern import parse_pattern
 from secateurs.pruning.allocation.survey import Patterns
 from secateurs.pruning.record import BlockReport, ChoiceReport, Report
+from secateurs.pruning.tables import RoundedTable
 from secateurs.values import Values
 from secateurs.version import __version__
 
@@ -175,6 +176,30 @@ class WorkFolder:
             write_json(self._choice, {"choice": [asdict(block) for block in choose()]})
         return [ChoiceReport(**block) for block in read_json(self._choice)["choice"]]
 
+    def tables(self, rounded: Callable[[], Iterable[RoundedTable]]) -> None:
+        """The embedding and the head, rounded once: their weights and scales first, then what makes them
+        count."""
+        reports, scales = [], {}
+        for table in rounded():
+            self.shards.write(table.tensors.items())
+            scales[table.report.parameters[0]] = table.scales
+            reports.append(asdict(table.report))
+        write_tensors(self._table_scales, scales)
+        write_json(self._tables, {"tables": reports})
+
+    @property
+    def rounds_tables(self) -> bool:
+        """Whether the embedding and the head are still to be rounded."""
+        return "embedding" in self.settings and not self._tables.exists()
+
+    @property
+    def _tables(self) -> Path:
+        return self.progress / "tables.json"
+
+    @property
+    def _table_scales(self) -> Path:
+        return self.progress / "scales-tables.safetensors"
+
     @property
     def _choice(self) -> Path:
         return self.progress / "choice.json"
@@ -231,8 +256,7 @@ class WorkFolder:
             for name in written:
                 write_json(self.model / name, self.checkpoint.config)
             self.shards.finish()
-            if "values" in self.settings:
-                self._write_scales()
+            self._write_scales()
         blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
         counted = [self.phases, *(block["phases"] for block in blocks)]
         record = {
@@ -247,7 +271,7 @@ class WorkFolder:
                 part.name: [entry for block in blocks for entry in block[part.name]]
                 for part in fields(BlockReport)
             },
-            **(read_json(self._choice) if self._choice.exists() else {}),
+            **{key: value for path in self._once() for key, value in read_json(path).items()},
         }
         write_json(self.model / RECORD, record)
         report = Report.read(self.model)
@@ -261,14 +285,34 @@ class WorkFolder:
             tags=report.tags,
         )
 
+    def _once(self) -> list[Path]:
+        """What is remembered of the model outside of its blocks."""
+        return [path for path in (self._choice, self._tables) if path.exists()]
+
     def _write_scales(self) -> None:
-        """Those of all blocks, in one file."""
-        values, scales = Values(**self.settings["values"]), {}
-        for index in range(len(self.parts) - 1):
-            path = self._scales(index)
-            for name, tensor in (load_file(path) if path.exists() else {}).items():
-                scales[f"{self.blockwise.path}.{index}.{name}"] = values, tensor
-        write_scales(self.model, scales)
+        """All that there are, in one file: also those that the model had, of what is as it was."""
+        scales = {
+            name: scale
+            for name, scale in read_scales(self.checkpoint.folder).items()
+            if name in self.blockwise.pieces and self._is_as_it_was(name)
+        }
+        if "values" in self.settings:
+            values = Values(**self.settings["values"])
+            for index in range(len(self.parts) - 1):
+                path = self._scales(index)
+                for name, tensor in (load_file(path) if path.exists() else {}).items():
+                    scales[f"{self.blockwise.path}.{index}.{name}"] = values, tensor
+        if "embedding" in self.settings:
+            values = Values(**self.settings["embedding"])
+            scales |= {name: (values, tensor) for name, tensor in load_file(self._table_scales).items()}
+        if scales:
+            write_scales(self.model, scales)
+
+    def _is_as_it_was(self, parameter: str) -> bool:
+        stored = {piece.stored for piece in self.blockwise.pieces[parameter]}
+        return all(
+            torch.equal(self.checkpoint.load([name])[name], self.shards.read([name])[name]) for name in stored
+        )
 
     def release(self, folder: Path) -> Report:
         """Turn a complete folder into the output."""

@@ -95,6 +95,19 @@ class ChoiceReport:
 
 
 @dataclass(frozen=True)
+class TableReport:
+    """The embedding or the head, or both if they are tied, once rounded."""
+
+    parameters: list[str]
+    """Of the model."""
+    error: float
+    """Squared error of what it gives on the calibration text, or of its weights if it is but read by row,
+    relative to the energy."""
+    by_head: bool
+    """Whether what the head is given on the calibration text counted."""
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """What became of one block."""
 
@@ -127,6 +140,8 @@ class Report:
     """One for each module of experts that were pruned on text."""
     choice: list[ChoiceReport] = field(repr=False, default_factory=list)
     """Of experts, one for each block, if only a share of them was kept."""
+    tables: list[TableReport] = field(repr=False, default_factory=list)
+    """Of the embedding and the head, if they were rounded."""
     dense: dict[str, str] = field(repr=False, default_factory=dict)
     """What holds matrices and is left as it is, with blocks in one (`model.layers.*`...) -> why."""
     alone: list[str] = field(repr=False, default_factory=list)
@@ -146,6 +161,7 @@ class Report:
         refinements = [Refinement(**refinement) for refinement in content.get("refinements", [])]
         experts = [ExpertsReport(**entry) for entry in content.get("experts", [])]
         choice = [ChoiceReport(**entry) for entry in content.get("choice", [])]
+        tables = [TableReport(**entry) for entry in content.get("tables", [])]
         parts = {"dense": content.get("dense", {}), "alone": content.get("alone", [])}
         shared = {key: content[key] for key in ("settings", "versions", "seconds", "phases")}
         return cls(
@@ -155,6 +171,7 @@ class Report:
             refinements=refinements,
             experts=experts,
             choice=choice,
+            tables=tables,
             **parts,
             **shared,
         )
@@ -178,6 +195,8 @@ class Report:
             ]
             if self.values:
                 facts.append(("Of rounding alone", f"{self.rounding:.4f}"))
+        if self.tables:
+            facts.append((f"Also {self.tabled}", str(Values(**settings["embedding"]))))
         if self.dense and self.layers:
             names = ", ".join(sorted({name.removesuffix(".weight") for name in self.dense}))
             facts.append(("Left dense", names))
@@ -196,18 +215,26 @@ class Report:
             parts.append(f"pruned to {self.sparsity:.0%} zeros")
         if self.values:
             parts.append(f"rounded to {self.values.bits} bits")
+        if self.tables:
+            parts.append(f"{self.tabled} to {self.settings['embedding']['bits']} bits")
         return ", ".join(parts)
 
     @property
     def tags(self) -> list[str]:
         """What a model card finds it by."""
         pruned = ["pruned", "sparse"] if self.settings["pattern"] != "0%" or self.choice else []
-        return [*pruned, *(["quantized"] if self.values else [])]
+        return [*pruned, *(["quantized"] if self.values or self.tables else [])]
 
     @property
     def values(self) -> Values | None:
         """What weights were rounded to, if they were."""
         return Values(**self.settings["values"]) if "values" in self.settings else None
+
+    @property
+    def tabled(self) -> str:
+        """Which of the embedding and the head were rounded, by their names in the model."""
+        names = [name.removesuffix(".weight") for table in self.tables for name in table.parameters]
+        return " and ".join(names)
 
     @property
     def kept_experts(self) -> str:

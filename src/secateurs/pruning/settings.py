@@ -77,6 +77,10 @@ class PruneSettings(InWindows, OnDevice):
     int4:group=128,grid=half (docs/values.md says what these cost and lose). By default they stay as precise
     as the model stores them."""
 
+    embedding: str | Values | None = None
+    """What the embedding and the head are rounded to, as with values, once everything else is done: int8
+    loses next to nothing. By default they stay as precise as the model stores them."""
+
     experts: str | float = "100%"
     """The share of each block's experts to keep, above 0% and up to 100%: 75% keeps 12 of 16. The others are
     dropped whole, before anything is pruned, and the router is cut to match: those that add least to what
@@ -134,7 +138,7 @@ class PruneSettings(InWindows, OnDevice):
         for given, known in ((self.target, Target), (self.sequential, Sequential), (self.effort, Effort)):
             if given is not None and given not in get_args(known):
                 raise ValueError(f"'{given}' is none of {', '.join(get_args(known))}")
-        solver, share, values, _ = self.solver, self.share_of_experts, self.grid, self.budget
+        solver, share, _ = self.solver, self.share_of_experts, self.budget
         if self.calibration is None and share < 1:
             raise ValueError("experts are chosen by what they do on calibration text: give some")
         if self.calibration is None and not isinstance(solver, Magnitude):
@@ -170,10 +174,10 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
         if self.recover < 0:
             raise ValueError(f"recover is a number of tokens, not {self.recover}")
-        if self.recover and values is not None:
+        if self.recover and self.rounds:
             raise ValueError(
-                "recovery would move the weights off their grid: prune and recover without values first, "
-                "then prune what comes of it with values and the pattern 0%"
+                "recovery would move the weights off their grid: prune and recover without values and "
+                "embedding first, then prune what comes of it with them and the pattern 0%"
             )
         if self.recover:
             if self.calibration is None:
@@ -196,22 +200,28 @@ class PruneSettings(InWindows, OnDevice):
 
     @property
     def budget(self) -> Pattern:
-        return as_pattern(self.pattern, none=self.share_of_experts < 1 or self.grid is not None)
+        return as_pattern(self.pattern, none=self.share_of_experts < 1 or self.rounds)
 
     @property
-    def drops_only(self) -> bool:
-        """Whether nothing is to be done but to drop experts."""
-        nothing = self.budget == Unstructured(0.0) and self.grid is None
-        return nothing and self.share_of_experts < 1 and self.allocation == UNIFORM
+    def leaves_layers(self) -> bool:
+        """Whether no layer is to be pruned or rounded: experts are dropped, or tables rounded, and that is
+        all."""
+        return self.budget == Unstructured(0.0) and self.grid is None and self.allocation == UNIFORM
 
     @property
     def grid(self) -> Values | None:
         """Of the values; None leaves them as they are."""
-        if self.values is None or isinstance(self.values, Values):
-            return self.values
-        if not isinstance(self.values, str):
-            raise ValueError(f"values are a name such as int4 or int4:group=32, not {self.values!r}")
-        return parse_values(self.values)
+        return _grid(self.values)
+
+    @property
+    def grid_of_tables(self) -> Values | None:
+        """Of the embedding and the head; None leaves them as they are."""
+        return _grid(self.embedding)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded."""
+        return self.grid is not None or self.grid_of_tables is not None
 
     @property
     def share_of_experts(self) -> float:
@@ -289,6 +299,7 @@ class PruneSettings(InWindows, OnDevice):
             "method": describe_method(self.solver),
             "pattern": str(self.budget),
             **({} if self.grid is None else {"values": self.grid.describe()}),
+            **({} if self.grid_of_tables is None else {"embedding": self.grid_of_tables.describe()}),
             **({"experts": self.share_of_experts} if self.share_of_experts < 1 else {}),
             "target": self.aim,
             "repair": self.share_repaired if self.aim == "dense" else None,
@@ -296,3 +307,11 @@ class PruneSettings(InWindows, OnDevice):
             "sequential": self.seen,
             "max_shard_size": size_in_bytes(self.max_shard_size),
         }
+
+
+def _grid(values: str | Values | None) -> Values | None:
+    if values is None or isinstance(values, Values):
+        return values
+    if not isinstance(values, str):
+        raise ValueError(f"values are a name such as int4 or int4:group=32, not {values!r}")
+    return parse_values(values)

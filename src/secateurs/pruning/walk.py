@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.reap import Cut, plan_cut
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
+from secateurs.pruning.tables import round_tables, tables_of
 from secateurs.recovery.run import check_recovery, recover_folder
 from secateurs.settings import takes
 
@@ -67,10 +69,12 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         blockwise = BlockwiseModel(cut.checkpoint, dense.device)
     shapes = layer_shapes(blockwise)
     planned: Patterns | Allocator = dict.fromkeys(shapes)
-    if not settings.drops_only:
+    if not settings.leaves_layers:
         planned = plan(settings.allocation, settings.budget, shapes, rounded=settings.grid is not None)
     if settings.calibration is None and isinstance(planned, Sensitivity):
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
+    if settings.grid_of_tables is not None:
+        tables_of(blockwise)  # which says now whether it can be done
     text = _calibration(settings, dense, progress)
     batch_size = _batch_size(settings, text)
     if text is not None:
@@ -99,11 +103,17 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
             if cut is not None:
                 assert tokens is not None
                 _choose(cut, tokens, batch_size, work, progress)
-            if settings.drops_only:
+            if settings.leaves_layers and not work.rounds_tables:
                 tokens = None  # there is nothing more to be seen of them
             patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
             with _progress_bar(len(patterns), shown=progress) as advance:
-                in_blocks = _walk(blockwise, settings.pruner, patterns, tokens, batch_size, work, advance)
+                in_blocks, last = _walk(
+                    blockwise, settings.pruner, patterns, tokens, batch_size, work, advance
+                )
+            if work.rounds_tables:
+                assert settings.grid_of_tables is not None
+                with work.clock("solve"):
+                    work.tables(partial(round_tables, blockwise, settings.grid_of_tables, last))
             work.complete(time.monotonic() - start - in_blocks)
         if not settings.recover:
             return work.release(work.model)
@@ -129,7 +139,7 @@ def _calibration(settings: PruneSettings, model: BlockwiseModel, progress: bool)
         bos=settings.asked_bos,
         progress=progress,
     )
-    if settings.drops_only:
+    if settings.leaves_layers:
         return text
     tokens = text.samples * text.length
     iterates = isinstance(settings.solver, SparseLLM) and settings.solver.rounds
@@ -178,8 +188,13 @@ def _walk(
     batch_size: int | None,
     work: WorkFolder,
     advance: Advance,
-) -> float:
-    """Prune every block that is not done yet; returns the seconds spent on them."""
+) -> tuple[float, list[Batch]]:
+    """Prune every block that is not done yet.
+
+    Returns:
+        The seconds spent on them; and the pruned stream before the last block, or if the head is still to be
+        rounded, after it.
+    """
     hidden: list[Batch] = []
     if tokens is not None:
         with work.clock("run"):
@@ -200,7 +215,7 @@ def _walk(
     spent = 0.0
     for index in range(len(model.blocks)):
         start = time.monotonic()
-        more = index + 1 < len(model.blocks)
+        more = index + 1 < len(model.blocks) or work.rounds_tables
         with work.clock("load"):
             finished = work.block(index)
             dense = finished is None or (more and streams.dense is not None)
@@ -224,7 +239,7 @@ def _walk(
             for name in patterns:
                 if name.startswith(f"{model.path}.{index}."):
                     advance(name, None)
-    return spent
+    return spent, streams.pruned
 
 
 @contextmanager

@@ -19,7 +19,7 @@ WORD = 64
 """Columns."""
 
 AT_ONCE = 1 << 22
-"""Weights that are packed at once: some tens of bytes each meanwhile."""
+"""Weights: some tens of bytes each meanwhile."""
 
 
 def word_counts(kept: Tensor) -> Tensor:
@@ -48,22 +48,22 @@ def pack_codes(codes: Tensor, kept: Tensor, values: Values) -> Tensor:
         kept: (rows, columns) bool, which of them are kept.
         values: what they are of.
     """
-    return torch.cat([_pack(codes[rows], kept[rows], values) for rows in _some(kept)])
+    return torch.cat([_pack(codes[rows], kept[rows], values) for rows in row_slices(*kept.shape)])
 
 
 def unpack_codes(packed: Tensor, kept: Tensor, values: Values) -> Tensor:
     """(rows, columns) uint8 codes; 0 where nothing is kept."""
     codes = torch.zeros(kept.shape, dtype=torch.uint8, device=packed.device)
     first = 0
-    for rows in _some(kept):
+    for rows in row_slices(*kept.shape):
         size = int(row_bytes(word_counts(kept[rows]), values).sum())
         codes[rows] = _unpack(packed[first : first + size], kept[rows], values)
         first += size
     return codes
 
 
-def _some(matrix: Tensor) -> Iterator[slice]:
-    rows, columns = matrix.shape
+def row_slices(rows: int, columns: int) -> Iterator[slice]:
+    """Of a matrix, so many rows each that memory has room for what is made of them meanwhile."""
     step = max(1, AT_ONCE // columns)
     return (slice(first, first + step) for first in range(0, rows, step))
 

@@ -54,7 +54,8 @@ class Compression:
         share: of the bytes before, those of weights that are now packed.
         experts: how many of the compressed weights are experts'.
         outside: matrices of experts that cannot be packed, by the class that keeps them.
-        unpacked: other weights that have zeros enough and cannot be packed: their shares of the bytes before.
+        unpacked: other weights that have zeros enough, or were rounded, and cannot be packed: their shares of
+            the bytes before.
         coded: how many of the compressed weights are of few bits each.
         moved: parameters that were rounded, but have been changed since, so that they are not.
     """
@@ -78,7 +79,7 @@ class Compression:
         if self.unpacked:
             names = [f"'{name}'" for name in self.unpacked][:3] + ["..."] * (len(self.unpacked) > 3)
             share = sum(self.unpacked.values())
-            unpacked = f"; {share:.0%} have zeros too and cannot be packed: {', '.join(names)}"
+            unpacked = f"; {share:.0%} are pruned or rounded too and cannot be packed: {', '.join(names)}"
         coded = f", {self.coded} as codes of a few bits" if self.coded else ""
         moved = f"; {self.moved} are off the grid that they were rounded to" if self.moved else ""
         return (
@@ -136,9 +137,11 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
             grid = None if layout.codes is None else grids[packable.parameter]
             if isinstance(layout, ExpertsLayout):
                 return {packable.packed: pack_experts(matrices, layout.stored, grid)[0]}
-            return {pieces[0].stored: pack(matrices, grid)[0]}
+            return {pieces[0].stored: pack(matrices, grid, masked=False if packable.by_row else None)[0]}
 
-        return _Step([piece.stored for piece in pieces], packed)
+        heads = [parameters.pieces[f"{head}.weight"] for head in packable.heads]
+        reads = {piece.stored: None for some in (pieces, *heads) for piece in some}
+        return _Step(list(reads), packed)
 
     layers = {name: layout.to_json() for name, layout in layouts.items()}
     coded = [name for name, layout in layouts.items() if layout.codes is not None]
@@ -147,7 +150,11 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
     version = VERSION_WITH_CODES if coded else version
     packing = {"quant_method": METHOD, "version": version, "layers": layers}
     config = {**checkpoint.config, "quantization_config": packing, "transformers_weights": GUARD}
-    counts = {name: packable.count for name, packable in parameters.packables.items()}
+    counts = {
+        name: packable.count
+        for name, packable in parameters.packables.items()
+        if name in layouts or not packable.by_row
+    }
     with new_folder(output) as folder:
         _rewrite(checkpoint, folder, map(step, layouts), config)
         done = Compression(
@@ -235,7 +242,7 @@ def _was_rounded(checkpoint: Checkpoint) -> bool:
     """Whether the record of the pruning says so."""
     file = checkpoint.folder / RECORD
     settings = read_json(file).get("settings") if file.is_file() else None
-    return isinstance(settings, dict) and "values" in settings
+    return isinstance(settings, dict) and not settings.keys().isdisjoint(("values", "embedding"))
 
 
 def _grid(packed: Tensor, layout: Layout | ExpertsLayout) -> Grid:

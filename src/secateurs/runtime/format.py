@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from secateurs.runtime.codes import pack_codes, row_bytes, unpack_codes, word_counts
+from secateurs.runtime.codes import pack_codes, row_bytes, row_slices, unpack_codes, word_counts
 from secateurs.runtime.layout import (
     DTYPES,
     MOST_WEIGHTS,
@@ -49,52 +49,55 @@ def layout_of_experts(
     """
     if grid is not None:
         values, scales = grid
-        for masked in (False, True):
+        for masked in (None, True):
             layouts = [layout_of(w, (values, s), masked=masked) for w, s in zip(weights, scales, strict=True)]
             if all(one.codes is not None and one.masked == layouts[0].masked for one in layouts):
                 return ExpertsLayout(tuple(layouts), stored)
     return ExpertsLayout(tuple(map(layout_of, weights)), stored)
 
 
-def layout_of(weight: torch.Tensor, grid: Grid | None = None, *, masked: bool = False) -> Layout:
+def layout_of(weight: torch.Tensor, grid: Grid | None = None, *, masked: bool | None = None) -> Layout:
     """Of a weight (rows, columns) once it is packed, so that it comes back exactly: where it is on a grid, as
-    codes, with a mask or without one, whichever takes fewer bytes.
+    codes.
 
     Args:
         weight: float32, bfloat16 or float16, on any device. Both zeros count as zero.
         grid: that it was rounded to. If it lies elsewhere now, its values stay as they are.
-        masked: have a mask, whatever it costs.
+        masked: whether codes have a mask; whichever takes fewer bytes by default. Without one there may be
+            none, since zero is not on every grid.
     """
     rows, columns = weight.shape
     layout = Layout(rows, columns, int(torch.count_nonzero(weight)), weight.dtype)
     if grid is None:
         return layout
     values, scales = grid
-    kept = weight != 0
-    missed = values.decode(values.encode(weight, scales), scales).to(weight.dtype) != weight
-    if (missed & kept).any():
-        return layout
-    size = int(row_bytes(word_counts(_filled(kept, value=False)), values).sum())
-    layout = replace(layout, codes=Codes(values, True, size))
-    if masked or missed.any():  # a zero that is no level
-        return layout
+    size, zeros_missed = 0, False
+    for some in row_slices(rows, columns):
+        part, kept = weight[some], weight[some] != 0
+        missed = values.decode(values.encode(part, scales[some]), scales[some]).to(weight.dtype) != part
+        if (missed & kept).any():
+            return layout
+        zeros_missed |= bool(missed.any())
+        size += int(row_bytes(word_counts(_filled(kept, value=False)), values).sum())
+    behind_mask = replace(layout, codes=Codes(values, True, size))
+    if zeros_missed:  # a zero that is no level
+        return layout if masked is False else behind_mask
     size = bytes_of_all(layout, values)
-    return min(
-        layout,
-        Layout(rows, columns, rows * columns, weight.dtype, Codes(values, False, size)),
-        key=lambda one: one.bytes,
-    )
+    of_all = Layout(rows, columns, rows * columns, weight.dtype, Codes(values, False, size))
+    if masked is not None:
+        return behind_mask if masked else of_all
+    return min(behind_mask, of_all, key=lambda one: one.bytes)
 
 
 def pack(
-    weight: torch.Tensor, grid: Grid | None = None, *, masked: bool = False
+    weight: torch.Tensor, grid: Grid | None = None, *, masked: bool | None = None
 ) -> tuple[torch.Tensor, Layout]:
     """Packs a dense weight.
 
     Args:
         weight: (rows, columns), float32, bfloat16 or float16, on any device. Both zeros count as zero.
         grid: that it was rounded to; see `layout_of`.
-        masked: have a mask, whatever it costs.
+        masked: see `layout_of`.
 
     Returns:
         The packed bytes, (layout.bytes,) uint8 on the CPU, and their layout.
@@ -120,7 +123,8 @@ def _pack(weight: torch.Tensor, layout: Layout, scales: torch.Tensor | None) -> 
         return packed
     assert scales is not None
     values, scales = layout.codes.values, scales.cpu().bfloat16().contiguous()
-    codes = _filled(values.encode(weight, scales), value=0)
+    some = row_slices(*weight.shape)
+    codes = _filled(torch.cat([values.encode(weight[each], scales[each]) for each in some]), value=0)
     wanted = _filled(kept, value=False) if layout.masked else torch.ones_like(codes, dtype=torch.bool)
     packed[begin:end] = pack_codes(codes, wanted, values)
     packed[end : end + layout.scale_bytes] = scales.view(torch.uint8).flatten()

@@ -2,15 +2,19 @@
 
 A program keeps a few rows. It walks their columns a block at a time: the mask's bits, a running count of
 them (where each value lies), a load of only the values that exist, and the product; a token never waits for a
-dense weight to be written. Up to 16 tokens share one pass, through the tensor cores.
+dense weight to be written. Up to 16 tokens share one pass, through the tensor cores. Codes of a few bits are
+found in the same way (docs/format.md); activations stay as they are, where the CPU's kernels round them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from secateurs.runtime.format import codes_of, mask_of, values_of
+from secateurs.runtime.layout import Layout
 
 DIRECT_TOKENS = 16
 
@@ -36,6 +40,8 @@ TOGETHER_FLOAT32 = Tile(16, 64, 4)
 
 EXPANSION = Tile(1, 2048, 4)
 
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
 # What the tensor cores multiply; Triton's interpreter has no bfloat16 there.
 FACTORS = {
     torch.float32: tl.float32,
@@ -46,16 +52,69 @@ FACTORS = {
 
 @triton.jit
 def _expand_block(  # type: ignore[no-untyped-def]
-    mask, values, row, inside, begin, start, columns, row_words, BLOCK: tl.constexpr
+    mask,
+    values,
+    scales,
+    row,
+    inside,
+    low,
+    high,
+    start,
+    columns,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOWEST: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Columns [start, start + BLOCK) of the given rows, dense, and how many values they hold."""
+    """Columns [start, start + BLOCK) of the given rows, dense; and where the values after them begin.
+
+    Values, or bytes of codes, follow each other from `low` on. But codes of 4 bits of even spans are the low
+    halves of the bytes from `low` on, and those of odd spans the high halves from `high` on.
+    """
     column = start + tl.arange(0, BLOCK)
-    wanted = inside[:, None] & (column < columns)[None, :]
-    word = tl.load(mask + row[:, None] * row_words + column[None, :] // 32, mask=wanted, other=0)
-    bit = (word >> (column % 32)[None, :]) & 1
-    rank = tl.cumsum(bit, axis=1)
-    weight = tl.load(values + begin[:, None] + rank - bit, mask=bit == 1, other=0.0)
-    return weight, tl.sum(bit, axis=1)
+    known = inside[:, None] & (column < columns)[None, :]
+    row_words = (columns + 63) // 64 * 2
+    if MASKED:
+        word = tl.load(mask + row[:, None] * row_words + column[None, :] // 32, mask=known, other=0)
+        bit = (word >> (column % 32)[None, :]) & 1
+    else:  # a row is filled up with codes
+        bit = (inside[:, None] & (column < row_words * 32)[None, :]).to(tl.int32)
+    if BITS == 0:
+        rank = tl.cumsum(bit, axis=1)
+        weight = tl.load(values + low[:, None] + rank - bit, mask=bit == 1, other=0.0)
+        low += tl.sum(bit, axis=1)
+    else:
+        if BITS == 4:
+            odd = (column // (GROUP if GROUP > 64 else 64) % 2)[None, :]
+            evens, odds = bit * (1 - odd), bit * odd
+            rank = tl.where(odd == 1, tl.cumsum(odds, axis=1), tl.cumsum(evens, axis=1)) - bit
+            place = tl.where(odd == 1, high[:, None], low[:, None]) + rank
+            code = tl.load(values + place, mask=bit == 1, other=0).to(tl.int32) >> (4 * odd) & 15
+            low += tl.sum(evens, axis=1)
+            high += tl.sum(odds, axis=1)
+        else:
+            kept = tl.reshape(bit, (ROWS, BLOCK // 64, 64))
+            size = (tl.sum(kept, axis=2) * BITS + 7) // 8
+            first = low[:, None] + tl.cumsum(size, axis=1) - size
+            begin = (tl.cumsum(kept, axis=2) - kept) * BITS
+            place = tl.reshape(first[:, :, None] + begin // 8, (ROWS, BLOCK))
+            code = tl.load(values + place, mask=bit == 1, other=0).to(tl.int32)
+            if BITS != 8:
+                code |= tl.load(values + place + 1, mask=bit == 1, other=0).to(tl.int32) << 8
+                code = code >> tl.reshape(begin % 8, (ROWS, BLOCK)) & ((1 << BITS) - 1)
+            low += tl.sum(size, axis=1)
+        groups = (columns + GROUP - 1) // GROUP
+        scale = scales + 2 * (row[:, None] * groups + column[None, :] // GROUP)
+        wide = tl.load(scale, mask=known, other=0).to(tl.int32) << 16  # bfloat16 that is not aligned
+        wide |= tl.load(scale + 1, mask=known, other=0).to(tl.int32) << 24
+        level = code * STEP + LOWEST
+        weight = level.to(tl.float32) * wide.to(tl.float32, bitcast=True)
+        weight = tl.where(known & (bit == 1) & (level != 0), weight, 0.0).to(DTYPE)
+    return weight, low, high
 
 
 @triton.jit
@@ -63,13 +122,19 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     x,
     mask,
     values,
+    scales,
     offsets,
     bias,
     y,
     tokens,
     rows,
     columns,
-    row_words,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOWEST: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FACTOR: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -80,11 +145,29 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS).to(tl.int64)
     inside = row < rows
-    begin = tl.load(offsets + row, mask=inside, other=0)
+    low = tl.load(offsets + row, mask=inside, other=0)
+    high = low
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
-        weight, count = _expand_block(mask, values, row, inside, begin, start, columns, row_words, BLOCK)
-        begin += count
+        weight, low, high = _expand_block(
+            mask,
+            values,
+            scales,
+            row,
+            inside,
+            low,
+            high,
+            start,
+            columns,
+            BITS,
+            GROUP,
+            LOWEST,
+            STEP,
+            MASKED,
+            DTYPE,
+            ROWS,
+            BLOCK,
+        )
         column = start + tl.arange(0, BLOCK)
         wanted = (token < tokens)[:, None] & (column < columns)[None, :]
         part = tl.load(x + token[:, None] * columns + column[None, :], mask=wanted, other=0.0)
@@ -102,58 +185,107 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
 def _expand_kernel(  # type: ignore[no-untyped-def]
     mask,
     values,
+    scales,
     offsets,
     dense,
     first,
     last,
     columns,
-    row_words,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOWEST: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < last
-    begin = tl.load(offsets + row, mask=inside, other=0)
+    low = tl.load(offsets + row, mask=inside, other=0)
+    high = low
     for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
-        weight, count = _expand_block(mask, values, row, inside, begin, start, columns, row_words, BLOCK)
-        begin += count
+        weight, low, high = _expand_block(
+            mask,
+            values,
+            scales,
+            row,
+            inside,
+            low,
+            high,
+            start,
+            columns,
+            BITS,
+            GROUP,
+            LOWEST,
+            STEP,
+            MASKED,
+            DTYPE,
+            ROWS,
+            BLOCK,
+        )
         column = start + tl.arange(0, BLOCK)
         place = (row - first).to(tl.int64)[:, None] * columns + column[None, :]
         tl.store(dense + place, weight, mask=inside[:, None] & (column < columns)[None, :])
 
 
-def linear(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+class _Packed(NamedTuple):
+    """A packed weight as the kernels take it."""
+
+    mask: Tensor
+    """int32; anything without one."""
+    values: Tensor
+    scales: Tensor
+    """uint8; anything where values are not codes."""
+    form: dict[str, Any]
+
+
+def _packed(weight: Tensor, layout: Layout) -> _Packed:
+    mask = mask_of(weight, layout).view(torch.int32) if layout.masked else weight
+    dtype = DTYPES[layout.dtype]
+    if layout.codes is None:
+        form = {"BITS": 0, "GROUP": 64, "LOWEST": 0, "STEP": 1, "MASKED": True, "DTYPE": dtype}
+        return _Packed(mask, values_of(weight, layout), weight, form)
+    values = layout.codes.values
+    form = {"BITS": values.bits, "GROUP": values.group, "LOWEST": values.lowest, "STEP": values.step}
+    form |= {"MASKED": layout.masked, "DTYPE": dtype}
+    codes = codes_of(weight, layout)
+    return _Packed(mask, codes, weight[layout.mask_bytes + layout.value_bytes :], form)
+
+
+def linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
     """x W^T + bias, straight from the packed weight.
 
     Args:
         x: (tokens, columns), at most DIRECT_TOKENS of them.
-        mask: (rows, row_mask_bytes) uint8.
-        values: (nonzeros,).
+        weight: (layout.bytes,) uint8.
         offsets: (rows + 1,) int32.
         bias: (rows,) or None.
+        layout: of the weight.
 
     Returns:
         (tokens, rows) in x's dtype; sums in float32.
     """
     tokens, columns = x.shape
     assert tokens <= DIRECT_TOKENS
-    y = x.new_empty(tokens, len(mask))
+    packed, y = _packed(weight, layout), x.new_empty(tokens, layout.rows)
     alone = tokens == 1
-    factor = FACTORS[x.dtype] if x.dtype == values.dtype else tl.float32
+    factor = FACTORS[x.dtype] if x.dtype == layout.dtype else tl.float32
     tile = ALONE if alone else TOGETHER_FLOAT32 if factor == tl.float32 else TOGETHER
     with torch.cuda.device_of(x):
-        _linear_kernel[(triton.cdiv(len(mask), tile.rows),)](
+        _linear_kernel[(triton.cdiv(layout.rows, tile.rows),)](
             x.contiguous(),
-            mask.view(torch.int32),
-            values,
+            packed.mask,
+            packed.values,
+            packed.scales,
             offsets,
-            values if bias is None else bias,
+            packed.values if bias is None else bias,
             y,
             tokens,
-            len(mask),
+            layout.rows,
             columns,
-            mask.shape[1] // 4,
+            **packed.form,
             HAS_BIAS=bias is not None,
             FACTOR=factor,
             TOKENS=1 if alone else 16,
@@ -165,20 +297,22 @@ def linear(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, bias: Tenso
     return y
 
 
-def expand(mask: Tensor, values: Tensor, offsets: Tensor, columns: int, first: int, last: int) -> Tensor:
-    """Rows [first, last) of a packed weight, dense, in the values' dtype."""
-    dense = values.new_empty(last - first, columns)
-    tile, words = EXPANSION, mask.view(torch.int32)
-    with torch.cuda.device_of(values):
+def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
+    """Rows [first, last) of a packed weight, dense, in the layout's dtype."""
+    packed = _packed(weight, layout)
+    dense = torch.empty(last - first, layout.columns, dtype=layout.dtype, device=weight.device)
+    tile = EXPANSION
+    with torch.cuda.device_of(weight):
         _expand_kernel[(triton.cdiv(last - first, tile.rows),)](
-            words,
-            values,
+            packed.mask,
+            packed.values,
+            packed.scales,
             offsets,
             dense,
             first,
             last,
-            columns,
-            words.shape[1],
+            layout.columns,
+            **packed.form,
             ROWS=tile.rows,
             BLOCK=tile.columns,
             STAGES=tile.stages,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from secateurs.runtime.cpu import DTYPE_CODES, cpu_kernels
-from secateurs.runtime.format import mask_of, unpack, values_of
-from secateurs.runtime.layout import Codes, Layout
+from secateurs.runtime.format import unpack
+from secateurs.runtime.layout import TAIL_BYTES, Codes, Layout
 from secateurs.values import Values
 
 # More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they
@@ -23,18 +23,17 @@ from secateurs.values import Values
 DIRECT_TOKENS = {torch.float32: 48, torch.bfloat16: 12, torch.float16: 48}
 DIRECT_TOKENS_OF_CODES = {torch.float32: 48, torch.bfloat16: 16, torch.float16: 48}
 PANEL_BYTES = 4 << 20
+ROWS_AT_ONCE = 4096
 
 
 def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
     """Rows [first, last) of a packed weight, dense, on its device."""
     if weight.device.type == "cpu" and (kernels := cpu_kernels()) is not None:
         return kernels.unpack(weight, offsets, layout, first, last)
-    if weight.is_cuda and layout.codes is None:
+    if weight.is_cuda:
         from secateurs.runtime import gpu
 
-        return gpu.expand(
-            mask_of(weight, layout), values_of(weight, layout), offsets, layout.columns, first, last
-        )
+        return gpu.expand(weight, offsets, layout, first, last)
     return unpack(weight, layout)[first:last]
 
 
@@ -86,13 +85,11 @@ def _linear(
     tokens = x.reshape(-1, columns)
     shape = (*x.shape[:-1], layout.rows)
     direct = DIRECT_TOKENS if layout.codes is None else DIRECT_TOKENS_OF_CODES
-    if weight.is_cuda and x.dtype in DTYPE_CODES and layout.codes is None:
+    if weight.is_cuda and x.dtype in DTYPE_CODES:
         from secateurs.runtime import gpu
 
         if len(tokens) <= gpu.DIRECT_TOKENS:
-            return _shaped(
-                gpu.linear(tokens, mask_of(weight, layout), values_of(weight, layout), offsets, bias), shape
-            )
+            return _shaped(gpu.linear(tokens, weight, offsets, bias, layout), shape)
     elif weight.device.type == "cpu" and len(tokens) <= direct.get(x.dtype, 0):
         kernels = cpu_kernels()
         if kernels is not None:
@@ -126,6 +123,22 @@ def _input_gradient(
     return total.to(gradient.dtype).view(*gradient.shape[:-1], columns)
 
 
+def _rows(
+    index: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype, *form: Any
+) -> Tensor:
+    layout = _layout(weight, offsets, columns, dtype, *form)
+    assert layout.codes is not None
+    codes, scales, tail = weight.split([layout.value_bytes, layout.scale_bytes, TAIL_BYTES])
+    found = []
+    for some in index.flatten().split(ROWS_AT_ONCE):
+        parts = [each.view(layout.rows, -1).index_select(0, some) for each in (codes, scales)]
+        part = replace(layout, rows=len(some), codes=replace(layout.codes, bytes=parts[0].numel()))
+        ends = torch.arange(len(some) + 1, dtype=torch.int32, device=weight.device) * parts[0].shape[1]
+        packed = torch.cat([parts[0].flatten(), parts[1].flatten(), tail])
+        found.append(expand(packed, ends, part, 0, part.rows))
+    return torch.cat(found).view(*index.shape, columns)
+
+
 torch.library.define(
     "secateurs::linear",
     "(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, int columns, ScalarType dtype, int bits=0, "
@@ -136,6 +149,12 @@ torch.library.define(
     "(Tensor gradient, Tensor weight, Tensor offsets, int columns, ScalarType dtype, int bits=0, "
     "int group=0, bool half=False, bool masked=True) -> Tensor",
 )
+torch.library.define(
+    "secateurs::rows",
+    "(Tensor index, Tensor weight, Tensor offsets, int columns, ScalarType dtype, int bits, int group, "
+    "bool half, bool masked) -> Tensor",
+)
+torch.library.impl("secateurs::rows", "CompositeExplicitAutograd", _rows)
 torch.library.impl("secateurs::linear", "CompositeExplicitAutograd", _linear)
 torch.library.impl("secateurs::input_gradient", "CompositeExplicitAutograd", _input_gradient)
 
@@ -145,6 +164,13 @@ def _fake_linear(
     x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, columns: int, *form: Any
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], offsets.shape[0] - 1)
+
+
+@torch.library.register_fake("secateurs::rows")
+def _fake_rows(
+    index: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype, *form: Any
+) -> Tensor:
+    return weight.new_empty(*index.shape, columns, dtype=dtype)
 
 
 @torch.library.register_fake("secateurs::input_gradient")
@@ -185,8 +211,30 @@ def sparse_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | Non
     Returns:
         (..., rows).
     """
-    codes = layout.codes
-    form: tuple[Any, ...] = ()
-    if codes is not None:
-        form = (codes.values.bits, codes.values.group, codes.values.grid == "half", codes.masked)
-    return torch.ops.secateurs.linear(x, weight, offsets, bias, layout.columns, layout.dtype, *form)
+    return torch.ops.secateurs.linear(x, weight, offsets, bias, layout.columns, layout.dtype, *_form(layout))
+
+
+def rows(index: Tensor, weight: Tensor, offsets: Tensor, layout: Layout) -> Tensor:
+    """Rows of a packed W, dense; W is not trained.
+
+    Args:
+        index: (...), int32 or int64: which.
+        weight: (layout.bytes,) uint8, packed by `pack`: codes without a mask.
+        offsets: (rows + 1,) int32, by `row_offsets`.
+        layout: of the weight.
+
+    Returns:
+        (..., columns), in the layout's dtype.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    return torch.ops.secateurs.rows(index, weight, offsets, layout.columns, layout.dtype, *_form(layout))
+
+
+def _form(layout: Layout) -> tuple[Any, ...]:
+    """What `_layout` is told of codes."""
+    if layout.codes is None:
+        return ()
+    values = layout.codes.values
+    return values.bits, values.group, values.grid == "half", layout.codes.masked

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from secateurs.anatomy import UnsupportedArchitectureError, anatomy_of
 from secateurs.checkpoint.config import quiet
 from secateurs.checkpoint.names import PACKED_EXPERTS
+from secateurs.runtime.embedding import is_table
 
 OWN_WORDS = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
 """Linear layers whose classes write the same product in their own words."""
@@ -41,6 +42,10 @@ class Packable:
     """The parameter has inputs before outputs, as in GPT-2 and gpt-oss."""
     flat: bool = False
     """The parameter has two dimensions, experts' rows below each other, as in DBRX."""
+    by_row: bool = False
+    """It is an embedding's table, of which rows are read."""
+    heads: tuple[str, ...] = ()
+    """Linear modules that multiply by the same parameter, where it is an embedding's."""
 
     @property
     def count(self) -> int:
@@ -72,13 +77,13 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def packables(model: PreTrainedModel) -> dict[str, Packable]:
-    """What may be packed, by the name of the linear module, or of the parameter that holds experts.
+    """What may be packed, by the name of the linear module or embedding, or of the parameter that holds
+    experts. What shares its weight with the embedding goes by the embedding's name.
 
-    Not what shares its weight with the embedding, which is read by row and not multiplied, nor experts that
-    transformers does not call through its interface for experts (`traced_packables`).
+    Not experts that transformers does not call through its interface for experts (`traced_packables`).
     """
     tied = _tied(model)
-    found = {}
+    found = _embedding(model)
     for name, module in model.named_modules():
         weight = f"{name}.weight"
         if is_plain_linear(module) and weight not in tied:
@@ -94,6 +99,28 @@ def packables(model: PreTrainedModel) -> dict[str, Packable]:
                     shape = parameter.mT.shape if experts.is_transposed else parameter.shape
                     found[key] = Packable(key, f"{key}{PACKED_EXPERTS}", tuple(shape), experts.is_transposed)
     return found
+
+
+def _embedding(model: PreTrainedModel) -> dict[str, Packable]:
+    """The tokens' embedding, if its table may be packed."""
+    try:
+        table: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:
+        return {}
+    name = next((path for path, module in model.named_modules() if module is table), None)
+    if name is None or not is_table(table):
+        return {}
+    assert isinstance(table, nn.Embedding)
+    weight = f"{name}.weight"
+    pairs = model.all_tied_weights_keys.items()
+    sharers = {one for pair in pairs if weight in pair for one in pair} - {weight}
+    heads = tuple(sorted(sharer.removesuffix(".weight") for sharer in sharers))
+    for head in map(model.get_submodule, heads):
+        # transformers pads the bias of such a head to the length of the weight, which is bytes once packed.
+        if not is_plain_linear(head) or head.bias is not None:
+            return {}
+    shape = (table.num_embeddings, table.embedding_dim)
+    return {name: Packable(weight, weight, shape, by_row=True, heads=heads)}
 
 
 def traced_packables(model: PreTrainedModel) -> dict[str, Packable]:
@@ -148,8 +175,8 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def read_elsewhere(model: PreTrainedModel) -> set[str]:
-    """Paths of linear layers whose weight is read otherwise than by calling them: for its dtype, or for a
-    product in other words. Packed bytes would not do there.
+    """Paths of linear layers and embeddings whose weight is read otherwise than by calling them: for its
+    dtype, or for a product in other words. Packed bytes would not do there.
 
     Found by running the model on tokens without content, as far as it goes: blocks that repeat are alike.
 
@@ -170,15 +197,18 @@ def read_elsewhere(model: PreTrainedModel) -> set[str]:
         id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)
     }
     set_before = [(config, config._experts_implementation_internal) for config in configs.values()]
-    kinds: tuple[Any, ...] = (nn.Linear, Conv1D)
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Embedding, Conv1D)
     for config in configs.values():
         config._experts_implementation_internal = LEFT_OUT
     for kind in kinds:
         kind.__getattr__ = spy
     try:
+        width = getattr(model.config.get_text_config(decoder=True), "hidden_size", 1)
+        given = torch.ones(1, 8, width, dtype=model.dtype, device="meta")
         for mask in (None, torch.ones_like(tokens)):  # without one some look for padding in the tokens
-            with torch.no_grad(), suppress(Exception), quiet():
-                model(input_ids=tokens, attention_mask=mask)
+            for inputs in ({"input_ids": tokens}, {"inputs_embeds": given}):
+                with torch.no_grad(), suppress(Exception), quiet():
+                    model(**inputs, attention_mask=mask)
     finally:
         for kind in kinds:
             del kind.__getattr__

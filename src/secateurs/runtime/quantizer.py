@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateurs.checkpoint.names import PACKED_EXPERTS, own_names, packed_names
+from secateurs.runtime.embedding import hold_table
 from secateurs.runtime.experts import hold_packed
 from secateurs.runtime.layout import VERSIONS, ExpertsLayout, Layout, read_layout
 from secateurs.runtime.linear import Packed, SparseLinear
@@ -85,23 +87,29 @@ class SecateursQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         layouts = matching_layers(self.quantization_config.layers, model, checkpoint_files or [])
         self.quantization_config.layers = layouts  # of a bare model, all that it can save again
-        for name, layout in layouts.items():
+        known = packables(model)
+        heads = {head: layouts[name] for name in layouts if name in known for head in known[name].heads}
+        for name, layout in (layouts | heads).items():
             packed: Packed
             with torch.device("meta"):
                 if isinstance(layout, ExpertsLayout):
                     path, _, parameter = name.rpartition(".")
                     packed = hold_packed(model.get_submodule(path), parameter, layout)
+                elif isinstance(dense := model.get_submodule(name), nn.Embedding):
+                    packed = hold_table(dense, layout)
                 else:
-                    dense = model.get_submodule(name)
                     has_bias = getattr(dense, "bias", None) is not None
                     packed = SparseLinear(layout, has_bias, next(dense.parameters()).dtype)
                     model.set_submodule(name, packed)
             packed.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or it would be drawn at random
-            # Nor does what would draw the weights of its parts look at the shapes that these had.
+            # Nor does what would draw the weights of its parts look at the shapes that these had. (A whole
+            # model may have more to set: Falcon H1 has.)
             parent = model.get_submodule(name.rpartition(".")[0])
-            if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+            holds_more = [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]
+            if not holds_more and not isinstance(parent, PreTrainedModel):
                 parent._is_hf_initialized = True  # type: ignore[assignment]
-            packed._is_hf_initialized = True  # type: ignore[assignment]
+            if not isinstance(packed, nn.Embedding):  # Gemma's has a scale beside its table to set
+                packed._is_hf_initialized = True  # type: ignore[assignment]
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -124,13 +132,9 @@ class SecateursQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Which experts have tokens is not known beforehand; and codes are expanded on a GPU by what waits
-        for it."""
+        """Which experts have tokens is not known beforehand."""
         layouts = self.quantization_config.layers.values()
-        coded = any(layout.codes is not None for layout in layouts)
-        return not any(isinstance(layout, ExpertsLayout) for layout in layouts) and not (
-            coded and torch.cuda.is_available()
-        )
+        return not any(isinstance(layout, ExpertsLayout) for layout in layouts)
 
 
 def matching_layers(
@@ -176,6 +180,10 @@ def matching_layers(
             if layout.shape != known[name].shape:
                 raise ValueError(
                     f"compressed layer '{key}' is {layout.shape}, but the model's is {known[name].shape}"
+                )
+            if known[name].by_row and (layout.codes is None or layout.codes.masked):
+                raise ValueError(
+                    f"compressed layer '{key}' is an embedding: its values are codes without a mask"
                 )
             matching[name] = layout
         elif own[packed] not in stored or own[packed] in parameters:

@@ -32,7 +32,9 @@ def to_semi_structured(model: PreTrainedModel) -> int:
         )
     replaced = 0
     for name, module in list(model.named_modules()):
-        if not isinstance(module, SparseLinear) or not is_two_of_four(mask_of(module.weight, module.layout)):
+        if not isinstance(module, SparseLinear) or module.layout.codes is not None:
+            continue
+        if not is_two_of_four(mask_of(module.weight, module.layout)):
             continue
         if module.out_features % 32 or module.in_features % 64 or module.layout.dtype == torch.float32:
             continue  # shapes and dtypes that torch's kernels do not take

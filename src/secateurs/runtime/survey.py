@@ -5,15 +5,16 @@ from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateurs.checkpoint import Checkpoint
-from secateurs.checkpoint.names import abbreviated
+from secateurs.checkpoint.names import abbreviated, own_names
 from secateurs.checkpoint.pieces import Piece
 from secateurs.runtime.format import Grid, layout_of, layout_of_experts
 from secateurs.runtime.layout import DTYPES, MOST_WEIGHTS, ExpertsLayout, Layout, padded
-from secateurs.runtime.packable import is_experts, read_elsewhere
+from secateurs.runtime.packable import Packable, is_experts, read_elsewhere
 from secateurs.runtime.parameters import Parameters
 from secateurs.values import SCALES
 
@@ -33,7 +34,8 @@ class Survey(NamedTuple):
     outside: dict[str, int]
     """Matrices of experts that cannot be packed, by the class that keeps them."""
     unpacked: dict[str, float]
-    """Shares of the bytes of other parameters that have zeros enough, if together they are notable."""
+    """Shares of the bytes of other parameters that have zeros enough or were rounded, if together they are
+    notable."""
     moved: list[str]
     """Parameters that are not on the grid any more that they were rounded to."""
 
@@ -65,8 +67,11 @@ def survey(
     others: dict[str, Layout | ExpertsLayout] = {}
     moved: list[str] = []
     most, needed, whose, renamed = 0.0, 0.0, "", False
+    heads = {f"{head}.weight" for packable in parameters.packables.values() for head in packable.heads}
     for parameter, pieces in parameters.pieces.items():
-        name, shape = names.get(parameter), pieces[0].parameter_shape
+        if parameter in heads:  # read as the embedding
+            continue
+        name, shape = names.get(parameter, ""), pieces[0].parameter_shape
         if len(shape) < 2 or {piece.dtype for piece in pieces} not in ({dtype} for dtype in DTYPES.values()):
             continue
         packable = parameters.packables[name] if name else None
@@ -76,18 +81,30 @@ def survey(
         weights = parameters.read(parameter)
         matrices = packable.matrices_of(weights) if packable else weights.reshape(rows, columns)
         grid = grids.get(parameter) if packable else None
-        layout = _layout(matrices, pieces, grid if grid and _fits(grid, matrices) else None)
+        by_row = packable is not None and packable.by_row
+        fitting = grid if grid and _fits(grid, matrices) else None
+        layout = _layout(matrices, pieces, fitting, masked=False if by_row else None)
         if grid and layout.codes is None and _whole(grid, matrices):
             moved.append(parameter)
         worth = layout.bytes <= WORTH * layout.dense_bytes
-        if not name or name in elsewhere or not _apart(pieces, experts=isinstance(layout, ExpertsLayout)):
+        own, stored = parameter, pieces[0].stored
+        known_name = stored in (own, prefix + own, own.removeprefix(prefix))
+        if (
+            not packable
+            or not elsewhere.isdisjoint((name, *packable.heads))
+            or not _apart(pieces, experts=isinstance(layout, ExpertsLayout))
+            or (by_row and not _stored_as_one(packable, parameters, skeleton))
+        ):
             if worth:
                 others[parameter] = layout
             continue
+        if by_row and layout.codes is None:
+            continue
         if worth:
             layouts[name] = layout
-            own, stored = parameter, pieces[0].stored
-            renamed |= len(pieces) == 1 and stored not in (own, prefix + own, own.removeprefix(prefix))
+            renamed |= len(pieces) == 1 and not known_name
+        if by_row:
+            continue
         if not whose or layout.sparsity > most:
             # What the mask and the tail take, and a tenth to be saved.
             overhead = layout.bytes - layout.value_bytes
@@ -101,15 +118,18 @@ def survey(
             largest = max(unpacked, key=lambda each: unpacked[each])
             kind = type(skeleton.get_submodule(largest.rpartition(".")[0])).__name__
             zeros = f"{others[largest].sparsity:.1%} zeros"
-            found = f"'{largest}' has {zeros}, but what {kind} keeps cannot be packed"
+            has = f"has {zeros}" if others[largest].codes is None else "was rounded"
+            found = f"'{largest}' {has}, but what {kind} keeps cannot be packed"
         raise ValueError(f"nothing in '{checkpoint.folder}' is worth compressing: {found}")
     return Survey(layouts, renamed, _outside(skeleton, parameters), unpacked, moved)
 
 
-def _layout(matrices: Tensor, pieces: tuple[Piece, ...], grid: Grid | None) -> Layout | ExpertsLayout:
+def _layout(
+    matrices: Tensor, pieces: tuple[Piece, ...], grid: Grid | None, *, masked: bool | None
+) -> Layout | ExpertsLayout:
     """Of matrices (out, in) or (experts, out, in), once they are packed."""
     if matrices.dim() == 2:
-        return layout_of(matrices, grid)
+        return layout_of(matrices, grid, masked=masked)
     stored = {piece.stored: piece.stored_shape for piece in pieces}
     return layout_of_experts(matrices, abbreviated(stored, len(matrices)), grid)
 
@@ -126,6 +146,18 @@ def _fits(grid: Grid, matrices: Tensor) -> bool:
     return tuple(scales.shape) == (*outer, values.groups(columns))
 
 
+def _stored_as_one(table: Packable, parameters: Parameters, skeleton: PreTrainedModel) -> bool:
+    """Whether an embedding and the heads that share its table are the same in the files, and stored as the
+    embedding's."""
+    heads = [f"{head}.weight" for head in table.heads]
+    own = {piece.stored for piece in parameters.pieces[table.parameter]}
+    others = {piece.stored for head in heads for piece in parameters.pieces[head]} - own
+    if table.parameter not in own_names(own, skeleton).values():
+        return False
+    weight = parameters.read(table.parameter) if others else None
+    return weight is None or all(torch.equal(weight, parameters.read(head)) for head in heads)
+
+
 def _apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:
     """Whether a parameter is stored by itself: a layer's as it is, for packed it keeps its stored name."""
     if experts:
@@ -139,13 +171,13 @@ def _notable(
     skeleton: PreTrainedModel,
     parameters: Parameters,
 ) -> dict[str, float]:
-    """Shares of the bytes. Embeddings do not count: they have zeros for tokens that there are not."""
+    """Shares of the bytes. Zeros of embeddings do not count: there are some for tokens that there are not."""
     shares: dict[str, float] = {}
     seen = set()
     for name, layout in others.items():
         stored = parameters.pieces[name][0].stored  # tied weights once
         embedding = isinstance(skeleton.get_submodule(name.rpartition(".")[0]), nn.Embedding)
-        if not embedding and stored not in seen:
+        if (layout.codes is not None or not embedding) and stored not in seen:
             shares[name] = layout.dense_bytes / checkpoint.tensor_bytes
         seen.add(stored)
     return shares if sum(shares.values()) >= NOTABLE else {}

@@ -130,9 +130,14 @@ class Statistics:
             The share of the output's energy that is lost; 0 where the dense layer has no output.
         """
         dense, sparse = dense.to(self._moment.dtype), sparse.to(self._moment.dtype)
-        energy = _energy(dense, self.moment)
+        energy = self.energy(dense)
         # Rounding can take the lost energy below 0.
-        return max(_energy(dense - sparse, self.moment) / energy, 0.0) if energy > 0 else 0.0
+        return max(self.energy(dense - sparse) / energy, 0.0) if energy > 0 else 0.0
+
+    def energy(self, weight: Tensor) -> float:
+        """That of a layer's output, tr(W H W^T), a mean over the tokens; of W (out, in)."""
+        weight = weight.to(self._moment.dtype)
+        return float(((weight @ self.moment) * weight).sum())
 
     def factor(self, damping: float) -> Tensor:
         """The upper triangular R, (in, in), with R R^T = H + damping * mean(diag H) I.
@@ -286,8 +291,3 @@ def _add_products(
 def live(norms: Tensor) -> Tensor:
     """Norms that may be divided by: 1 for dead inputs, whose scaled weights are 0 all the same."""
     return torch.where(norms == 0, 1, norms)
-
-
-def _energy(weight: Tensor, moment: Tensor) -> float:
-    """tr(W H W^T)."""
-    return float(((weight @ moment) * weight).sum())

@@ -1,0 +1,192 @@
+"""The same model in as many bytes by llama.cpp and by us: perplexity, divergence, tokens a second.
+
+llama.cpp quantises a GGUF file of the model, with an importance matrix from the same calibration text; we
+round (and prune) the folder, and compress it. Bytes are those of the files of weights; a GGUF file has its
+tokenizer inside. Quality is that of the weights, read with activations as they are, in both cases: a GGUF
+file is turned into a folder for it. Speed is each program's own, one token after another after an empty
+prompt, by llama-bench and by our generation, in turns.
+
+    python benchmarks/bytes_vs_gguf.py --model ../SmolLM2-135M-Instruct --gguf ../SmolLM2-135M-Instruct.gguf \
+        --llama ../llama.cpp/build/bin --calibration ../data/wikitext-2/valid.txt \
+        --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
+
+The binaries (llama-quantize, llama-imatrix, llama-bench) are best built on the machine, with GGML_NATIVE. A
+cell in the results is not repeated: interrupt at will, and run the same command again.
+"""
+
+import json
+import statistics
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+import secateurs
+from common import RESULTS, Record, environment, load, print_table, save
+from job import in_processes
+from scores import divergences, perplexities
+from secateurs.checkpoint import Checkpoint, resolve
+from secateurs.runtime.generate import Pace, greedy_tokens
+from secateurs.runtime.load import load_model
+from secateurs.text import calibration_blocks, evaluation_tokens
+from timing import in_turns
+
+TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ3_M", "IQ2_M")
+
+Ours = tuple[str, str, str, str]
+"""Method, zeros, values, and the embedding's; a dash is as stored."""
+OURS: tuple[Ours, ...] = (
+    ("sparsegpt", "0%", "int8:group=128", "int8:group=128"),
+    ("sparsegpt", "0%", "int4:group=32", "int8:group=128"),
+    ("sparsegpt", "0%", "int4", "int8:group=128"),
+    ("sparsegpt", "0%", "int4", "int4"),
+    ("sparsegpt", "0%", "int3:group=32", "int4"),
+    ("sparsegpt", "0%", "int3", "int4"),
+    ("sparsegpt", "0%", "int2:group=32", "int4"),
+    ("sparsellm", "50%", "int4", "int4"),
+)
+NEW_TOKENS = 64
+
+
+def quantised(gguf: Path, kind: str, llama: Path, matrix: Path, cache: Path) -> Path:
+    """llama.cpp's file of that kind."""
+    output = cache / f"{gguf.stem}-{kind}.gguf"
+    if not output.exists():
+        command = [llama / "llama-quantize", "--allow-requantize", "--imatrix", matrix, gguf, output, kind]
+        subprocess.run(command, check=True, capture_output=True)
+    return output
+
+
+def importance_matrix(gguf: Path, llama: Path, ids: torch.Tensor, tokenizer: Any, cache: Path) -> Path:
+    output = cache / f"{gguf.stem}-imatrix.gguf"
+    if not output.exists():
+        text = cache / "calibration.txt"
+        text.write_text("".join(tokenizer.batch_decode(ids)))
+        chunks = ["-c", str(ids.shape[1]), "--chunks", str(len(ids))]
+        command = [llama / "llama-imatrix", "-m", gguf, "-f", text, "-o", output, *chunks, "-t", "1"]
+        subprocess.run(command, check=True, capture_output=True)
+    return output
+
+
+def pruned(model: Path, form: Ours, tokens: Path, cache: Path) -> tuple[Path, Path, Record]:
+    """Our folder, ordinary and compressed, and what making it took."""
+    method, pattern, values, embedding = form
+    name = f"{model.name}-{'-'.join(form)}".replace("%", "").replace(":", "_").replace("=", "")
+    output, small = cache / name, cache / f"{name}-small"
+    job: Record = {"tool": "secateurs", "model": str(model), "tokens": str(tokens), "output": str(output)}
+    job |= {"method": method, "pattern": pattern, "values": values, "embedding": embedding}
+    if not (cache / f"{name}.json").exists():
+        run = in_processes({"": job}, 1)[""][0]
+        (cache / f"{name}.json").write_text(json.dumps(run))
+    if not small.exists():
+        secateurs.compress(output, small)
+    return output, small, json.loads((cache / f"{name}.json").read_text())
+
+
+def speed_of_gguf(file: Path, llama: Path, threads: int) -> float:
+    """Tokens a second."""
+    command = [llama / "llama-bench", "-m", file, "-p", "0", "-n", str(NEW_TOKENS), "-r", "1"]
+    command += ["-t", str(threads), "-o", "json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout)[0]["avg_ts"])
+
+
+def speed_of_folder(model: Any, threads: int) -> float:
+    torch.set_num_threads(threads)
+    pace = Pace()
+    for _ in greedy_tokens(model, torch.ones(1, 1, dtype=torch.long), pace):
+        if pace.tokens == NEW_TOKENS:
+            break
+    return pace.tokens_per_second
+
+
+def main(
+    model: Path,
+    gguf: Path,
+    llama: Path,
+    calibration: Path,
+    texts: tuple[Path, ...],
+    cache: Path,
+    types: tuple[str, ...] = TYPES,
+    samples: int = 16,
+    length: int = 512,
+    windows: int = 16,
+    repetitions: int = 3,
+    threads: tuple[int, ...] = (1, 2),
+    results: Path = RESULTS / "bytes_vs_gguf.json",
+) -> None:
+    about = {
+        "model": model.name,
+        "calibration": calibration.name,
+        "texts": [text.name for text in texts],
+        "samples": samples,
+        "length": length,
+        "windows": windows,
+        "repetitions": repetitions,
+        "new_tokens": NEW_TOKENS,
+    }
+    rows = load(results, about)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    cache.mkdir(parents=True, exist_ok=True)
+    ids = calibration_blocks(calibration, tokenizer, samples=samples, length=length)
+    save_file({"ids": ids}, cache / "ids.safetensors")
+    evaluation = {text.stem: evaluation_tokens(text, tokenizer)[: windows * length] for text in texts}
+
+    def add(program: str, form: str, folder: Path, size: int, run: Record | None) -> None:
+        row = {"program": program, "form": form, "bytes": size, "run": run}
+        row["perplexity"] = perplexities(folder, evaluation, length)
+        row["divergence"] = divergences(model, folder, evaluation, length, windows)
+        rows.append(row)
+        save(results, {**environment(), **about}, rows)
+        print(program, form, size, row["perplexity"], row["divergence"], flush=True)
+
+    known = {(row["program"], row["form"]) for row in rows}
+    if ("", "as stored") not in known:
+        add("", "as stored", model, Checkpoint(model).bytes, None)
+    files: dict[str, Path] = {}
+    matrix = importance_matrix(gguf, llama, ids, tokenizer, cache)
+    for kind in types:
+        files[kind] = quantised(gguf, kind, llama, matrix, cache)
+        if ("llama.cpp", kind) not in known:
+            add("llama.cpp", kind, Path(resolve(files[kind])), files[kind].stat().st_size, None)
+    smalls: dict[str, Path] = {}
+    for form in OURS:
+        output, smalls[", ".join(form)], run = pruned(model, form, cache / "ids.safetensors", cache)
+        if ("secateurs", ", ".join(form)) not in known:
+            size = Checkpoint(smalls[", ".join(form)]).bytes
+            add("secateurs", ", ".join(form), output, size, run)
+
+    for count in threads:
+        field = f"tokens_per_second_{count}"
+        if all(field in row for row in rows):
+            continue
+        runs = {
+            ("llama.cpp", kind): partial(speed_of_gguf, file, llama, count) for kind, file in files.items()
+        }
+        folders = {("", "as stored"): model, **{("secateurs", form): path for form, path in smalls.items()}}
+        runs |= {key: partial(speed_of_folder, load_model(path), count) for key, path in folders.items()}
+        speeds = in_turns(runs, repetitions)
+        for row in rows:
+            row[field] = statistics.median(speeds[row["program"], row["form"]])
+        save(results, {**environment(), **about}, rows)
+    header = ["", "form", "MB", *(f"{name} {kind}" for name in evaluation for kind in ("perplexity", "KL"))]
+    print_table(
+        [*header, *(f"tokens/s, {count} threads" for count in threads)],
+        [
+            [
+                *(row["program"], row["form"], row["bytes"] / 1e6),
+                *(row[kind][name] for name in evaluation for kind in ("perplexity", "divergence")),
+                *(row[f"tokens_per_second_{count}"] for count in threads),
+            ]
+            for row in sorted(rows, key=lambda row: -row["bytes"])
+        ],
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
