@@ -140,7 +140,33 @@ class NM:
             )
 
 
-Pattern = Unstructured | NM
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """These places and no others, whatever the scores.
+
+    Args:
+        kept: (out, in), bool.
+    """
+
+    kept: Tensor
+
+    def __str__(self) -> str:
+        return "mask"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1 - int(self.kept.count_nonzero()) / self.kept.numel()
+
+    def keep(self, scores: Tensor, *, group: Group = "layer") -> Tensor:
+        """The mask."""
+        return self.kept
+
+    def check_width(self, name: str, width: int) -> None:
+        """It is that of the mask."""
+
+
+Pattern = Unstructured | NM | Mask
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:

@@ -23,6 +23,9 @@ class Solution(NamedTuple):
     objective: tuple[float, ...] = ()
     """Relative reconstruction error (`Statistics.error`) after each iteration; empty if there are none."""
 
+    scales: Tensor | None = None
+    """(out, groups), bfloat16, of a solver that rounds (`Rounding`)."""
+
 
 class Solver(Protocol):
     """A local solver."""

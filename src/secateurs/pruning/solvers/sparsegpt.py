@@ -1,13 +1,8 @@
 """SparseGPT (Frantar and Alistarh, arXiv 2301.00774, sections 3.2 to 3.4, algorithm 1).
 
 Columns are pruned from left to right, and what each one loses is made up for by the columns to its right.
-The paper reads the corrections from U, the upper Cholesky factor of H^-1. Here neither is formed: with
-R = U^-1, that is H = R R^T, and D = W - S the change so far, the earlier columns correct a block b by
-
-    w_b = W_b + D_before R_before,b U_bb        where U_bb = R_bb^-1 is as small as the block,
-
-which equals the paper's W_b - E_before U_before,b because E = D R are its errors. A Cholesky factorisation
-is then all that is done at full size. Within the block the sweep is the paper's, on U_bb.
+The paper reads the corrections from U, the upper Cholesky factor of H^-1. Here neither is formed (`blocks`): a
+Cholesky factorisation is all that is done at full size. Within a block the sweep is the paper's, on U_bb.
 """
 
 from collections.abc import Callable
@@ -21,7 +16,7 @@ from secateurs.pattern import Pattern
 from secateurs.pruning.solvers import sweep_cpu
 from secateurs.pruning.solvers.solver import Solution, finished, working_dtype
 from secateurs.pruning.solvers.statistics import Statistics
-from secateurs.pruning.solvers.sweep import sweep, whole_groups
+from secateurs.pruning.solvers.sweep import blocks, sweep, whole_groups
 
 
 @dataclass(frozen=True)
@@ -55,16 +50,9 @@ class SparseGPT:
         # (in, out), so that a column of the layer is contiguous.
         pruned = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
         pruned[statistics.norms == 0] = 0
-        change = pruned.clone()
         sweep = _sweep_for(pruned)
-        block = whole_groups(self.block, pattern)
-        for start in range(0, len(pruned), block):
-            before, now = slice(start), slice(start, start + block)
-            corner = factor[now, now]
-            inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)).to(corner), upper=True)
-            pruned[now].addmm_(inverse.T, factor[before, now].T @ change[before])
+        for now, inverse in blocks(pruned, factor, whole_groups(self.block, pattern)):
             sweep(pruned[now], inverse, pattern)
-            change[now] -= pruned[now]
         return Solution(finished(pruned.T.contiguous()))
 
 

@@ -1,7 +1,9 @@
-"""SparseGPT's sweep over one block of columns: the reference in torch, and how a mask is chosen.
+"""A sweep over columns, block by block, and SparseGPT's over one block: the reference in torch.
 
-`sweep_cpu` and `sweep_triton` do the same, faster; `sparsegpt` picks one of the three.
+`sweep_cpu` and `sweep_triton` do the latter, faster; `sparsegpt` picks one of the three.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +12,34 @@ from secateurs.pattern import NM, Pattern
 
 INNER = 16
 """Columns swept one by one between two products."""
+
+
+def blocks(weight: Tensor, factor: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Columns, some at a time, each time corrected for what has become of those before.
+
+    With R = U^-1, that is H = R R^T, and D = W - S the change so far, the earlier columns correct a block b by
+
+        w_b = W_b + D_before R_before,b U_bb        where U_bb = R_bb^-1 is as small as the block,
+
+    which equals SparseGPT's W_b - E_before U_before,b because E = D R are its errors.
+
+    Args:
+        weight: W, (in, out), so that a column of the layer is contiguous. What is yielded is to be changed
+            there, with what that does to columns of the block itself.
+        factor: R, (in, in).
+        size: columns at a time.
+
+    Yields:
+        Which columns, and U_bb.
+    """
+    change = weight.clone()
+    for start in range(0, len(weight), size):
+        before, now = slice(start), slice(start, start + size)
+        corner = factor[now, now]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)).to(corner), upper=True)
+        weight[now].addmm_(inverse.T, factor[before, now].T @ change[before])
+        yield now, inverse
+        change[now] -= weight[now]
 
 
 def sweep(weight: Tensor, inverse: Tensor, pattern: Pattern) -> None:
