@@ -353,6 +353,8 @@ def parse_named(
             raise ValueError(f"'{name}' has no setting '{key}'; it has: {', '.join(known) or 'none'}")
         field = known[key.rstrip("_")]
         hint = next(iter(get_args(hints[field])), hints[field])  # of what may be None
+        if get_origin(hints[field]) is Literal:
+            hint = type(hint)
         if hint in parts:
             if ":" in value:  # at the next comma it would be unclear whose setting that is
                 raise ValueError(

@@ -16,6 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from secateurs.settings import parse_named
+
 Bits = Literal[2, 3, 4, 8]
 Group = Literal[32, 64, 128]
 Grid = Literal["whole", "half"]
@@ -94,3 +96,19 @@ class Values:
     def describe(self) -> dict[str, int | str]:
         """For JSON; the constructor takes it back."""
         return {"bits": self.bits, "group": self.group, "grid": self.grid}
+
+
+def parse_values(text: str) -> Values:
+    """Read a grid as people write it: "int4", "int3:group=128", "int4:group=32,grid=half".
+
+    By default it is whole, and with 2 bits half, which is what loses least (docs/values.md).
+
+    Raises:
+        ValueError: an unknown name or setting, or a value that it cannot have.
+    """
+    name, _, settings = text.strip().partition(":")
+    bits = name[3:]
+    grid: Grid = "half" if bits == "2" else "whole"
+    kinds = {f"int{bits}": Values for bits in reversed(get_args(Bits))}
+    values: Values = parse_named(f"{name}:grid={grid},{settings},bits={bits}", kinds, "values")
+    return values

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,10 +45,13 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Like `write_json`, for a safetensors file."""
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Like `write_json`, for a safetensors file, with what else its metadata is to say."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
+    told = {"format": "pt", **metadata}
+    _replace(path, lambda temporary: save_file(contiguous, temporary, metadata=told))
 
 
 def copy_file(source: Path, target: Path) -> None:

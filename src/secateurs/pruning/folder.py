@@ -18,16 +18,20 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 from secateurs.blockwise import BlockwiseModel
 from secateurs.calibration.sequences import CalibrationText, sha256_of
 from secateurs.checkpoint import RECORD, check_output, copy_companions, read_json, write_json
 from secateurs.checkpoint.card import write_card
+from secateurs.checkpoint.scales import write_scales
 from secateurs.checkpoint.shards import Shards, Stored
+from secateurs.checkpoint.writing import write_tensors
 from secateurs.pattern import parse_pattern
 from secateurs.pruning.allocation.survey import Patterns
 from secateurs.pruning.record import BlockReport, ChoiceReport, Report
+from secateurs.values import Values
 from secateurs.version import __version__
 
 FORMAT = 3
@@ -185,6 +189,7 @@ class WorkFolder:
         parameters: dict[str, Tensor],
         report: BlockReport,
         seconds: float,
+        scales: dict[str, Tensor],
     ) -> None:
         """Record a block as done: its weights first, then the report that makes them count.
 
@@ -193,15 +198,21 @@ class WorkFolder:
             parameters: what it holds as it is stored, by the names within the block.
             report: of it.
             seconds: that it took.
+            scales: of what was rounded, by the names within the block.
         """
         known = self.blockwise.stored_form(index, parameters)
         beside = self.checkpoint.load([name for name in self.parts[index + 1] if name not in known])
         self.shards.write((name, (known | beside)[name]) for name in self.parts[index + 1])
+        if scales:
+            write_tensors(self._scales(index), scales)
         write_json(self._report(index), {"seconds": seconds, "phases": self.phases, **asdict(report)})
         self.phases = dict.fromkeys(self.phases, 0.0)
 
     def _report(self, index: int) -> Path:
         return self.progress / f"block-{index:05}.json"
+
+    def _scales(self, index: int) -> Path:
+        return self.progress / f"scales-{index:05}.safetensors"
 
     @property
     def pruned(self) -> bool:
@@ -220,6 +231,8 @@ class WorkFolder:
             for name in written:
                 write_json(self.model / name, self.checkpoint.config)
             self.shards.finish()
+            if "values" in self.settings:
+                self._write_scales()
         blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
         counted = [self.phases, *(block["phases"] for block in blocks)]
         record = {
@@ -247,6 +260,15 @@ class WorkFolder:
             usage="",
             tags=["pruned", "sparse"],
         )
+
+    def _write_scales(self) -> None:
+        """Those of all blocks, in one file."""
+        values, scales = Values(**self.settings["values"]), {}
+        for index in range(len(self.parts) - 1):
+            path = self._scales(index)
+            for name, tensor in (load_file(path) if path.exists() else {}).items():
+                scales[f"{self.blockwise.path}.{index}.{name}"] = values, tensor
+        write_scales(self.model, scales)
 
     def release(self, folder: Path) -> Report:
         """Turn a complete folder into the output."""

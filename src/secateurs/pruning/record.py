@@ -24,6 +24,8 @@ class LayerReport:
     seconds: float
     objective: list[float]
     """For an iterative solver, the relative error after each iteration."""
+    rounding: float | None = None
+    """Where what was left was rounded: the error of that alone, in the same terms."""
 
 
 @dataclass(frozen=True)

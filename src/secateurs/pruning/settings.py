@@ -12,14 +12,17 @@ from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import resolve_device
 from secateurs.pattern import Pattern, Unstructured, share_of
 from secateurs.pruning.allocation.plan import UNIFORM, Allocation, as_pattern
+from secateurs.pruning.block.block import BlockPruner
 from secateurs.pruning.block.joint import Joint, Target
 from secateurs.pruning.block.local import Local, Sequential
 from secateurs.pruning.block.refine import passes_for
+from secateurs.pruning.block.rounding import Rounded
 from secateurs.pruning.methods import Method, describe_method, parse_method
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.solvers.magnitude import Magnitude
 from secateurs.recovery.settings import RecoverSettings
 from secateurs.settings import InWindows, OnDevice
+from secateurs.values import Values, parse_values
 
 REPAIR = 0.5
 """By default: whether none or all of it is better depends on the text and the sparsity."""
@@ -66,8 +69,13 @@ class PruneSettings(InWindows, OnDevice):
     sparsellm:solver=sparsegpt,iterations=2 or sparsegpt:block=64,damping=0.02."""
 
     pattern: str | float | Pattern = "50%"
-    """70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m). With experts also 0%: then
-    nothing else is done."""
+    """70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m). With values also 0%: then what is
+    there is rounded; and with experts: then they are dropped."""
+
+    values: str | Values | None = None
+    """What the weights that are left are rounded to: int8, int4, int3 or int2, with settings:
+    int4:group=128,grid=half (docs/values.md says what these cost and lose). By default they stay as precise
+    as the model stores them."""
 
     experts: str | float = "100%"
     """The share of each block's experts to keep, above 0% and up to 100%: 75% keeps 12 of 16. The others are
@@ -126,7 +134,7 @@ class PruneSettings(InWindows, OnDevice):
         for given, known in ((self.target, Target), (self.sequential, Sequential), (self.effort, Effort)):
             if given is not None and given not in get_args(known):
                 raise ValueError(f"'{given}' is none of {', '.join(get_args(known))}")
-        solver, share, _ = self.solver, self.share_of_experts, self.budget
+        solver, share, values, _ = self.solver, self.share_of_experts, self.grid, self.budget
         if self.calibration is None and share < 1:
             raise ValueError("experts are chosen by what they do on calibration text: give some")
         if self.calibration is None and not isinstance(solver, Magnitude):
@@ -162,6 +170,11 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
         if self.recover < 0:
             raise ValueError(f"recover is a number of tokens, not {self.recover}")
+        if self.recover and values is not None:
+            raise ValueError(
+                "recovery would move the weights off their grid: prune and recover without values first, "
+                "then prune what comes of it with values and the pattern 0%"
+            )
         if self.recover:
             if self.calibration is None:
                 raise ValueError("calibration text is needed to recover")
@@ -183,14 +196,18 @@ class PruneSettings(InWindows, OnDevice):
 
     @property
     def budget(self) -> Pattern:
-        if self.share_of_experts < 1 and share_of(str(self.pattern)) == 0:
-            return Unstructured(0.0)
-        return as_pattern(self.pattern)
+        return as_pattern(self.pattern, none=self.share_of_experts < 1 or self.grid is not None)
 
     @property
     def drops_only(self) -> bool:
         """Whether nothing is to be done but to drop experts."""
-        return self.budget == Unstructured(0.0) and self.share_of_experts < 1 and self.allocation == UNIFORM
+        nothing = self.budget == Unstructured(0.0) and self.grid is None
+        return nothing and self.share_of_experts < 1 and self.allocation == UNIFORM
+
+    @property
+    def grid(self) -> Values | None:
+        """Of the values; None leaves them as they are."""
+        return parse_values(self.values) if isinstance(self.values, str) else self.values
 
     @property
     def share_of_experts(self) -> float:
@@ -229,8 +246,12 @@ class PruneSettings(InWindows, OnDevice):
         return replace(self, refine=passes)
 
     @property
-    def pruner(self) -> Joint | Local:
+    def pruner(self) -> BlockPruner:
         """How a block is pruned."""
+        return self._pruner if self.grid is None else Rounded(self._pruner, self.grid)
+
+    @property
+    def _pruner(self) -> Joint | Local:
         solver, refine = self.solver, self.refine or 0
         if isinstance(solver, SparseLLM):
             return Joint(solver, self.aim, self.share_repaired, refine)
@@ -263,6 +284,7 @@ class PruneSettings(InWindows, OnDevice):
         return {
             "method": describe_method(self.solver),
             "pattern": str(self.budget),
+            **({} if self.grid is None else {"values": self.grid.describe()}),
             **({"experts": self.share_of_experts} if self.share_of_experts < 1 else {}),
             "target": self.aim,
             "repair": self.share_repaired if self.aim == "dense" else None,

@@ -68,7 +68,9 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     shapes = layer_shapes(blockwise)
     planned: Patterns | Allocator = dict.fromkeys(shapes)
     if not settings.drops_only:
-        planned = plan(settings.allocation, settings.budget, shapes)
+        planned = plan(
+            settings.allocation, settings.budget, shapes, rounded=settings.grid is not None
+        )
     if settings.calibration is None and isinstance(planned, Sensitivity):
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
     text = _calibration(settings, dense, progress)
@@ -210,7 +212,7 @@ def _walk(
                 block = Block(model, index, patterns, parameters)
                 report = pruner.prune(block, streams, work.clock, advance)
                 with work.clock("write"):
-                    work.write_block(index, parameters, report, time.monotonic() - start)
+                    work.write_block(index, parameters, report, time.monotonic() - start, block.scales)
                 spent += time.monotonic() - start
                 if more:
                     push(index, streams.pruned)

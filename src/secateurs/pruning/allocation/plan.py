@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateurs.checkpoint import as_object, read_json
-from secateurs.pattern import NM, Pattern, parse_pattern
+from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern, share_of
 from secateurs.pruning.allocation.owl import OWL
 from secateurs.pruning.allocation.sensitivity import Sensitivity
 from secateurs.pruning.allocation.survey import Allocator, Patterns
@@ -24,13 +24,15 @@ UNIFORM: Literal["uniform"] = "uniform"
 ALLOCATORS: dict[str, type[Any]] = {"owl": OWL, "sensitivity": Sensitivity}
 
 
-def as_pattern(choice: str | float | Pattern) -> Pattern:
-    """A pattern as the API takes it; ValueError for what is none."""
+def as_pattern(choice: str | float | Pattern, *, none: bool = False) -> Pattern:
+    """A pattern as the API takes it, with `none` also "0%"; ValueError for what is none."""
+    if none and share_of(str(choice)) == 0:
+        return Unstructured(0.0)
     return choice if isinstance(choice, Pattern) else parse_pattern(str(choice))
 
 
 def plan(
-    allocation: Allocation, budget: Pattern, shapes: Mapping[str, tuple[int, int]]
+    allocation: Allocation, budget: Pattern, shapes: Mapping[str, tuple[int, int]], *, rounded: bool = False
 ) -> Patterns | Allocator:
     """Each layer's pattern, or if that takes a survey, the allocator to make it.
 
@@ -40,6 +42,7 @@ def plan(
         budget: the pattern that is shared out (of 1:m no layer can keep less, so that all get it). A table
             or a rule does not need it.
         shapes: names of the layers and their (out, in).
+        rounded: whether what is left is rounded, so that a pattern may be without zeros.
 
     Raises:
         ValueError: an unknown allocation, a pattern that cannot be read or does not divide a layer's width,
@@ -58,7 +61,7 @@ def plan(
         def rule(name: str) -> Choice:
             return budget
 
-    patterns = {name: _parse(rule(name)) for name in shapes}
+    patterns = {name: _parse(rule(name), none=rounded) for name in shapes}
     for name, pattern in patterns.items():
         if pattern is not None:
             pattern.check_width(name, shapes[name][1])
@@ -66,6 +69,8 @@ def plan(
         raise ValueError("the allocation leaves every layer dense: there is nothing to prune")
     if allocation == UNIFORM or isinstance(allocation, Mapping) or callable(allocation):
         return patterns
+    if not budget.sparsity:
+        raise ValueError("0% leaves no zeros to share out: leave the allocation uniform")
     if isinstance(budget, NM) and budget.n == 1 and type(allocation) in ALLOCATORS.values():
         warnings.warn(f"{budget} leaves nothing to share out: every layer gets it", stacklevel=5)
         return patterns
@@ -100,10 +105,9 @@ def describe_allocation(planned: Patterns | Allocator, budget: Pattern) -> str |
     return {name: str(pattern) for name, pattern in planned.items() if pattern is not None}
 
 
-def _parse(choice: Choice) -> Pattern | None:
-    return (
-        None if choice is None else as_pattern(choice)
-    )  # refuses what JSON may hold beside text and numbers
+def _parse(choice: Choice, *, none: bool) -> Pattern | None:
+    # Refuses what JSON may hold beside text and numbers.
+    return None if choice is None else as_pattern(choice, none=none)
 
 
 def _table(table: Mapping[str, Choice], layers: Sequence[str]) -> Callable[[str], Choice]:

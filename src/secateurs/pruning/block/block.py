@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -42,6 +43,9 @@ class Block:
     """Of all layers of the model."""
     parameters: dict[str, Tensor]
     """What the block holds as it will be stored, by the names within the block."""
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    """Of parameters that were rounded, by the names within the block: (rows, groups), or (experts, rows,
+    groups); 0 for rows that were not."""
 
     @property
     def path(self) -> str:
@@ -91,12 +95,19 @@ class Block:
         # A copy, for the reason given in `BlockwiseModel`: in a file a tensor lies at any address.
         return running if running.dtype == stored.dtype else stored.to(running.device, copy=True)
 
-    def store(self, matrix: Matrix, sparse: Tensor, bias: Tensor | None) -> None:
+    def store(self, matrix: Matrix, pruned: Pruned) -> None:
         """Put a pruned matrix, in the dtype of the files, where the model runs it and where it is saved."""
-        self._put(matrix.weight, matrix.of, sparse)
-        if bias is not None:
+        self._put(matrix.weight, matrix.of, pruned.layer.weight)
+        if pruned.layer.bias is not None:
             assert matrix.bias is not None
-            self._put(matrix.bias, matrix.bias_of, bias)
+            self._put(matrix.bias, matrix.bias_of, pruned.layer.bias)
+        if pruned.scales is not None:
+            rows, groups = pruned.scales.shape
+            experts = [] if matrix.expert is None else [self.parameters[matrix.weight].numel() // (rows * matrix.shape[1])]
+            held = self.scales.setdefault(
+                matrix.weight, torch.zeros(*experts, rows, groups, dtype=torch.bfloat16)
+            )
+            (held if matrix.expert is None else held[matrix.expert]).copy_(pruned.scales)
 
     def put(self, name: str, values: Tensor) -> None:
         """Put a whole parameter there, in the dtype of the files."""

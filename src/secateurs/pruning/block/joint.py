@@ -201,7 +201,7 @@ class Joint:
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
-        block.store(matrix, pruned.layer.weight, pruned.layer.bias)
+        block.store(matrix, pruned)
         return layer_report(name, pruned, time.monotonic() - start)
 
     def _prune_mlp(
@@ -242,7 +242,7 @@ class Joint:
         reports = []
         for matrix, pruned in zip(matrices, (*solution.first, solution.down), strict=True):
             if block.pattern(matrix) is not None:
-                block.store(matrix, pruned.layer.weight, pruned.layer.bias)
+                block.store(matrix, pruned)
                 reports.append(layer_report(block.name(matrix), pruned, 0.0))
         share = round((time.monotonic() - start) / len(reports), 4)  # they are solved together
         report.layers.extend(replace(layer, seconds=share) for layer in reports)

@@ -15,7 +15,7 @@ from secateurs.pruning.block.experts import Expert, Experts, channels, experts_o
 from secateurs.pruning.block.measure import Group, alike, check_finite, measure
 from secateurs.pruning.mlp.linear import Linear, Pruned
 from secateurs.pruning.record import BlockReport, ExpertsReport, LayerReport
-from secateurs.pruning.solvers.solver import Solver, rounded
+from secateurs.pruning.solvers.solver import Solver, rounded, solve
 from secateurs.pruning.solvers.statistics import Statistics
 
 Sequential = Literal["block", "sublayer", "linear"]
@@ -102,14 +102,17 @@ class Local:
         assert linear.pattern is not None
         weight = linear.weight.float()
         try:
-            solution = self.solver.solve(weight, moments, linear.pattern)
+            solution = solve(self.solver, weight, moments, linear.pattern)
             sparse = rounded(solution.weight, linear.weight.dtype)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None
         pruned = Pruned(
-            Linear(sparse, None, linear.pattern), moments.error(weight, sparse), solution.objective
+            Linear(sparse, None, linear.pattern),
+            moments.error(weight, sparse),
+            solution.objective,
+            solution.scales,
         )
-        block.store(matrix, sparse, None)  # in float32 `weight` may be the layer's own memory: not before
+        block.store(matrix, pruned)  # in float32 `weight` may be the layer's own memory: not before
         return layer_report(name, pruned, time.monotonic() - start)
 
     def prune_experts(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.pattern import Pattern
-from secateurs.pruning.solvers.solver import Solver, rounded
+from secateurs.pruning.solvers.solver import Solver, rounded, solve
 from secateurs.pruning.solvers.statistics import Products, Statistics
 
 
@@ -34,6 +34,8 @@ class Pruned(NamedTuple):
     """What pruning lost of the fitted layer's output (`Statistics.error`)."""
     objective: tuple[float, ...]
     """Of the solver."""
+    scales: Tensor | None = None
+    """Of a solver that rounds, (out, groups)."""
 
 
 def prune_linear(
@@ -66,14 +68,14 @@ def prune_linear(
         mean = torch.addmv(dense.bias, dense.weight, moments.mean) if goal is None else goal.mean
         wanted = None if goal is None else torch.addr(goal.moment, mean, moments.mean, alpha=-1)
     weight = dense.weight if wanted is None else inputs.fit(dense.weight, wanted, damping)
-    solution = solver.solve(weight, inputs, layer.pattern)
+    solution = solve(solver, weight, inputs, layer.pattern)
     sparse = rounded(solution.weight, layer.weight.dtype)
     bias = None
     if layer.bias is not None and mean is not None:
         made_up = torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1)
         bias = rounded(made_up, layer.bias.dtype)
     error = inputs.error(weight, sparse.to(weight.dtype))
-    return Pruned(Linear(sparse, bias, layer.pattern), error, solution.objective)
+    return Pruned(Linear(sparse, bias, layer.pattern), error, solution.objective, solution.scales)
 
 
 def cast(layer: Linear, dtype: torch.dtype) -> Linear:
