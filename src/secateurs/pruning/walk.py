@@ -68,9 +68,7 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     shapes = layer_shapes(blockwise)
     planned: Patterns | Allocator = dict.fromkeys(shapes)
     if not settings.drops_only:
-        planned = plan(
-            settings.allocation, settings.budget, shapes, rounded=settings.grid is not None
-        )
+        planned = plan(settings.allocation, settings.budget, shapes, rounded=settings.grid is not None)
     if settings.calibration is None and isinstance(planned, Sensitivity):
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
     text = _calibration(settings, dense, progress)

@@ -103,7 +103,11 @@ class Block:
             self._put(matrix.bias, matrix.bias_of, pruned.layer.bias)
         if pruned.scales is not None:
             rows, groups = pruned.scales.shape
-            experts = [] if matrix.expert is None else [self.parameters[matrix.weight].numel() // (rows * matrix.shape[1])]
+            experts = (
+                []
+                if matrix.expert is None
+                else [self.parameters[matrix.weight].numel() // (rows * matrix.shape[1])]
+            )
             held = self.scales.setdefault(
                 matrix.weight, torch.zeros(*experts, rows, groups, dtype=torch.bfloat16)
             )

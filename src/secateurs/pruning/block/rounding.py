@@ -55,7 +55,9 @@ class Rounded:
     def prune(self, block: Block, streams: Streams, clock: Clock, advance: Advance) -> BlockReport:
         """See `BlockPruner.prune`."""
         report = self.pruner.prune(block, streams, clock, advance)
-        kept = replace(block, patterns={block.name(matrix): None for matrix in block.anatomy.matrices.values()})
+        kept = replace(
+            block, patterns={block.name(matrix): None for matrix in block.anatomy.matrices.values()}
+        )
         kept.patterns.update(_masks(block))
         again = self._rounder.prune(kept, Streams(streams.pruned, None), clock, lambda name, error: None)
         rounded = {layer.name: layer for layer in again.layers}
