@@ -8,22 +8,28 @@ import sys
 
 from setuptools import Extension, setup
 
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-w"]
+
+# How activations are rounded must not depend on the instruction set.
+EXACT = {"runtime._kernels": ["-ffp-contract=off"]}
+
 openmp = ["-fopenmp"] if sys.platform == "linux" else []
 
 setup(
     ext_modules=[
         Extension(
             f"secateurs.{name}",
-            [f"src/secateurs/{source}"],
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-w", *openmp],
+            [f"src/secateurs/{source}" for source in sources],
+            depends=["src/secateurs/runtime/kernels.h"],
+            extra_compile_args=[*FLAGS, *openmp, *EXACT.get(name, [])],
             extra_link_args=openmp,
             language="c++",
             optional=True,
         )
-        for name, source in (
+        for name, *sources in (
             ("pruning.solvers._products", "pruning/solvers/products.cpp"),
             ("pruning.solvers._sweep", "pruning/solvers/sweep.cpp"),
-            ("runtime._kernels", "runtime/kernels.cpp"),
+            ("runtime._kernels", "runtime/kernels.cpp", "runtime/quantised.cpp"),
         )
     ]
 )

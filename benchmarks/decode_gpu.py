@@ -23,8 +23,8 @@ from torch.nn.functional import linear
 from common import RESULTS, Record, arguments, environment, print_row, print_table, save
 from random_models import block_shapes, packed_weight, sparse_weight
 from secateurs.runtime import gpu
-from secateurs.runtime.format import Layout
 from secateurs.runtime.kernels import sparse_linear
+from secateurs.runtime.layout import Layout
 from timing import in_turns, medians, speedup, timed
 
 Packed = tuple[Tensor, Tensor, Layout]

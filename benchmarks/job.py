@@ -99,14 +99,16 @@ def compress(model: str, output: str) -> Record:
 
 
 def llmcompressor(
-    model: str, tokens: str, output: str, method: str, pattern: str, batch_size: int = 1
+    model: str, tokens: str, output: str, method: str, pattern: str, batch_size: int = 1, group: int = 64
 ) -> Record:
     """Its defaults: 128 columns a block, dampening 0.01 of the mean diagonal, one decoder layer at a time.
+    GPTQ rounds to symmetric int4.
 
     Weights keep their dtype and are saved uncompressed. Its default batch is one sample.
     """
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier
     from safetensors.torch import load_file
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -115,12 +117,16 @@ def llmcompressor(
     start = time.perf_counter()
     ids = load_file(tokens)["ids"]
     samples = [{"input_ids": row} for row in ids]
-    if pattern.endswith("%"):
-        settings: Record = {"sparsity": float(pattern[:-1]) / 100, "mask_structure": "0:0"}
+    settings: Record
+    if method == "gptq":
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+        settings = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    elif pattern.endswith("%"):
+        settings = {"sparsity": float(pattern[:-1]) / 100, "mask_structure": "0:0"}
     else:
         keep, group = map(int, pattern.split(":"))  # its N is how many to prune
         settings = {"sparsity": 1 - keep / group, "mask_structure": f"{group - keep}:{group}"}
-    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
+    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier, "gptq": GPTQModifier}[method]
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(model)
     oneshot(
@@ -132,8 +138,12 @@ def llmcompressor(
         max_seq_length=ids.shape[1],
         pipeline="sequential",
         save_compressed=False,
-        output_dir=output,
+        output_dir=output if method != "gptq" else None,
     )
+    if method == "gptq":  # what it makes of the weights, as any program reads them
+        plain = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        plain.load_state_dict({name: network.state_dict()[name] for name in plain.state_dict()})
+        plain.save_pretrained(output)
     return {"seconds": time.perf_counter() - start, "import_bytes": imports}
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from common import RESULTS, Record, arguments, environment, save
 from random_models import packed_weight, sparse_weight
 from secateurs.runtime import kernels
-from secateurs.runtime.format import Layout
 from secateurs.runtime.kernels import sparse_linear
+from secateurs.runtime.layout import Layout
 from timing import in_turns, medians, timed
 
 ROWS, COLUMNS, LAYERS = 11008, 4096, 4

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
-from secateurs.runtime.format import Layout, pack, row_offsets
+from secateurs.runtime.format import pack, row_offsets
+from secateurs.runtime.layout import Layout
 
 VOCABULARY = 32000  # Llama's
 

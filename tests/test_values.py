@@ -1,9 +1,9 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateurs.values import Values
+from secateurs.values import Values, parse_values
 
 KINDS = [
     Values(bits, group, grid)
@@ -15,6 +15,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("values", KINDS, ids=str)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**16))
 def test_codes_are_of_the_nearest_levels(values: Values, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -22,13 +23,13 @@ def test_codes_are_of_the_nearest_levels(values: Values, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=generator)
     scales = torch.randn(rows, values.groups(columns), generator=generator).bfloat16()
     nearest = values.decode(values.encode(weight, scales), scales)
-    levels = [values.lowest + values.step * code for code in range(2**values.bits)]
+    levels = torch.tensor([values.lowest + values.step * code for code in range(2**values.bits)]).double()
     assert levels[-1] == values.highest
-    for row in range(rows):
-        for column in range(columns):
-            scale = float(scales[row, column // values.group])
-            best = min(abs(level * scale - float(weight[row, column])) for level in levels)
-            assert abs(float(nearest[row, column] - weight[row, column])) <= best * (1 + 1e-5) + 1e-6
+    for column in range(columns):
+        lie = levels * scales[:, column // values.group, None].double()  # (rows, levels)
+        best = (lie - weight[:, column, None].double()).abs().amin(1)
+        gap = (nearest[:, column] - weight[:, column]).abs()
+        assert (gap <= best * (1 + 1e-5) + 1e-6).all()
 
 
 def test_levels() -> None:
@@ -55,8 +56,35 @@ def test_the_description_is_the_constructors() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"bits": 5}, {"bits": 4, "group": 48}, {"bits": 4, "grid": "gap"}, {"bits": 8, "grid": "half"}]
+    "wrong",
+    [
+        {"bits": 5},
+        {"bits": 4.0},
+        {"bits": 4, "group": 48},
+        {"bits": 4, "grid": "gap"},
+        {"bits": 8, "grid": "half"},
+    ],
 )
 def test_what_is_no_grid(wrong: dict[str, int | str]) -> None:
     with pytest.raises(ValueError, match="is"):
         Values(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("int4", Values(4)),
+        ("INT8", Values(8)),
+        ("int2", Values(2, grid="half")),
+        ("int2:grid=whole", Values(2)),
+        (" int3: group = 128, grid=half ", Values(3, 128, "half")),
+    ],
+)
+def test_values_as_people_write_them(text: str, values: Values) -> None:
+    assert parse_values(text) == values
+
+
+@pytest.mark.parametrize("wrong", ["", "int", "int5", "int44", "4", "bf16"])
+def test_what_is_no_values(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"unknown values .* there are int8, int4, int3, int2$"):
+        parse_values(wrong)

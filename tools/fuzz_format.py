@@ -12,22 +12,25 @@ import shutil
 import struct
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.utils import logging
 
+from secateurs.checkpoint.scales import write_scales
 from secateurs.runtime.convert import compress
 from secateurs.runtime.experts import SparseExperts
-from secateurs.runtime.format import Layout
+from secateurs.runtime.layout import Layout
 from secateurs.runtime.linear import SparseLinear
 from secateurs.runtime.load import load_model
+from secateurs.values import Values
 
 NUMBERS: list[Any] = [
     0,
@@ -62,7 +65,9 @@ SIZES: dict[str, Any] = {
 CONFIGS: dict[str, PreTrainedConfig] = {
     "dense": LlamaConfig(**SIZES),
     "experts": Qwen3MoeConfig(**SIZES, moe_intermediate_size=70, num_experts=3, num_experts_per_tok=2),
+    "codes": LlamaConfig(**SIZES | {"hidden_size": 72, "head_dim": 36}),
 }
+GRIDS = [Values(8, 64), Values(4, 32), Values(4, 64, "half"), Values(3, 64), Values(2, 32, "half"), Values(2)]
 
 
 def small_model(folder: Path, kind: str) -> None:
@@ -73,8 +78,22 @@ def small_model(folder: Path, kind: str) -> None:
         if "proj" in name:
             weight.data[torch.rand(weight.shape) < 0.6] = 0
             weight.data[..., 3, :] = 0
+    scales = {} if kind != "codes" else dict(rounded(model))
     model.save_pretrained(folder / "dense")
+    write_scales(folder / "dense", scales)
     compress(folder / "dense", folder / "compressed")
+
+
+def rounded(model: PreTrainedModel) -> Iterator[tuple[str, tuple[Values, torch.Tensor]]]:
+    """Puts the weights of linear layers on grids, in place; one matrix without zeros."""
+    weights = {name: weight for name, weight in model.named_parameters() if "proj" in name}
+    for (name, weight), values in zip(weights.items(), cycle(GRIDS), strict=False):
+        rows, columns = weight.shape
+        scales = torch.randn(rows, values.groups(columns)).bfloat16()
+        codes = torch.randint(0, 2**values.bits, weight.shape, dtype=torch.uint8)
+        kept = weight.data != 0 if "up_proj" not in name else torch.ones_like(weight, dtype=torch.bool)
+        weight.data = values.decode(codes, scales).mul_(kept).add_(0.0).bfloat16()
+        yield name, (values, scales)
 
 
 def mutate_weights(data: bytes, rng: random.Random) -> bytes:
@@ -116,7 +135,7 @@ def mutate_settings(config: dict[str, Any], rng: random.Random) -> dict[str, Any
     settings = config["quantization_config"]
     layers = settings["layers"]
     name = rng.choice(sorted(layers))
-    kinds = ["number", "shape", "values", "drop", "rename", "field", "version", "swap", "stored"]
+    kinds = ["number", "shape", "values", "drop", "rename", "field", "version", "swap", "stored", "codes"]
     kind = rng.choice(kinds)
     if kind == "number":
         counts, by = layers[name]["nonzeros"], rng.choice([-1, 1, 64])
@@ -127,6 +146,10 @@ def mutate_settings(config: dict[str, Any], rng: random.Random) -> dict[str, Any
         else:
             counts += by
         layers[name]["nonzeros"] = rng.choice([*NUMBERS, *[counts] * 8])
+    elif kind == "codes":
+        field = rng.choice(["group", "grid", "mask", "bytes", "dtype", "values"])
+        known = [32, 64, 128, "whole", "half", True, False, "int2", "int3", "int8", "float16"]
+        layers[name][field] = rng.choice([*NUMBERS, *known * 2])
     elif kind == "stored":
         stored = rng.choice(
             [*NUMBERS, {"model.norm.weight": [24]}, {"a.*": [2**40, 2**40]}, {"a.*": NUMBERS}]
@@ -152,15 +175,47 @@ def mutate_settings(config: dict[str, Any], rng: random.Random) -> dict[str, Any
     return config
 
 
-def plain_weight(packed: np.ndarray, layout: Layout) -> torch.Tensor:
-    """W (rows, columns) of a packed weight in float32, read bit by bit."""
-    row_bytes = -(-layout.columns // 64) * 8
-    mask = packed[: layout.rows * row_bytes].reshape(layout.rows, row_bytes)
-    kept = np.unpackbits(mask, axis=1, bitorder="little")[:, : layout.columns].astype(bool)
-    values = packed[layout.rows * row_bytes :][: layout.dtype.itemsize * kept.sum()].copy()
-    dense = np.zeros(kept.shape, np.float32)
-    dense[kept] = torch.from_numpy(values).view(layout.dtype).float().numpy()
-    return torch.from_numpy(dense)
+def plain_weight(packed: np.ndarray, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """W (rows, columns) of a packed weight in float32, read bit by bit; and what sums of floats go up to."""
+    width = -(-layout.columns // 64) * 64
+    kept, begin = np.ones((layout.rows, width), bool), 0
+    if layout.masked:
+        begin = layout.rows * width // 8
+        mask = packed[:begin].reshape(layout.rows, width // 8)
+        kept = np.unpackbits(mask, axis=1, bitorder="little").astype(bool)
+    if layout.codes is None:
+        kept = kept[:, : layout.columns]
+        values = packed[begin:][: layout.dtype.itemsize * kept.sum()].copy()
+        dense = np.zeros(kept.shape, np.float32)
+        dense[kept] = torch.from_numpy(values).view(layout.dtype).float().numpy()
+        return torch.from_numpy(dense), torch.from_numpy(dense).abs()
+    values, levels = layout.codes.values, np.zeros(kept.shape, np.float32)
+    for row in range(layout.rows):
+        codes, size = row_of_codes(packed[begin:], kept[row], values)
+        levels[row, kept[row]] = codes.astype(np.int64) * values.step + values.lowest
+        begin += size
+    groups = values.groups(layout.columns)
+    scales = torch.from_numpy(packed[begin : begin + 2 * layout.rows * groups].copy()).view(torch.bfloat16)
+    wide = values.spread(scales.float().view(layout.rows, groups), layout.columns)
+    return torch.from_numpy(levels[:, : layout.columns]) * wide, wide.abs() * -values.lowest
+
+
+def row_of_codes(packed: np.ndarray, kept: np.ndarray, values: Values) -> tuple[np.ndarray, int]:
+    """The codes that a row keeps, in order, and how many bytes they take."""
+    if values.bits == 4:
+        odd = np.flatnonzero(kept) // max(values.group, 64) % 2 == 1
+        codes, size = np.zeros(len(odd), np.uint8), max(int((~odd).sum()), int(odd.sum()))
+        codes[~odd] = packed[: int((~odd).sum())] & 15
+        codes[odd] = packed[: int(odd.sum())] >> 4
+        return codes, size
+    found, size = [], 0
+    for word in kept.reshape(-1, 64):
+        count = int(word.sum())
+        length = -(-count * values.bits // 8)
+        number = int.from_bytes(packed[size : size + length].tobytes(), "little")
+        found += [number >> values.bits * i & (1 << values.bits) - 1 for i in range(count)]
+        size += length
+    return np.array(found, np.uint8), size
 
 
 def outcome(folder: Path) -> str:
@@ -180,10 +235,14 @@ def outcome(folder: Path) -> str:
                 products.append((layout, begin, partial(module.linear, i, bias=None)))
                 begin += -(-layout.bytes // 64) * 64
         for layout, begin, product in products:
-            weight = plain_weight(file[f"{name}.weight"].numpy()[begin:], layout)
+            weight, most = plain_weight(file[f"{name}.weight"].numpy()[begin:], layout)
             x = torch.randn(2, layout.columns)
-            size = x.abs().double() @ weight.abs().double().T
-            right = (product(x).double() - x.double() @ weight.double().T).abs() <= 1e-5 * size + 1e-35
+            size = x.abs().double() @ most.double().T
+            tolerance = 1e-5 * size + 1e-35
+            if layout.codes is not None:  # its products round activations, to a 127th of the largest
+                tolerance += 0.004 * x.abs().max() * weight.double().abs().sum(dim=1)
+                tolerance += 0.004 * size  # the dense weight's own dtype is less precise
+            right = (product(x).double() - x.double() @ weight.double().T).abs() <= tolerance
             # A flipped exponent may take a sum beyond float32, or make a weight NaN.
             assert (right | ~(size < 1e38)).all(), f"'{name}' is computed wrongly"
     return "right"

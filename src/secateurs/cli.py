@@ -68,6 +68,8 @@ def _prune(model: str, settings: PruneSettings) -> None:
             f"{report.sparsity:.2%} zeros in {len(report.layers)} layers",
             f"mean relative error {report.error:.4f}",
         ]
+        if report.values:
+            parts.append(f"of rounding to int{report.values.bits} {report.rounding:.4f}")
     print(f"{report.output}: {', '.join(parts)}, {report.seconds:.1f} s")
     if not report.layers:
         return

@@ -150,6 +150,12 @@ class Mask:
 
     kept: Tensor
 
+    @classmethod
+    def of(cls, weight: Tensor) -> "Mask":
+        """Where a weight (out, in) is not 0. All of it, if less than a hundredth is 0: no one meant that."""
+        kept = weight != 0
+        return cls(kept if (~kept).float().mean() >= 0.01 else torch.ones_like(kept))
+
     def __str__(self) -> str:
         return "mask"
 

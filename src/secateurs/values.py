@@ -48,11 +48,15 @@ class Values:
 
     def __post_init__(self) -> None:
         for name, known in (("bits", Bits), ("group", Group), ("grid", Grid)):
-            if getattr(self, name) not in get_args(known):
+            given = getattr(self, name)
+            if given not in get_args(known) or type(given) is float:  # 4.0 is 4, but not in JSON
                 kinds = ", ".join(map(str, get_args(known)))
-                raise ValueError(f"{name} is one of {kinds}, not {getattr(self, name)}")
+                raise ValueError(f"{name} is one of {kinds}, not {given}")
         if self.bits == 8 and self.grid == "half":
             raise ValueError("with 8 bits the grid is whole: half a step more or less is nothing there")
+
+    def __str__(self) -> str:
+        return f"int{self.bits}, {self.grid} grid, a scale for every {self.group} inputs"
 
     @property
     def lowest(self) -> int:
@@ -108,6 +112,8 @@ def parse_values(text: str) -> Values:
     """
     name, _, settings = text.strip().partition(":")
     bits = name[3:]
+    if "bits" in settings:
+        raise ValueError(f"'{text}' says the bits twice: give int4:group=32, say")
     grid: Grid = "half" if bits == "2" else "whole"
     kinds = {f"int{bits}": Values for bits in reversed(get_args(Bits))}
     values: Values = parse_named(f"{name}:grid={grid},{settings},bits={bits}", kinds, "values")

@@ -22,7 +22,8 @@ from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.names import abbreviated, expanded, skeleton_of
 from secateurs.runtime import SparseLinear, compress, decompress, packable
 from secateurs.runtime.experts import SparseExperts, hold_packed
-from secateurs.runtime.format import ExpertsLayout, pack_experts
+from secateurs.runtime.format import pack_experts
+from secateurs.runtime.layout import ExpertsLayout
 from secateurs.runtime.linear import Packed
 from secateurs.runtime.parameters import Parameters, unpacked
 
@@ -350,7 +351,7 @@ def test_broken_files_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
     refused(good, {**entry, "nonzeros": sum(counts)}, "as many 'nonzeros' as it has experts")
     refused(good, {**entry, "shape": [shape[0], shape[2], shape[1]]}, "but the model's is")
     refused(good, {**entry, "shape": shape[1:]}, "needs 'shape', 'values' and 'nonzeros', and nothing else")
-    refused(good, {**entry, "values": "int4"}, "cannot read yet")
+    refused(good, {**entry, "values": "int4"}, "come with version 3")
     for stored in (None, {"w": 3}, {"w": [0]}, {"w": [True]}):
         refused(good, {**entry, "stored": stored}, "names and shapes that it is 'stored' as")
 

@@ -282,7 +282,7 @@ def test_broken_files_are_refused_by_layer(folders: dict[str, tuple[Path, Path]]
     refused(good | {f"{name}.weight": packed[:-1].clone()}, settings, f"{name}.*should be")
     refused(good | {f"{name}.weight": flipped}, settings, f"{name}.*bits in its mask")
     refused({k: v for k, v in good.items() if k != f"{name}.weight"}, settings, f"{name}.*has no weight")
-    refused(good, settings | {"version": 3}, "version 3 is not known")
+    refused(good, settings | {"version": 4}, "version 4 is not known")
     refused(good, settings | {"more": 2}, "and nothing else")
     layers = settings["layers"]
     refused(
@@ -300,8 +300,8 @@ def test_broken_files_are_refused_by_layer(folders: dict[str, tuple[Path, Path]]
     )
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("kind", ["dense", "experts", "codes"])
 def test_mutated_folders_load_right_or_not_at_all(kind: str) -> None:
-    counts = fuzz(100, seed=1, kind=kind)
-    assert counts.total() == 100
+    counts = fuzz(200, seed=1, kind=kind)
+    assert counts.total() == 200
     assert min(counts["refused"], counts["right"]) > 5

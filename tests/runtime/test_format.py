@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import DTYPES, sparse
 
-from secateurs.runtime.format import Layout, mask_of, pack, row_offsets, unpack, values_of
+from secateurs.runtime.format import mask_of, pack, row_offsets, unpack, values_of
+from secateurs.runtime.layout import Layout
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,8 +84,8 @@ def _flip(packed: torch.Tensor, layout: Layout, row: int, column: int) -> torch.
         ({"shape": [2, 3], "values": "bfloat16"}, "needs 'shape'"),
         ({"shape": [2, 3], "values": "bfloat16", "nonzeros": 1, "more": 1}, "needs 'shape'"),
         (None, "needs 'shape'"),
-        ({"shape": [2, 3], "values": "int4", "nonzeros": 1}, "cannot read yet"),
-        ({"shape": [2, 3], "values": "int8", "nonzeros": 1}, "cannot read yet"),
+        ({"shape": [2, 3], "values": "int4", "nonzeros": 1}, "needs .* 'bytes' and 'dtype'"),
+        ({"shape": [2, 3], "values": "int8", "nonzeros": 1}, "needs .* 'bytes' and 'dtype'"),
         ({"shape": [2, 3], "values": "float8", "nonzeros": 1}, "unknown"),
         ({"shape": [2, 3], "values": 3, "nonzeros": 1}, "unknown"),
         ({"shape": [2, -3], "values": "float16", "nonzeros": 1}, "positive sizes"),

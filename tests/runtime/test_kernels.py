@@ -1,5 +1,4 @@
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,19 +12,7 @@ from secateurs.runtime.cpu import CpuKernels, cpu_kernels
 from secateurs.runtime.format import pack, row_offsets
 from secateurs.runtime.kernels import expand, sparse_linear
 
-BEST = cpu_kernels()
-PATHS = ["torch"] if BEST is None else ["torch", *BEST.isas]
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every instruction set of this machine, and the one that needs no compiler."""
-    monkeypatch.setenv("SECATEURS_ISA", request.param)
-    cpu_kernels.cache_clear()
-    yield request.param
-    monkeypatch.undo()
-    cpu_kernels.cache_clear()
 
 
 def assert_is_product(

@@ -23,7 +23,7 @@ from secateurs.checkpoint.reading import Checkpoint
 from secateurs.checkpoint.writing import write_json
 
 COMPRESSED = "secateurs"
-"""What `quantization_config` calls this library's own format, whose values are not quantised."""
+"""What `quantization_config` calls this library's own format."""
 
 PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".bitmask", ".SCB", ".absmax", ".scales")
 """Ends of the names of what stands beside or for a quantised weight."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from secateurs.checkpoint.companions import ADAPTERS, FOREIGN, PICKLED
 from secateurs.checkpoint.gguf import gguf_file, unpacked_folder
+from secateurs.values import SCALES
 
 # All but weights that are never read: of other formats, Mistral's second copy, and those in sub-folders.
 IGNORED = [*PICKLED, *FOREIGN, *ADAPTERS, "consolidated*.safetensors", "*/*.safetensors", "original/*"]
@@ -34,7 +35,9 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), ignore_patterns=IGNORED))
+        snapshot_download(str(model), ignore_patterns=IGNORED)
+        # The one sub-folder whose weights are read. Of what is not there nothing comes.
+        return Path(snapshot_download(str(model), allow_patterns=[SCALES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -133,7 +133,7 @@ def promised_tensors(checkpoint: Checkpoint, model: PreTrainedModel | None) -> d
     stored = {name: key for key, name in own_names(bytes_, model, known).items()}
     for key, name in own_names(packed, model, known).items():
         entry = layers[packed[key]]
-        dtype = PACKED_VALUES.get(entry["values"], "U8")
+        dtype = PACKED_VALUES.get(entry.get("dtype", entry["values"]), "U8")
         if "stored" not in entry:
             tensors[stored.get(name, key)] = Stored(dtype, shapes.get(name, tuple(entry["shape"])))
             continue

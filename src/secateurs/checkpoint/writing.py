@@ -50,8 +50,23 @@ def write_tensors(
 ) -> None:
     """Like `write_json`, for a safetensors file, with what else its metadata is to say."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    told = {"format": "pt", **metadata}
-    _replace(path, lambda temporary: save_file(contiguous, temporary, metadata=told))
+
+    def write(temporary: Path) -> None:
+        save_file(contiguous, temporary, metadata={"format": "pt", **metadata})
+        _sort_metadata(temporary)
+
+    _replace(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes it in another order each time: the same content is to be the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -258,7 +258,7 @@ class WorkFolder:
             title=report.title,
             facts=report.facts,
             usage="",
-            tags=["pruned", "sparse"],
+            tags=report.tags,
         )
 
     def _write_scales(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from secateurs.calibration.sequences import in_words
 from secateurs.checkpoint import RECORD, read_json
+from secateurs.values import Values
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,12 @@ class Report:
             facts += [
                 ("Method", f"{method['name']} ({inner['name']} inside)" if inner else method["name"]),
                 ("Pattern", settings["pattern"]),
+                *([("Values", str(self.values))] if self.values else []),
                 ("Zeros", f"{self.sparsity:.2%} of the weights of {len(self.layers)} linear layers"),
                 ("Mean relative error of the layers' outputs", f"{self.error:.4f}"),
             ]
+            if self.values:
+                facts.append(("Of rounding alone", f"{self.rounding:.4f}"))
         if self.dense and self.layers:
             names = ", ".join(sorted({name.removesuffix(".weight") for name in self.dense}))
             facts.append(("Left dense", names))
@@ -188,9 +192,22 @@ class Report:
     def title(self) -> str:
         """What became of the model, in a few words."""
         parts = [f"with {self.kept_experts}"] if self.choice else []
-        if self.layers:
+        if self.layers and self.settings["pattern"] != "0%":
             parts.append(f"pruned to {self.sparsity:.0%} zeros")
+        if self.values:
+            parts.append(f"rounded to {self.values.bits} bits")
         return ", ".join(parts)
+
+    @property
+    def tags(self) -> list[str]:
+        """What a model card finds it by."""
+        pruned = ["pruned", "sparse"] if self.settings["pattern"] != "0%" or self.choice else []
+        return [*pruned, *(["quantized"] if self.values else [])]
+
+    @property
+    def values(self) -> Values | None:
+        """What weights were rounded to, if they were."""
+        return Values(**self.settings["values"]) if "values" in self.settings else None
 
     @property
     def kept_experts(self) -> str:
@@ -208,3 +225,8 @@ class Report:
     def error(self) -> float:
         """Mean relative error of the pruned layers; 0 if there are none."""
         return sum(layer.error for layer in self.layers) / max(1, len(self.layers))
+
+    @property
+    def rounding(self) -> float:
+        """Mean relative error that rounding added to them."""
+        return sum(layer.rounding or 0 for layer in self.layers) / max(1, len(self.layers))

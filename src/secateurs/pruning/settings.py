@@ -207,7 +207,11 @@ class PruneSettings(InWindows, OnDevice):
     @property
     def grid(self) -> Values | None:
         """Of the values; None leaves them as they are."""
-        return parse_values(self.values) if isinstance(self.values, str) else self.values
+        if self.values is None or isinstance(self.values, Values):
+            return self.values
+        if not isinstance(self.values, str):
+            raise ValueError(f"values are a name such as int4 or int4:group=32, not {self.values!r}")
+        return parse_values(self.values)
 
     @property
     def share_of_experts(self) -> float:

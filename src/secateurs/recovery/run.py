@@ -38,6 +38,7 @@ from secateurs.checkpoint.companions import bytes_of_companions
 from secateurs.checkpoint.config import read_config as read_causal_config
 from secateurs.checkpoint.config import refuse_quantised
 from secateurs.checkpoint.names import skeleton_of
+from secateurs.checkpoint.scales import read_scales, write_scales
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import multiplies_bfloat16, resolve_device
 from secateurs.recovery.report import KEY, RecoveryReport
@@ -178,10 +179,13 @@ def recover_folder(
         weights.round()
         after = held_out_loss(towards, loaded, held, arguments, settings.text_loss)
     if arguments.should_save:
-        if not after < before:
+        kept = not after < before
+        if kept:
             weights.restore()
         work.model.mkdir()
         copy_companions(checkpoint.folder, work.model, replaced={"README.md"})
+        if kept and (scales := read_scales(checkpoint.folder)):
+            write_scales(work.model, scales)
         weights.write(work.model, most=size_in_bytes(settings.max_shard_size))
         recovery = {
             "settings": {

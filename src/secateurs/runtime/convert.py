@@ -1,10 +1,12 @@
 """From a folder of dense weights to a compressed one, and back, shard by shard."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from secateurs.checkpoint import (
@@ -17,6 +19,7 @@ from secateurs.checkpoint import (
     copy_file,
     new_folder,
     output_lock,
+    read_json,
     resolve,
     write_json,
     write_tensors,
@@ -25,12 +28,15 @@ from secateurs.checkpoint.card import write_card
 from secateurs.checkpoint.config import is_compressed
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.pieces import take_apart
-from secateurs.runtime.format import VERSION, VERSION_WITH_EXPERTS, ExpertsLayout, pack, pack_experts
+from secateurs.checkpoint.scales import read_scales, write_scales
+from secateurs.runtime.format import Grid, pack, pack_experts, scales_of
+from secateurs.runtime.layout import VERSION, VERSION_WITH_CODES, VERSION_WITH_EXPERTS, ExpertsLayout, Layout
 from secateurs.runtime.parameters import Parameters
 from secateurs.runtime.quantizer import GUARD, METHOD
 from secateurs.runtime.settings import CompressSettings, DecompressSettings
 from secateurs.runtime.survey import survey
 from secateurs.settings import takes
+from secateurs.values import SCALES
 
 RECORD = "secateurs.json"
 """How the weights were pruned: as true of them compressed."""
@@ -49,6 +55,8 @@ class Compression:
         experts: how many of the compressed weights are experts'.
         outside: matrices of experts that cannot be packed, by the class that keeps them.
         unpacked: other weights that have zeros enough and cannot be packed: their shares of the bytes before.
+        coded: how many of the compressed weights are of few bits each.
+        moved: parameters that were rounded, but have been changed since, so that they are not.
     """
 
     layers: int
@@ -59,6 +67,8 @@ class Compression:
     experts: int = 0
     outside: Mapping[str, int] = field(default_factory=dict)
     unpacked: Mapping[str, float] = field(default_factory=dict)
+    coded: int = 0
+    moved: int = 0
 
     def __str__(self) -> str:
         experts = f" ({self.experts} of them experts')" if self.experts else ""
@@ -69,10 +79,12 @@ class Compression:
             names = [f"'{name}'" for name in self.unpacked][:3] + ["..."] * (len(self.unpacked) > 3)
             share = sum(self.unpacked.values())
             unpacked = f"; {share:.0%} have zeros too and cannot be packed: {', '.join(names)}"
+        coded = f", {self.coded} as codes of a few bits" if self.coded else ""
+        moved = f"; {self.moved} are off the grid that they were rounded to" if self.moved else ""
         return (
-            f"{self.layers} layers compressed{experts}, {self.dense_layers} left dense{outside}; "
+            f"{self.layers} layers compressed{experts}{coded}, {self.dense_layers} left dense{outside}; "
             f"{self.bytes_before / 1e6:.1f} MB became {self.bytes_after / 1e6:.1f} MB "
-            f"({self.share:.0%} of the weights' bytes are packed){unpacked}"
+            f"({self.share:.0%} of the weights' bytes are packed){unpacked}{moved}"
         )
 
 
@@ -102,7 +114,14 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
     check_output(output, checkpoint, 0)
     skeleton = skeleton_of(checkpoint)
     parameters = Parameters(checkpoint, skeleton)
-    found = survey(checkpoint, skeleton, parameters)
+    grids = read_scales(checkpoint.folder)
+    if not grids and _was_rounded(checkpoint):
+        warnings.warn(
+            f"'{checkpoint.folder}' was rounded to few bits, but has no {SCALES}: its weights are packed as "
+            "they are",
+            stacklevel=4,
+        )
+    found = survey(checkpoint, skeleton, parameters, grids)
     layouts = found.layouts
     dense_bytes = sum(layout.dense_bytes for layout in layouts.values())
     packed_bytes = sum(layout.bytes for layout in layouts.values())
@@ -114,15 +133,18 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
 
         def packed() -> dict[str, Tensor]:
             matrices = packable.matrices_of(parameters.read(packable.parameter))
+            grid = None if layout.codes is None else grids[packable.parameter]
             if isinstance(layout, ExpertsLayout):
-                return {packable.packed: pack_experts(matrices, layout.stored)[0]}
-            return {pieces[0].stored: pack(matrices)[0]}
+                return {packable.packed: pack_experts(matrices, layout.stored, grid)[0]}
+            return {pieces[0].stored: pack(matrices, grid)[0]}
 
         return _Step([piece.stored for piece in pieces], packed)
 
     layers = {name: layout.to_json() for name, layout in layouts.items()}
+    coded = [name for name, layout in layouts.items() if layout.codes is not None]
     with_experts = any(isinstance(layout, ExpertsLayout) for layout in layouts.values())
     version = VERSION_WITH_EXPERTS if with_experts or found.renamed else VERSION
+    version = VERSION_WITH_CODES if coded else version
     packing = {"quant_method": METHOD, "version": version, "layers": layers}
     config = {**checkpoint.config, "quantization_config": packing, "transformers_weights": GUARD}
     counts = {name: packable.count for name, packable in parameters.packables.items()}
@@ -138,6 +160,8 @@ def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
             experts=sum(counts[n] for n, layout in layouts.items() if isinstance(layout, ExpertsLayout)),
             outside=found.outside,
             unpacked=found.unpacked,
+            coded=sum(counts[name] for name in coded),
+            moved=len(found.moved),
         )
         write_card(
             folder,
@@ -189,6 +213,13 @@ def _decompress(model: str, checkpoint: Checkpoint, output: Path) -> None:
     count = sum(parameters.packables[name].count for name in layouts)
     with new_folder(output) as folder:
         _rewrite(checkpoint, folder, map(step, layouts), config)
+        grids = {
+            parameters.packables[name].parameter: _grid(checkpoint.load([key])[key], layouts[name])
+            for name, key in parameters.packed.items()
+            if layouts[name].codes is not None
+        }
+        if grids:
+            write_scales(folder, grids)
         write_card(
             folder,
             checkpoint.folder,
@@ -198,6 +229,22 @@ def _decompress(model: str, checkpoint: Checkpoint, output: Path) -> None:
             usage="",
             tags=["sparse"],
         )
+
+
+def _was_rounded(checkpoint: Checkpoint) -> bool:
+    """Whether the record of the pruning says so."""
+    file = checkpoint.folder / RECORD
+    settings = read_json(file).get("settings") if file.is_file() else None
+    return isinstance(settings, dict) and "values" in settings
+
+
+def _grid(packed: Tensor, layout: Layout | ExpertsLayout) -> Grid:
+    """What a packed weight was rounded to."""
+    assert layout.codes is not None
+    if isinstance(layout, Layout):
+        return layout.codes.values, scales_of(packed, layout)
+    scales = [scales_of(layout.part(packed, i), one) for i, one in enumerate(layout.layouts)]
+    return layout.codes.values, torch.stack(scales)
 
 
 class _Step(NamedTuple):

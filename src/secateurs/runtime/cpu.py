@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateurs.native import library
-from secateurs.runtime.format import Layout
+from secateurs.runtime.layout import Layout
 
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512_bf16")  # by their numbers in kernels.cpp, best last
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -30,7 +30,12 @@ class CpuKernels:
         self._linear, self._unpack = loaded.secateurs_linear, loaded.secateurs_unpack
         self._linear.argtypes = [pointer] * 6 + [i64] * 3 + [i32] * 4
         self._unpack.argtypes = [pointer] * 4 + [i64] * 3 + [i32] * 3
+        self._coded_linear = loaded.secateurs_quantised_linear
+        self._coded_unpack = loaded.secateurs_quantised_unpack
+        self._coded_linear.argtypes = [pointer] * 7 + [i64] * 3 + [i32] * 6
+        self._coded_unpack.argtypes = [pointer] * 5 + [i64] * 3 + [i32] * 6
         self._linear.restype = self._unpack.restype = None
+        self._coded_linear.restype = self._coded_unpack.restype = None
         self.isas = [name for number, name in enumerate(ISAS) if loaded.secateurs_has_isa(number)]
         if isa is not None and isa not in self.isas:
             raise ValueError(f"no instruction set '{isa}' here; there are {', '.join(self.isas)}")
@@ -39,10 +44,29 @@ class CpuKernels:
     def linear(
         self, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout
     ) -> Tensor:
-        """x W^T + bias for x (tokens, columns), straight from the packed weight."""
+        """x W^T + bias for x (tokens, columns), straight from the packed weight.
+
+        Where its values are codes, x is rounded to eight bits, with a scale for each group of columns.
+        """
         x = x.contiguous()
         bias = None if bias is None else bias.to(x.dtype).contiguous()
         y = x.new_empty(x.shape[0], layout.rows)
+        if layout.codes is not None:
+            self._coded_linear(
+                *_parts(weight, layout),
+                offsets.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                x.data_ptr(),
+                y.data_ptr(),
+                layout.rows,
+                layout.columns,
+                x.shape[0],
+                *_grid(layout),
+                DTYPE_CODES[x.dtype],
+                torch.get_num_threads(),
+                self.isa,
+            )
+            return y
         self._linear(
             weight.data_ptr(),
             weight.data_ptr() + layout.mask_bytes,
@@ -63,6 +87,20 @@ class CpuKernels:
     def unpack(self, weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
         """Rows [first, last) of W, dense."""
         dense = torch.empty(last - first, layout.columns, dtype=layout.dtype)
+        if layout.codes is not None:
+            self._coded_unpack(
+                *_parts(weight, layout),
+                offsets.data_ptr(),
+                dense.data_ptr(),
+                first,
+                last,
+                layout.columns,
+                *_grid(layout),
+                DTYPE_CODES[layout.dtype],
+                torch.get_num_threads(),
+                self.isa,
+            )
+            return dense
         self._unpack(
             weight.data_ptr(),
             weight.data_ptr() + layout.mask_bytes,
@@ -76,6 +114,18 @@ class CpuKernels:
             self.isa,
         )
         return dense
+
+
+def _parts(weight: Tensor, layout: Layout) -> tuple[int | None, int, int]:
+    """Where a weight's mask, codes and scales lie."""
+    codes = weight.data_ptr() + layout.mask_bytes
+    return weight.data_ptr() if layout.masked else None, codes, codes + layout.value_bytes
+
+
+def _grid(layout: Layout) -> tuple[int, int, bool]:
+    assert layout.codes is not None
+    values = layout.codes.values
+    return values.bits, values.group, values.grid == "half"
 
 
 @functools.cache

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from secateurs.anatomy.products import Parameters, as_multiplication
-from secateurs.runtime.format import ExpertsLayout
 from secateurs.runtime.kernels import expand, sparse_linear
+from secateurs.runtime.layout import ExpertsLayout
 from secateurs.runtime.linear import Packed
 from secateurs.runtime.packable import is_experts
 

@@ -6,18 +6,22 @@ at a time and multiplied by torch. Everything is an operator of its own with a f
 torch.compile, and adapters trained on top, see one opaque linear.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateurs.runtime.cpu import DTYPE_CODES, cpu_kernels
-from secateurs.runtime.format import Layout, mask_of, unpack, values_of
+from secateurs.runtime.format import mask_of, unpack, values_of
+from secateurs.runtime.layout import Codes, Layout
+from secateurs.values import Values
 
 # More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they
 # stay in the cache for the product. benchmarks/prefill_cpu.py measures both: the faster torch multiplies, the
 # sooner expansion pays.
 DIRECT_TOKENS = {torch.float32: 48, torch.bfloat16: 12, torch.float16: 48}
+DIRECT_TOKENS_OF_CODES = {torch.float32: 48, torch.bfloat16: 16, torch.float16: 48}
 PANEL_BYTES = 4 << 20
 
 
@@ -25,7 +29,7 @@ def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: in
     """Rows [first, last) of a packed weight, dense, on its device."""
     if weight.device.type == "cpu" and (kernels := cpu_kernels()) is not None:
         return kernels.unpack(weight, offsets, layout, first, last)
-    if weight.is_cuda:
+    if weight.is_cuda and layout.codes is None:
         from secateurs.runtime import gpu
 
         return gpu.expand(
@@ -34,9 +38,24 @@ def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: in
     return unpack(weight, layout)[first:last]
 
 
-def _layout(weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype) -> Layout:
-    empty = Layout(len(offsets) - 1, columns, 0, dtype)
-    layout = Layout(empty.rows, columns, (len(weight) - empty.bytes) // dtype.itemsize, dtype)
+def _layout(
+    weight: Tensor,
+    offsets: Tensor,
+    columns: int,
+    dtype: torch.dtype,
+    bits: int = 0,
+    group: int = 0,
+    half: bool = False,
+    masked: bool = True,
+) -> Layout:
+    """The layout, whose sizes follow from those of the tensors. With codes it does not count non-zeros."""
+    codes = Codes(Values(bits, group, "half" if half else "whole"), masked, 0) if bits else None  # type: ignore[arg-type]
+    layout = Layout(len(offsets) - 1, columns, 0, dtype, codes)
+    rest = len(weight) - layout.bytes
+    if codes is None:
+        layout = replace(layout, nonzeros=rest // dtype.itemsize)
+    else:
+        layout = replace(layout, codes=replace(codes, bytes=rest))
     assert (weight.shape, weight.dtype, offsets.dtype) == ((layout.bytes,), torch.uint8, torch.int32)
     assert weight.device == offsets.device
     assert weight.is_contiguous()
@@ -53,21 +72,28 @@ def _panels(weight: Tensor, layout: Layout) -> list[tuple[int, int]]:
 
 
 def _linear(
-    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, columns: int, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    dtype: torch.dtype,
+    *codes: Any,
 ) -> Tensor:
-    layout = _layout(weight, offsets, columns, dtype)
+    layout = _layout(weight, offsets, columns, dtype, *codes)
     assert x.shape[-1] == columns
     assert x.device == weight.device
     tokens = x.reshape(-1, columns)
     shape = (*x.shape[:-1], layout.rows)
-    if weight.is_cuda and x.dtype in DTYPE_CODES:
+    direct = DIRECT_TOKENS if layout.codes is None else DIRECT_TOKENS_OF_CODES
+    if weight.is_cuda and x.dtype in DTYPE_CODES and layout.codes is None:
         from secateurs.runtime import gpu
 
         if len(tokens) <= gpu.DIRECT_TOKENS:
             return _shaped(
                 gpu.linear(tokens, mask_of(weight, layout), values_of(weight, layout), offsets, bias), shape
             )
-    elif weight.device.type == "cpu" and len(tokens) <= DIRECT_TOKENS.get(x.dtype, 0):
+    elif weight.device.type == "cpu" and len(tokens) <= direct.get(x.dtype, 0):
         kernels = cpu_kernels()
         if kernels is not None:
             return _shaped(kernels.linear(tokens, weight, offsets, bias, layout), shape)
@@ -88,9 +114,9 @@ def _shaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _input_gradient(
-    gradient: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype
+    gradient: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype, *codes: Any
 ) -> Tensor:
-    layout = _layout(weight, offsets, columns, dtype)
+    layout = _layout(weight, offsets, columns, dtype, *codes)
     wide = torch.promote_types(gradient.dtype, dtype)
     tokens = gradient.reshape(-1, layout.rows).to(wide)
     total = tokens.new_zeros(len(tokens), columns, dtype=torch.promote_types(wide, torch.float32))
@@ -102,11 +128,13 @@ def _input_gradient(
 
 torch.library.define(
     "secateurs::linear",
-    "(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, int columns, ScalarType dtype) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, int columns, ScalarType dtype, int bits=0, "
+    "int group=0, bool half=False, bool masked=True) -> Tensor",
 )
 torch.library.define(
     "secateurs::input_gradient",
-    "(Tensor gradient, Tensor weight, Tensor offsets, int columns, ScalarType dtype) -> Tensor",
+    "(Tensor gradient, Tensor weight, Tensor offsets, int columns, ScalarType dtype, int bits=0, "
+    "int group=0, bool half=False, bool masked=True) -> Tensor",
 )
 torch.library.impl("secateurs::linear", "CompositeExplicitAutograd", _linear)
 torch.library.impl("secateurs::input_gradient", "CompositeExplicitAutograd", _input_gradient)
@@ -114,20 +142,20 @@ torch.library.impl("secateurs::input_gradient", "CompositeExplicitAutograd", _in
 
 @torch.library.register_fake("secateurs::linear")
 def _fake_linear(
-    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, columns: int, dtype: torch.dtype
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, columns: int, *form: Any
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], offsets.shape[0] - 1)
 
 
 @torch.library.register_fake("secateurs::input_gradient")
 def _fake_input_gradient(
-    gradient: Tensor, weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype
+    gradient: Tensor, weight: Tensor, offsets: Tensor, columns: int, *form: Any
 ) -> Tensor:
     return gradient.new_empty(*gradient.shape[:-1], columns)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, offsets, _, ctx.columns, ctx.dtype = inputs
+    _, weight, offsets, _, *ctx.form = inputs
     ctx.save_for_backward(weight, offsets)
 
 
@@ -135,10 +163,10 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight, offsets = ctx.saved_tensors
     x_gradient = bias_gradient = None
     if ctx.needs_input_grad[0]:
-        x_gradient = torch.ops.secateurs.input_gradient(gradient, weight, offsets, ctx.columns, ctx.dtype)
+        x_gradient = torch.ops.secateurs.input_gradient(gradient, weight, offsets, *ctx.form)
     if ctx.needs_input_grad[3]:
         bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-    return x_gradient, None, None, bias_gradient, None, None
+    return x_gradient, None, None, bias_gradient, *[None] * len(ctx.form)
 
 
 torch.library.register_autograd("secateurs::linear", _backward, setup_context=_save)
@@ -157,4 +185,8 @@ def sparse_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | Non
     Returns:
         (..., rows).
     """
-    return torch.ops.secateurs.linear(x, weight, offsets, bias, layout.columns, layout.dtype)
+    codes = layout.codes
+    form: tuple[Any, ...] = ()
+    if codes is not None:
+        form = (codes.values.bits, codes.values.group, codes.values.grid == "half", codes.masked)
+    return torch.ops.secateurs.linear(x, weight, offsets, bias, layout.columns, layout.dtype, *form)

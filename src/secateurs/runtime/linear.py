@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateurs.runtime.format import ExpertsLayout, Layout, experts_offsets, row_offsets
+from secateurs.runtime.format import experts_offsets, row_offsets
 from secateurs.runtime.kernels import expand, sparse_linear
+from secateurs.runtime.layout import ExpertsLayout, Layout
 
 
 class Packed(nn.Module):

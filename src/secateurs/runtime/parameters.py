@@ -8,8 +8,9 @@ from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.config import is_compressed
 from secateurs.checkpoint.names import own_names, packed_names
 from secateurs.checkpoint.pieces import assemble, pieces_of
-from secateurs.runtime.format import ExpertsLayout, Layout, experts_offsets, row_offsets
+from secateurs.runtime.format import experts_offsets, row_offsets
 from secateurs.runtime.kernels import expand
+from secateurs.runtime.layout import ExpertsLayout, Layout
 from secateurs.runtime.packable import packables, traced_packables
 from secateurs.runtime.quantizer import SecateursConfig, matching_layers
 

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateurs.checkpoint.names import PACKED_EXPERTS, own_names, packed_names
 from secateurs.runtime.experts import hold_packed
-from secateurs.runtime.format import VERSION, VERSION_WITH_EXPERTS, ExpertsLayout, Layout, read_layout
+from secateurs.runtime.layout import VERSIONS, ExpertsLayout, Layout, read_layout
 from secateurs.runtime.linear import Packed, SparseLinear
 from secateurs.runtime.packable import own_parameters, packables
 
@@ -43,10 +43,10 @@ class SecateursConfig(QuantizationConfigMixin):
     def __init__(
         self, version: Any = None, layers: Any = None, quant_method: str = METHOD, **unknown: Any
     ) -> None:
-        if version not in (VERSION, VERSION_WITH_EXPERTS) or type(version) is not int:
+        if version not in VERSIONS or type(version) is not int:
             raise ValueError(
-                f"compressed format version {version!r} is not known; this secateurs reads {VERSION} and "
-                f"{VERSION_WITH_EXPERTS}"
+                f"compressed format version {version!r} is not known; this secateurs reads "
+                f"{', '.join(map(str, VERSIONS))}"
             )
         if not isinstance(layers, dict) or unknown:
             raise ValueError(
@@ -124,9 +124,12 @@ class SecateursQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Which experts have tokens is not known beforehand."""
-        return not any(
-            isinstance(layout, ExpertsLayout) for layout in self.quantization_config.layers.values()
+        """Which experts have tokens is not known beforehand; and codes are expanded on a GPU by what waits
+        for it."""
+        layouts = self.quantization_config.layers.values()
+        coded = any(layout.codes is not None for layout in layouts)
+        return not any(isinstance(layout, ExpertsLayout) for layout in layouts) and not (
+            coded and torch.cuda.is_available()
         )
 
 

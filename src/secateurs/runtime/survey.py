@@ -1,6 +1,7 @@
 """What is worth compressing in a model folder, and what cannot be, found by reading all of it once."""
 
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -10,9 +11,11 @@ from transformers import PreTrainedModel
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.names import abbreviated
 from secateurs.checkpoint.pieces import Piece
-from secateurs.runtime.format import DTYPES, MOST_WEIGHTS, ExpertsLayout, Layout, layout_of, padded
+from secateurs.runtime.format import Grid, layout_of, layout_of_experts
+from secateurs.runtime.layout import DTYPES, MOST_WEIGHTS, ExpertsLayout, Layout, padded
 from secateurs.runtime.packable import is_experts, read_elsewhere
 from secateurs.runtime.parameters import Parameters
+from secateurs.values import SCALES
 
 WORTH = 0.9  # of the dense bytes: saving less does not pay for expanding the layer at every long prompt
 
@@ -31,19 +34,36 @@ class Survey(NamedTuple):
     """Matrices of experts that cannot be packed, by the class that keeps them."""
     unpacked: dict[str, float]
     """Shares of the bytes of other parameters that have zeros enough, if together they are notable."""
+    moved: list[str]
+    """Parameters that are not on the grid any more that they were rounded to."""
 
 
-def survey(checkpoint: Checkpoint, skeleton: PreTrainedModel, parameters: Parameters) -> Survey:
+def survey(
+    checkpoint: Checkpoint, skeleton: PreTrainedModel, parameters: Parameters, grids: Mapping[str, Grid]
+) -> Survey:
     """Read all weights of a dense model.
 
+    Args:
+        checkpoint: its files.
+        skeleton: the model without weights.
+        parameters: of both.
+        grids: that parameters, by the model's names, were rounded to.
+
     Raises:
-        ValueError: nothing is worth compressing. Says what comes nearest.
+        ValueError: nothing is worth compressing (says what comes nearest), or there are scales of what the
+            model does not have.
     """
+    for stranger in grids.keys() - parameters.pieces.keys():
+        raise ValueError(
+            f"'{checkpoint.folder / SCALES}' has scales of '{stranger}', which is not in the model: "
+            "delete the folder it is in to do without"
+        )
     elsewhere = read_elsewhere(skeleton)
     names = {packable.parameter: name for name, packable in parameters.packables.items()}
     prefix = f"{skeleton.base_model_prefix}."
     layouts: dict[str, Layout | ExpertsLayout] = {}
     others: dict[str, Layout | ExpertsLayout] = {}
+    moved: list[str] = []
     most, needed, whose, renamed = 0.0, 0.0, "", False
     for parameter, pieces in parameters.pieces.items():
         name, shape = names.get(parameter), pieces[0].parameter_shape
@@ -55,7 +75,10 @@ def survey(checkpoint: Checkpoint, skeleton: PreTrainedModel, parameters: Parame
             continue
         weights = parameters.read(parameter)
         matrices = packable.matrices_of(weights) if packable else weights.reshape(rows, columns)
-        layout = _layout(matrices, pieces)
+        grid = grids.get(parameter) if packable else None
+        layout = _layout(matrices, pieces, grid if grid and _fits(grid, matrices) else None)
+        if grid and layout.codes is None and _whole(grid, matrices):
+            moved.append(parameter)
         worth = layout.bytes <= WORTH * layout.dense_bytes
         if not name or name in elsewhere or not _apart(pieces, experts=isinstance(layout, ExpertsLayout)):
             if worth:
@@ -67,7 +90,7 @@ def survey(checkpoint: Checkpoint, skeleton: PreTrainedModel, parameters: Parame
             renamed |= len(pieces) == 1 and stored not in (own, prefix + own, own.removeprefix(prefix))
         if not whose or layout.sparsity > most:
             # What the mask and the tail take, and a tenth to be saved.
-            overhead = layout.bytes - layout.nonzeros * layout.dtype.itemsize
+            overhead = layout.bytes - layout.value_bytes
             most, needed, whose = layout.sparsity, 1 - WORTH + overhead / layout.dense_bytes, name
     unpacked = _notable(others, checkpoint, skeleton, parameters)
     if not layouts:
@@ -80,15 +103,27 @@ def survey(checkpoint: Checkpoint, skeleton: PreTrainedModel, parameters: Parame
             zeros = f"{others[largest].sparsity:.1%} zeros"
             found = f"'{largest}' has {zeros}, but what {kind} keeps cannot be packed"
         raise ValueError(f"nothing in '{checkpoint.folder}' is worth compressing: {found}")
-    return Survey(layouts, renamed, _outside(skeleton, parameters), unpacked)
+    return Survey(layouts, renamed, _outside(skeleton, parameters), unpacked, moved)
 
 
-def _layout(matrices: Tensor, pieces: tuple[Piece, ...]) -> Layout | ExpertsLayout:
+def _layout(matrices: Tensor, pieces: tuple[Piece, ...], grid: Grid | None) -> Layout | ExpertsLayout:
     """Of matrices (out, in) or (experts, out, in), once they are packed."""
     if matrices.dim() == 2:
-        return layout_of(matrices)
+        return layout_of(matrices, grid)
     stored = {piece.stored: piece.stored_shape for piece in pieces}
-    return ExpertsLayout(tuple(map(layout_of, matrices)), abbreviated(stored, len(matrices)))
+    return layout_of_experts(matrices, abbreviated(stored, len(matrices)), grid)
+
+
+def _whole(grid: Grid, matrices: Tensor) -> bool:
+    """Whether all rows were rounded: one that was not has scales of 0 alone."""
+    return not bool((matrices.any(dim=-1) & ~grid[1].any(dim=-1)).any()) if _fits(grid, matrices) else True
+
+
+def _fits(grid: Grid, matrices: Tensor) -> bool:
+    """Whether the scales are of such matrices."""
+    values, scales = grid
+    *outer, columns = matrices.shape
+    return tuple(scales.shape) == (*outer, values.groups(columns))
 
 
 def _apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:

@@ -1,5 +1,6 @@
 """A block that is being pruned: what the ways of pruning it share."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -102,16 +103,16 @@ class Block:
             assert matrix.bias is not None
             self._put(matrix.bias, matrix.bias_of, pruned.layer.bias)
         if pruned.scales is not None:
-            rows, groups = pruned.scales.shape
-            experts = (
-                []
-                if matrix.expert is None
-                else [self.parameters[matrix.weight].numel() // (rows * matrix.shape[1])]
-            )
-            held = self.scales.setdefault(
-                matrix.weight, torch.zeros(*experts, rows, groups, dtype=torch.bfloat16)
-            )
-            (held if matrix.expert is None else held[matrix.expert]).copy_(pruned.scales)
+            self._scales_of(matrix, pruned.scales.shape).copy_(pruned.scales)
+
+    def _scales_of(self, matrix: Matrix, shape: torch.Size) -> Tensor:
+        """Where a matrix has its scales (rows, groups): a view."""
+        if matrix.weight not in self.scales:
+            experts = self.parameters[matrix.weight].numel() // math.prod(matrix.shape)
+            whole = shape if matrix.expert is None else (experts, *shape)
+            self.scales[matrix.weight] = torch.zeros(whole, dtype=torch.bfloat16)
+        held = self.scales[matrix.weight]
+        return held if matrix.expert is None else held[matrix.expert]
 
     def put(self, name: str, values: Tensor) -> None:
         """Put a whole parameter there, in the dtype of the files."""

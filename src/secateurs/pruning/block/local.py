@@ -13,9 +13,9 @@ from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.pruning.block.block import Advance, Block, Clock, Streams, layer_report
 from secateurs.pruning.block.experts import Expert, Experts, channels, experts_of, route
 from secateurs.pruning.block.measure import Group, alike, check_finite, measure
-from secateurs.pruning.mlp.linear import Linear, Pruned
+from secateurs.pruning.mlp.linear import Linear, Pruned, solve
 from secateurs.pruning.record import BlockReport, ExpertsReport, LayerReport
-from secateurs.pruning.solvers.solver import Solver, rounded, solve
+from secateurs.pruning.solvers.solver import Solver, rounded
 from secateurs.pruning.solvers.statistics import Statistics
 
 Sequential = Literal["block", "sublayer", "linear"]
@@ -102,7 +102,7 @@ class Local:
         assert linear.pattern is not None
         weight = linear.weight.float()
         try:
-            solution = solve(self.solver, weight, moments, linear.pattern)
+            solution = solve(self.solver, weight, weight, moments, linear.pattern)
             sparse = rounded(solution.weight, linear.weight.dtype)
         except FloatingPointError as error:
             raise FloatingPointError(f"'{name}': {error}") from None

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateurs.pattern import Pattern
-from secateurs.pruning.solvers.solver import Solver, rounded, solve
+from secateurs.pattern import Mask, Pattern, Unstructured
+from secateurs.pruning.solvers.solver import Solution, Solver, finished, rounded
+from secateurs.pruning.solvers.sparsegpt import SparseGPT
 from secateurs.pruning.solvers.statistics import Products, Statistics
 
 
@@ -68,7 +69,7 @@ def prune_linear(
         mean = torch.addmv(dense.bias, dense.weight, moments.mean) if goal is None else goal.mean
         wanted = None if goal is None else torch.addr(goal.moment, mean, moments.mean, alpha=-1)
     weight = dense.weight if wanted is None else inputs.fit(dense.weight, wanted, damping)
-    solution = solve(solver, weight, inputs, layer.pattern)
+    solution = solve(solver, dense.weight, weight, inputs, layer.pattern)
     sparse = rounded(solution.weight, layer.weight.dtype)
     bias = None
     if layer.bias is not None and mean is not None:
@@ -76,6 +77,28 @@ def prune_linear(
         bias = rounded(made_up, layer.bias.dtype)
     error = inputs.error(weight, sparse.to(weight.dtype))
     return Pruned(Linear(sparse, bias, layer.pattern), error, solution.objective, solution.scales)
+
+
+def solve(
+    solver: Solver, before: Tensor, weight: Tensor, statistics: Statistics, pattern: Pattern
+) -> Solution:
+    """What a solver makes of a weight that was fitted to a goal.
+
+    Where the pattern has no zeros the fit stays as it is, but that zeros from before it stay zeros.
+
+    Args:
+        solver: the solver.
+        before: the weight before the fit, or itself.
+        weight: (out, in).
+        statistics: of its inputs.
+        pattern: that is asked for.
+    """
+    if pattern != Unstructured(0.0):
+        return solver.solve(weight, statistics, pattern)
+    mask = Mask.of(before)
+    if weight is before or mask.kept.all():
+        return Solution(finished(weight.clone()))
+    return SparseGPT().solve(weight, statistics, mask)
 
 
 def cast(layer: Linear, dtype: torch.dtype) -> Linear:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateurs.finite import all_finite
-from secateurs.pattern import Pattern, Unstructured
+from secateurs.pattern import Pattern
 from secateurs.pruning.solvers.statistics import Statistics
 
 
@@ -42,13 +42,6 @@ class Solver(Protocol):
             FloatingPointError: the weight or the statistics hold NaN or Inf, or the result would.
         """
         ...
-
-
-def solve(solver: Solver, weight: Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
-    """What a solver gives, and without zeros the weight as it is."""
-    if pattern == Unstructured(0.0):
-        return Solution(finished(weight.to(working_dtype(weight), copy=True)))
-    return solver.solve(weight, statistics, pattern)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:

@@ -1,8 +1,8 @@
 """SparseGPT (Frantar and Alistarh, arXiv 2301.00774, sections 3.2 to 3.4, algorithm 1).
 
 Columns are pruned from left to right, and what each one loses is made up for by the columns to its right.
-The paper reads the corrections from U, the upper Cholesky factor of H^-1. Here neither is formed (`blocks`): a
-Cholesky factorisation is all that is done at full size. Within a block the sweep is the paper's, on U_bb.
+The paper reads the corrections from U, the upper Cholesky factor of H^-1. Here neither is formed (`blocks`):
+a Cholesky factorisation is all that is done at full size. Within a block the sweep is the paper's, on U_bb.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from secateurs.pattern import Pattern
+from secateurs.pattern import Mask, Pattern
 from secateurs.pruning.solvers import sweep_cpu
 from secateurs.pruning.solvers.solver import Solution, finished, working_dtype
 from secateurs.pruning.solvers.statistics import Statistics
@@ -52,7 +52,8 @@ class SparseGPT:
         pruned[statistics.norms == 0] = 0
         sweep = _sweep_for(pruned)
         for now, inverse in blocks(pruned, factor, whole_groups(self.block, pattern)):
-            sweep(pruned[now], inverse, pattern)
+            here = Mask(pattern.kept[:, now]) if isinstance(pattern, Mask) else pattern
+            sweep(pruned[now], inverse, here)
         return Solution(finished(pruned.T.contiguous()))
 
 

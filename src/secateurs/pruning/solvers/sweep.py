@@ -17,7 +17,7 @@ INNER = 16
 def blocks(weight: Tensor, factor: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
     """Columns, some at a time, each time corrected for what has become of those before.
 
-    With R = U^-1, that is H = R R^T, and D = W - S the change so far, the earlier columns correct a block b by
+    With R = U^-1, that is H = R R^T, and D = W - S the change so far, earlier columns correct a block b by
 
         w_b = W_b + D_before R_before,b U_bb        where U_bb = R_bb^-1 is as small as the block,
 
