@@ -80,7 +80,7 @@ def survey(
         if grid and layout.codes is None and _whole(grid, matrices):
             moved.append(parameter)
         worth = layout.bytes <= WORTH * layout.dense_bytes
-        if not name or name in elsewhere or not _apart(pieces, experts=isinstance(layout, ExpertsLayout)):
+        if not name or name in elsewhere or not apart(pieces, experts=isinstance(layout, ExpertsLayout)):
             if worth:
                 others[parameter] = layout
             continue
@@ -126,7 +126,7 @@ def _fits(grid: Grid, matrices: Tensor) -> bool:
     return tuple(scales.shape) == (*outer, values.groups(columns))
 
 
-def _apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:
+def apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:
     """Whether a parameter is stored by itself: a layer's as it is, for packed it keeps its stored name."""
     if experts:
         return all(piece.whole for piece in pieces)
