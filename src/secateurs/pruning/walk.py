@@ -18,7 +18,7 @@ from secateurs.calibration.sequences import CalibrationText, calibration_text
 from secateurs.checkpoint import Checkpoint, check_place, output_lock, resolve
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import home_of, resolve_device
-from secateurs.pruning.allocation.fitting import choose_forms
+from secateurs.pruning.allocation.fitting import choose_forms, measure_forms
 from secateurs.pruning.allocation.plan import describe_allocation, plan
 from secateurs.pruning.allocation.room import Room, room_in
 from secateurs.pruning.allocation.sensitivity import Sensitivity
@@ -192,7 +192,7 @@ def _allocate(
         survey = Survey(model, tokens, batch_size or 1, lambda name: advance(f"survey of {name}", None))
         if not isinstance(planned, Room):
             return work.allocation(lambda: planned.allocate(survey, settings.wanted)), grids
-        forms = work.forms(lambda: choose_forms(survey, planned)).forms
+        forms = work.forms(lambda: choose_forms(planned, measure_forms(survey, planned))).forms
     return {name: forms[name].pattern for name in names}, {
         name: form.values for name, form in forms.items() if form.values is not None
     }

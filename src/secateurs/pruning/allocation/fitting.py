@@ -7,6 +7,7 @@ budget that of the least sum is made (`afford`), and it is compared with the bes
 matrices alike.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -27,12 +28,12 @@ TOKENS = 1024
 """Of the calibration text on which errors are measured."""
 
 
-def choose_forms(survey: Survey, room: Room) -> Choice:
-    """Choose for a dense model.
+def measure_forms(survey: Survey, room: Room) -> list[list[float]]:
+    """How far blocks' outputs move: of each parameter that can be packed, in each of FORMS.
 
     Args:
-        survey: of the model.
-        room: that its matrices have (`Room.check`).
+        survey: of the dense model.
+        room: that says which parameters these are.
 
     Raises:
         FloatingPointError: the inputs of a layer hold NaN or Inf; names it.
@@ -40,10 +41,19 @@ def choose_forms(survey: Survey, room: Room) -> Choice:
     pruned = [partial(_pruned, zeros=zeros) for zeros in SHARES[1:]]
     rounded = [partial(_rounded, values=values) for values in GRIDS]
     layers = measured(survey, TOKENS, [*pruned, *rounded])
-    costs = [
+    return [
         np.sum([_costs(layers[name]) for name in parameter.matrices], axis=0).tolist()
         for parameter in room.parameters
     ]
+
+
+def choose_forms(room: Room, costs: Sequence[Sequence[float]]) -> Choice:
+    """The forms of the least cost together that there is room for.
+
+    Args:
+        room: that the matrices have, once it was checked.
+        costs: see `measure_forms`.
+    """
     chosen = afford(room.sizes, costs, room.total - room.rest)
     assert chosen is not None, "the room was not checked"
     sizes, errors = np.sum(room.sizes, axis=0), np.sum(costs, axis=0)
@@ -55,7 +65,7 @@ def choose_forms(survey: Survey, room: Room) -> Choice:
         for name in parameter.matrices
     }
     return Choice(
-        {name: forms.get(name, AS_STORED) for name in layers},
+        {**dict.fromkeys(room.others, AS_STORED), **forms},
         room.total,
         room.rest + sum(own[i] for own, i in zip(room.sizes, chosen, strict=True)),
         sum(own[i] for own, i in zip(costs, chosen, strict=True)),
