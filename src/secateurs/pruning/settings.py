@@ -220,7 +220,7 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError(f"{option} says itself what each matrix gets: leave the allocation uniform")
         if self.recover:
             raise ValueError(
-                f"recovery would move the weights off their grids: leave {option} or recover out"
+                f"recovery would move the weights off the grids that {option} chooses: leave it out"
             )
         if self.calibration is None:
             raise ValueError(f"{option} goes by what is measured on calibration text: give some")

@@ -86,10 +86,14 @@ class Room:
             )
 
     def _told(self, count: int, *, up: bool = False) -> str:
-        amount, digits = (count / 1e6, 2) if self.weights is None else (count / self.weights, 4)
+        if self.weights is not None:
+            each, unit, digits = self.weights, "bytes a weight", 4
+        else:
+            each, unit, digits = (10**6, "MB", 2) if count >= 10**6 else (1000, "KB", 2)
+        amount = count / each
         if up:
             amount = math.ceil(amount * 10**digits) / 10**digits
-        return f"{amount:.{digits}f} {'MB' if self.weights is None else 'bytes a weight'}"
+        return f"{amount:.{digits}f} {unit}"
 
 
 def room_in(model: BlockwiseModel, files: int, *, budget: int | None, bytes_per_weight: float | None) -> Room:

@@ -128,7 +128,7 @@ def within(kept: Tensor, weight: Tensor, values: Values, size: int) -> Tensor:
         values: what the codes are of.
         size: bytes of codes, at least 0.
     """
-    kept = kept.clone()
+    kept = kept.clone(memory_format=torch.contiguous_format)
     columns = torch.arange(kept.shape[1], device=kept.device)
     odd = columns // max(values.group, WORD) % 2 == 1
     while True:
