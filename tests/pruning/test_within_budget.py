@@ -171,3 +171,16 @@ def test_nothing_that_can_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(room, "apart", lambda pieces, experts: False)
     with pytest.raises(ValueError, match="is below the least that this model can take"):
         prune(source, output=tmp_path / "out", calibration=TEXT, budget="100KB")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_rounded_tables_leave_more_room(name: str, tmp_path: Path) -> None:
+    source = decoders.save(name, tmp_path / "source", torch.bfloat16)
+    least, most = least_and_most(source)
+    budget = least - 1000
+    settings: dict[str, Any] = {"calibration": TEXT, "method": "sparsegpt", "budget": budget}
+    with pytest.raises(ValueError, match="is below the least"):
+        prune(source, output=tmp_path / "out", **settings)
+    prune(source, output=tmp_path / "out", embedding="int8:group=32", **settings)
+    done = compress(tmp_path / "out", output=tmp_path / "small")
+    assert 0.9 * budget < done.bytes_after <= budget

@@ -31,7 +31,7 @@ from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.reap import Cut, plan_cut
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
-from secateurs.pruning.tables import round_tables, tables_of
+from secateurs.pruning.tables import bytes_saved, round_tables, tables_of
 from secateurs.recovery.run import check_recovery, recover_folder
 from secateurs.settings import takes
 from secateurs.values import Values
@@ -171,9 +171,10 @@ def _choose(cut: Cut, tokens: Tensor, batch_size: int | None, work: WorkFolder, 
 
 def _room(model: BlockwiseModel, settings: PruneSettings, most: int) -> Room:
     """What a budget leaves for the matrices; ValueError where that is too little, or all that they take."""
+    saved = 0 if settings.grid_of_tables is None else bytes_saved(model, settings.grid_of_tables)
     room = room_in(
         model,
-        shards_of(model, Path(), most).bytes,
+        shards_of(model, Path(), most).bytes - saved,
         budget=None if settings.budget is None else size_in_bytes(settings.budget),
         bytes_per_weight=settings.bytes_per_weight,
     )
