@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from secateurs import NM, Unstructured
-from secateurs.budget import choose, fill, kept, levels_around, spend, zeros
+from secateurs.budget import afford, choose, fill, kept, levels_around, spend, zeros
 
 shares = st.floats(-2, 2)
 sizes = st.integers(1, 5000)
@@ -117,3 +117,30 @@ def test_levels() -> None:
     assert levels_around(NM(1, 4)) == [1, 2, 3]
     assert kept(3, 4) == NM(3, 4)
     assert kept(4, 4) is None
+
+
+candidates = st.lists(st.tuples(st.integers(1, 60), costs), min_size=4, max_size=4)
+
+
+@settings(max_examples=200)
+@given(st.lists(candidates, min_size=1, max_size=5), st.integers(0, 300))
+def test_afford_stays_within_the_total(items: list[list[tuple[int, float]]], total: int) -> None:
+    """Against all choices: none is found only if there is none, and none that costs much less is missed."""
+    size = [[one for one, _ in item] for item in items]
+    cost = [[one for _, one in item] for item in items]
+
+    def of(table: list[list[Any]], choice: Any) -> Any:
+        return sum(own[i] for own, i in zip(table, choice, strict=True))
+
+    possible = [one for one in itertools.product(range(4), repeat=len(items)) if of(size, one) <= total]
+    chosen = afford(size, cost, total)
+    assert (chosen is None) == (not possible)
+    if chosen is None:
+        return
+    assert of(size, chosen) <= total
+    for i in range(4):
+        if of(size, [i] * len(items)) <= total:
+            assert of(cost, chosen) <= of(cost, [i] * len(items)) + 1e-9
+    # What does not fit is one step of one item; the rest is the linear programme's.
+    largest = max(max(own) - min(own) for own in cost)
+    assert of(cost, chosen) <= min(of(cost, one) for one in possible) + largest + 1e-9

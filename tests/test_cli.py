@@ -120,6 +120,43 @@ def test_prune(place: Place) -> None:
     assert bytes_of(place.model) == before
 
 
+def test_a_budget(place: Place) -> None:
+    """What was chosen is said, and how far it is from what is the same for all."""
+    result = place.prune("--budget", "120KB", "--method", "wanda")
+    assert result.status == 0
+    first, chosen, expected = result.out.splitlines()
+    assert first.startswith(f"{place.output}: ")
+    assert "of rounding 0." in first
+    assert chosen.startswith("chosen for each matrix: ")
+    assert expected.startswith("expected error ")
+    assert "best uniform choice" in expected
+    record = json.loads((place.output / "secateurs.json").read_text())
+    assert record["settings"]["budget"] == 120_000
+    assert "pattern" not in record["settings"]
+    assert len(record["forms"]["forms"]) == 21
+    assert "Chosen for each matrix" in (place.output / "README.md").read_text()
+    assert place.run(["plot", str(place.output)]).status == 0
+    small = place.folder / "small"
+    assert place.run(["compress", str(place.output), "--output", str(small)]).status == 0
+    assert sum(file.stat().st_size for file in small.glob("*.safetensors")) <= 120_000
+
+
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        (["of 5.00 KB is below the least that this model can take, "], ["--budget", "5KB"]),
+        (["of 5.00 MB holds the model as it is", "there is nothing to prune"], ["--budget", "5MB"]),
+        (["leave pattern out"], ["--budget", "90KB", "--pattern", "50%"]),
+        (["leave values out"], ["--bytes-per-weight", "0.4", "--values", "int4"]),
+        (["leave the allocation uniform"], ["--bytes-per-weight", "0.4", "--allocation", "sensitivity"]),
+        (["leave it out"], ["--bytes-per-weight", "0.4", "--recover", "1000"]),
+        (["bytes-per-weight", "--help"], ["--bytes-per-weight", "some"]),
+    ],
+)
+def test_budgets_that_are_refused(parts: list[str], options: list[str], place: Place) -> None:
+    place.refuses(*parts, options=tuple(options))
+
+
 def test_the_defaults_do(place: Place) -> None:
     """Only the model, the text and the output are needed."""
     place.text.write_text(TEXT * 8)

@@ -130,6 +130,59 @@ def choose(
     return chosen[::-1]
 
 
+def afford(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], total: int) -> list[int] | None:
+    """One of its candidates for each item, all together within a total, at a low cost.
+
+    As in `spend` the steps along the hulls are taken in the order of their price, each as a whole where it
+    fits; what is left over then buys single steps as long as one fits. Where giving all items the same
+    candidate is within the total and better, that is chosen.
+
+    Args:
+        sizes: of each item's candidates, in any order.
+        costs: of each candidate.
+        total: what the chosen sizes add up to at most.
+
+    Returns:
+        The place of each item's candidate; None if even the smallest are too large together.
+    """
+    chosen, steps = [], []
+    for item, (own, prices) in enumerate(zip(sizes, costs, strict=True)):
+        order = sorted(range(len(own)), key=lambda i: (own[i], prices[i]))
+        corners = [order[i] for i in _hull([own[i] for i in order], [prices[i] for i in order])]
+        # Sizes that are alike come best first, and what costs more for more is no step.
+        chosen.append(corners[0])
+        for left, right in itertools.pairwise(corners):
+            if own[right] > own[left] and prices[right] < prices[left]:
+                steps.append(((prices[right] - prices[left]) / (own[right] - own[left]), item, left, right))
+    left_over = total - sum(own[i] for own, i in zip(sizes, chosen, strict=True))
+    if left_over < 0:
+        return None
+    for _, item, left, right in sorted(steps):
+        width = sizes[item][right] - sizes[item][left]
+        if chosen[item] == left and width <= left_over:
+            chosen[item] = right
+            left_over -= width
+    while True:
+        singles = [
+            ((costs[item][i] - costs[item][now]) / (sizes[item][i] - sizes[item][now]), item, i)
+            for item, now in enumerate(chosen)
+            for i in range(len(sizes[item]))
+            if 0 < sizes[item][i] - sizes[item][now] <= left_over and costs[item][i] < costs[item][now]
+        ]
+        if not singles:
+            break
+        _, item, i = min(singles)
+        left_over -= sizes[item][i] - sizes[item][chosen[item]]
+        chosen[item] = i
+
+    def cost(choice: Sequence[int]) -> float:
+        return sum(prices[i] for prices, i in zip(costs, choice, strict=True))
+
+    alike = [[i] * len(sizes) for i in range(min(map(len, sizes)))]
+    within = [one for one in alike if sum(own[i] for own, i in zip(sizes, one, strict=True)) <= total]
+    return min([chosen, *within], key=cost)
+
+
 def most_zeros(sparsity: float) -> float:
     """The largest share of a layer that may fall: a tenth of what the budget would leave stays everywhere."""
     return 1 - (1 - sparsity) / 10

@@ -68,11 +68,15 @@ def _prune(model: str, settings: PruneSettings) -> None:
             f"{report.sparsity:.2%} zeros in {len(report.layers)} layers",
             f"mean relative error {report.error:.4f}",
         ]
-        if report.values:
-            parts.append(f"of rounding to int{report.values.bits} {report.rounding:.4f}")
+        if report.is_rounded:
+            to = f" to int{report.values.bits}" if report.values else ""
+            parts.append(f"of rounding{to} {report.rounding:.4f}")
     if report.tables:
         parts.append(f"{report.tabled} in int{report.settings['embedding']['bits']}")
     print(f"{report.output}: {', '.join(parts)}, {report.seconds:.1f} s")
+    if report.forms:
+        print(f"chosen for each matrix: {report.forms}")
+        print(report.forms.against)
     if not report.layers:
         return
     for name, why in report.dense.items():

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from secateurs.checkpoint.scales import read_scales, write_scales
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.checkpoint.writing import write_tensors
 from secateurs.pattern import parse_pattern
+from secateurs.pruning.allocation.forms import Choice
 from secateurs.pruning.allocation.survey import Patterns
 from secateurs.pruning.record import BlockReport, ChoiceReport, Report
 from secateurs.pruning.tables import RoundedTable
@@ -65,7 +66,6 @@ class WorkFolder:
         recover: int = 0,
     ) -> None:
         checkpoint = model.checkpoint
-        blocks = _apart([model.block_tensors(index) for index in range(len(model.blocks))])
         # Through links: the last step is a rename, which would replace or trip over a link itself.
         self.output, self.blockwise, self.settings = output.resolve(), model, settings
         self.checkpoint = checkpoint
@@ -86,17 +86,8 @@ class WorkFolder:
         self.partial = _partial(self.output)
         self.model, self.progress = self.partial / "model", self.partial / "progress"
         self.recovered = self.partial / f"recovered-{self.asked[:8]}"
-        inside = {name for names in blocks for name in names}
-        self.parts = [sorted(set(checkpoint.file_of) - inside), *blocks]
-        self.shards = Shards(
-            self.model,
-            {
-                name: Stored(checkpoint.dtypes[name], checkpoint.shapes[name])
-                for names in self.parts
-                for name in names
-            },
-            most=most,
-        )
+        self.parts = parts_of(model)
+        self.shards = shards_of(model, self.model, most)
         self.phases = dict.fromkeys(("load", "run", "solve", "refine", "write"), 0.0)
         self.mark = self.progress / "run.json"
         self.finished = self._is_finished()
@@ -169,6 +160,16 @@ class WorkFolder:
         if not memory.exists():
             write_json(memory, {name: pattern and str(pattern) for name, pattern in survey().items()})
         return {name: text and parse_pattern(text) for name, text in read_json(memory).items()}
+
+    def forms(self, choose: Callable[[], Choice]) -> Choice:
+        """What each matrix becomes, chosen once: a run that goes on remembers it."""
+        if not self._forms.exists():
+            write_json(self._forms, {"forms": choose().to_json()})
+        return Choice.from_json(read_json(self._forms)["forms"])
+
+    @property
+    def _forms(self) -> Path:
+        return self.progress / "forms.json"
 
     def choice(self, choose: Callable[[], list[ChoiceReport]]) -> list[ChoiceReport]:
         """Which experts are kept, chosen once: a run that goes on remembers them."""
@@ -244,11 +245,12 @@ class WorkFolder:
         """Whether `model` is complete, its card being what is written last: it may still be recovered."""
         return (self.model / "README.md").is_file()
 
-    def complete(self, seconds: float) -> None:
+    def complete(self, seconds: float, grids: Mapping[str, Values]) -> None:
         """Make `model`, all of whose blocks are done, a whole model folder.
 
         Args:
             seconds: what the run took beside its blocks.
+            grids: that matrices, by their names in the model, were rounded to.
         """
         with self.clock("write"):
             written = {"config.json"} if self.checkpoint.edited else set()
@@ -256,7 +258,7 @@ class WorkFolder:
             for name in written:
                 write_json(self.model / name, self.checkpoint.config)
             self.shards.finish()
-            self._write_scales()
+            self._write_scales(grids)
         blocks = [read_json(self._report(index)) for index in range(len(self.parts) - 1)]
         counted = [self.phases, *(block["phases"] for block in blocks)]
         record = {
@@ -287,24 +289,27 @@ class WorkFolder:
 
     def _once(self) -> list[Path]:
         """What is remembered of the model outside of its blocks."""
-        return [path for path in (self._choice, self._tables) if path.exists()]
+        return [path for path in (self._choice, self._forms, self._tables) if path.exists()]
 
-    def _write_scales(self) -> None:
+    def _write_scales(self, grids: Mapping[str, Values]) -> None:
         """All that there are, in one file: also those that the model had, of what is as it was."""
         scales = {
             name: scale
             for name, scale in read_scales(self.checkpoint.folder).items()
             if name in self.blockwise.pieces and self._is_as_it_was(name)
         }
-        if "values" in self.settings:
-            values = Values(**self.settings["values"])
-            for index in range(len(self.parts) - 1):
-                path = self._scales(index)
-                for name, tensor in (load_file(path) if path.exists() else {}).items():
-                    scales[f"{self.blockwise.path}.{index}.{name}"] = values, tensor
+        for index, anatomy in enumerate(self.blockwise.anatomy.blocks):
+            path, block = self._scales(index), f"{self.blockwise.path}.{index}"
+            values = {
+                matrix.weight: grids.get(f"{block}.{matrix.name}") for matrix in anatomy.matrices.values()
+            }
+            for name, tensor in (load_file(path) if path.exists() else {}).items():
+                grid = values[name]
+                assert grid is not None
+                scales[f"{block}.{name}"] = grid, tensor
         if "embedding" in self.settings:
-            values = Values(**self.settings["embedding"])
-            scales |= {name: (values, tensor) for name, tensor in load_file(self._table_scales).items()}
+            grid = Values(**self.settings["embedding"])
+            scales |= {name: (grid, tensor) for name, tensor in load_file(self._table_scales).items()}
         if scales:
             write_scales(self.model, scales)
 
@@ -329,6 +334,20 @@ class WorkFolder:
                 with suppress(OSError):
                     path.unlink()
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def parts_of(model: BlockwiseModel) -> list[list[str]]:
+    """Names of stored tensors: those outside the blocks, then those of each block."""
+    blocks = _apart([model.block_tensors(index) for index in range(len(model.blocks))])
+    inside = {name for names in blocks for name in names}
+    return [sorted(set(model.checkpoint.file_of) - inside), *blocks]
+
+
+def shards_of(model: BlockwiseModel, folder: Path, most: int) -> Shards:
+    """A model's weight files, of `most` bytes each, as a run writes them to a folder."""
+    dtypes, shapes = model.checkpoint.dtypes, model.checkpoint.shapes
+    names = [name for part in parts_of(model) for name in part]
+    return Shards(folder, {name: Stored(dtypes[name], shapes[name]) for name in names}, most=most)
 
 
 def begun(output: Path) -> bool:

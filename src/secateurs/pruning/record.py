@@ -6,6 +6,7 @@ from typing import Any
 
 from secateurs.calibration.sequences import in_words
 from secateurs.checkpoint import RECORD, read_json
+from secateurs.pruning.allocation.forms import Choice
 from secateurs.values import Values
 
 
@@ -147,6 +148,9 @@ class Report:
     alone: list[str] = field(repr=False, default_factory=list)
     """Matrices of no attention or MLP that was understood: SparseLLM prunes them by its solver alone."""
 
+    forms: Choice | None = field(repr=False, default=None)
+    """What each matrix was to become, where a budget asked."""
+
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """The report of a pruned model's folder; ValueError if it has none."""
@@ -162,6 +166,7 @@ class Report:
         experts = [ExpertsReport(**entry) for entry in content.get("experts", [])]
         choice = [ChoiceReport(**entry) for entry in content.get("choice", [])]
         tables = [TableReport(**entry) for entry in content.get("tables", [])]
+        forms = Choice.from_json(content["forms"]) if "forms" in content else None
         parts = {"dense": content.get("dense", {}), "alone": content.get("alone", [])}
         shared = {key: content[key] for key in ("settings", "versions", "seconds", "phases")}
         return cls(
@@ -172,6 +177,7 @@ class Report:
             experts=experts,
             choice=choice,
             tables=tables,
+            forms=forms,
             **parts,
             **shared,
         )
@@ -188,12 +194,13 @@ class Report:
         if self.layers:
             facts += [
                 ("Method", f"{method['name']} ({inner['name']} inside)" if inner else method["name"]),
-                ("Pattern", settings["pattern"]),
+                *([("Chosen for each matrix", str(self.forms))] if self.forms else []),
+                *([("Pattern", settings["pattern"])] if "pattern" in settings else []),
                 *([("Values", str(self.values))] if self.values else []),
                 ("Zeros", f"{self.sparsity:.2%} of the weights of {len(self.layers)} linear layers"),
                 ("Mean relative error of the layers' outputs", f"{self.error:.4f}"),
             ]
-            if self.values:
+            if self.is_rounded:
                 facts.append(("Of rounding alone", f"{self.rounding:.4f}"))
         if self.tables:
             facts.append((f"Also {self.tabled}", str(Values(**settings["embedding"]))))
@@ -211,10 +218,12 @@ class Report:
     def title(self) -> str:
         """What became of the model, in a few words."""
         parts = [f"with {self.kept_experts}"] if self.choice else []
-        if self.layers and self.settings["pattern"] != "0%":
+        if self.layers and self._is_pruned:
             parts.append(f"pruned to {self.sparsity:.0%} zeros")
         if self.values:
             parts.append(f"rounded to {self.values.bits} bits")
+        elif self.is_rounded:
+            parts.append("rounded to a budget")
         if self.tables:
             parts.append(f"{self.tabled} to {self.settings['embedding']['bits']} bits")
         return ", ".join(parts)
@@ -222,12 +231,24 @@ class Report:
     @property
     def tags(self) -> list[str]:
         """What a model card finds it by."""
-        pruned = ["pruned", "sparse"] if self.settings["pattern"] != "0%" or self.choice else []
-        return [*pruned, *(["quantized"] if self.values or self.tables else [])]
+        pruned = ["pruned", "sparse"] if self._is_pruned or self.choice else []
+        return [*pruned, *(["quantized"] if self.is_rounded or self.tables else [])]
+
+    @property
+    def _is_pruned(self) -> bool:
+        """Whether there were to be zeros."""
+        if self.forms is not None:
+            return any(form.zeros for form in self.forms.forms.values())
+        return bool(self.settings["pattern"] != "0%")
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether what was left of some matrices was rounded."""
+        return any(layer.rounding is not None for layer in self.layers)
 
     @property
     def values(self) -> Values | None:
-        """What weights were rounded to, if they were."""
+        """What all weights were rounded to, if they were."""
         return Values(**self.settings["values"]) if "values" in self.settings else None
 
     @property

@@ -1,5 +1,6 @@
 """What `prune` can be told."""
 
+import math
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from secateurs.pruning.solvers.magnitude import Magnitude
 from secateurs.recovery.settings import RecoverSettings
 from secateurs.settings import InWindows, OnDevice
 from secateurs.values import Values, parse_values
+
+PATTERN = "50%"
+"""By default."""
 
 REPAIR = 0.5
 """By default: whether none or all of it is better depends on the text and the sparsity."""
@@ -68,9 +72,9 @@ class PruneSettings(InWindows, OnDevice):
     """sparsellm, or a local method by itself: magnitude, wanda, sparsegpt or admm. With settings:
     sparsellm:solver=sparsegpt,iterations=2 or sparsegpt:block=64,damping=0.02."""
 
-    pattern: str | float | Pattern = "50%"
+    pattern: str | float | Pattern | None = None
     """70% (zeros anywhere) or 2:4 (keep two of every four inputs; any n:m). With values also 0%: then what is
-    there is rounded; and with experts: then they are dropped."""
+    there is rounded; and with experts: then they are dropped. By default 50%."""
 
     values: str | Values | None = None
     """What the weights that are left are rounded to: int8, int4, int3 or int2, with settings:
@@ -80,6 +84,14 @@ class PruneSettings(InWindows, OnDevice):
     embedding: str | Values | None = None
     """What the embedding and the head are rounded to, as with values, once everything else is done: int8
     loses next to nothing. By default they stay as precise as the model stores them."""
+
+    budget: str | int | None = None
+    """Instead of pattern and values: how large the model may be once compressed, all weight files together,
+    such as 90MB or 1.5GB. Zeros, bits and group are then chosen for each matrix, by how far they move its
+    block's output (docs/values.md)."""
+
+    bytes_per_weight: float | None = None
+    """The same, as bytes of the pruned matrices over their number of weights, such as 0.4: bfloat16 has 2."""
 
     experts: str | float = "100%"
     """The share of each block's experts to keep, above 0% and up to 100%: 75% keeps 12 of 16. The others are
@@ -138,7 +150,7 @@ class PruneSettings(InWindows, OnDevice):
         for given, known in ((self.target, Target), (self.sequential, Sequential), (self.effort, Effort)):
             if given is not None and given not in get_args(known):
                 raise ValueError(f"'{given}' is none of {', '.join(get_args(known))}")
-        solver, share, _ = self.solver, self.share_of_experts, self.budget
+        solver, share, _ = self.solver, self.share_of_experts, self.wanted
         if self.calibration is None and share < 1:
             raise ValueError("experts are chosen by what they do on calibration text: give some")
         if self.calibration is None and not isinstance(solver, Magnitude):
@@ -146,6 +158,8 @@ class PruneSettings(InWindows, OnDevice):
                 "calibration text is needed (a file, a folder, a dataset's name, or self): only magnitude "
                 "does without"
             )
+        if self.is_bounded:
+            self._check_budget()
         if self.samples < 1:
             raise ValueError(f"samples are at least 1, not {self.samples}")
         if self.calibration is not None and not isinstance(self.calibration, Tensor):
@@ -198,15 +212,44 @@ class PruneSettings(InWindows, OnDevice):
             return replace(solver, iterations=EFFORTS[self.effort].iterations)
         return solver
 
+    def _check_budget(self) -> None:
+        """Raises ValueError for what a budget does not go with."""
+        option = "budget" if self.budget is not None else "bytes_per_weight"
+        if self.budget is not None and self.bytes_per_weight is not None:
+            raise ValueError("budget and bytes_per_weight both say how large the model may be: give one")
+        others = {"pattern": self.pattern, "values": self.values}
+        for name in (name for name, given in others.items() if given is not None):
+            raise ValueError(f"{option} chooses zeros and bits for each matrix: leave {name} out")
+        if self.allocation != UNIFORM:
+            raise ValueError(f"{option} says itself what each matrix gets: leave the allocation uniform")
+        if self.recover:
+            raise ValueError(
+                f"recovery would move the weights off the grids that {option} chooses: leave it out"
+            )
+        if self.calibration is None:
+            raise ValueError(f"{option} goes by what is measured on calibration text: give some")
+        if self.budget is not None:
+            size_in_bytes(self.budget)
+        if self.bytes_per_weight is not None and not 0 < self.bytes_per_weight < math.inf:
+            raise ValueError(f"bytes_per_weight is a number above 0, not {self.bytes_per_weight}")
+
     @property
-    def budget(self) -> Pattern:
-        return as_pattern(self.pattern, none=self.share_of_experts < 1 or self.rounds)
+    def is_bounded(self) -> bool:
+        """Whether there is a budget of bytes, which patterns and grids follow from."""
+        return self.budget is not None or self.bytes_per_weight is not None
+
+    @property
+    def wanted(self) -> Pattern:
+        """The pattern, which an allocation shares out."""
+        pattern = PATTERN if self.pattern is None else self.pattern
+        return as_pattern(pattern, none=self.share_of_experts < 1 or self.rounds)
 
     @property
     def leaves_layers(self) -> bool:
         """Whether no layer is to be pruned or rounded: experts are dropped, or tables rounded, and that is
         all."""
-        return self.budget == Unstructured(0.0) and self.grid is None and self.allocation == UNIFORM
+        nothing = self.wanted == Unstructured(0.0) and self.grid is None
+        return nothing and not self.is_bounded and self.allocation == UNIFORM
 
     @property
     def grid(self) -> Values | None:
@@ -262,7 +305,9 @@ class PruneSettings(InWindows, OnDevice):
     @property
     def pruner(self) -> BlockPruner:
         """How a block is pruned."""
-        return self._pruner if self.grid is None else Rounded(self._pruner, self.grid)
+        if self.grid is None and not self.is_bounded:
+            return self._pruner
+        return Rounded(self._pruner, bounded=self.is_bounded)
 
     @property
     def _pruner(self) -> Joint | Local:
@@ -297,7 +342,9 @@ class PruneSettings(InWindows, OnDevice):
         """
         return {
             "method": describe_method(self.solver),
-            "pattern": str(self.budget),
+            **({} if self.is_bounded else {"pattern": str(self.wanted)}),
+            **({} if self.budget is None else {"budget": size_in_bytes(self.budget)}),
+            **({} if self.bytes_per_weight is None else {"bytes_per_weight": self.bytes_per_weight}),
             **({} if self.grid is None else {"values": self.grid.describe()}),
             **({} if self.grid_of_tables is None else {"embedding": self.grid_of_tables.describe()}),
             **({"experts": self.share_of_experts} if self.share_of_experts < 1 else {}),

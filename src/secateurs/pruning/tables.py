@@ -7,7 +7,7 @@ it was tried on (docs/values.md).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from secateurs.pruning.record import TableReport
 from secateurs.pruning.solvers.rounding import Rounding
 from secateurs.pruning.solvers.solver import rounded
 from secateurs.pruning.solvers.statistics import Statistics
+from secateurs.runtime.layout import Codes, Layout, bytes_of_all
 from secateurs.runtime.packable import Packable, packables, read_elsewhere
+from secateurs.runtime.survey import WORTH
 from secateurs.values import Values
 
 SHARED = 0.1
@@ -84,6 +86,18 @@ def tables_of(model: BlockwiseModel) -> list[Table]:
             "leave embedding out"
         )
     return sorted(tables, key=lambda table: not table.read)
+
+
+def bytes_saved(model: BlockwiseModel, values: Values) -> int:
+    """By `compress`, at the least, once the tables are rounded to a grid."""
+    saved = 0
+    for table in tables_of(model):
+        piece = model.pieces[table.parameters[0]][0]
+        rows, columns = piece.parameter_shape
+        layout = Layout(rows, columns, rows * columns, piece.dtype)
+        packed = replace(layout, codes=Codes(values, False, bytes_of_all(layout, values))).bytes
+        saved += layout.dense_bytes - packed if packed <= WORTH * layout.dense_bytes else 0
+    return saved
 
 
 def _one(model: BlockwiseModel, table: Packable) -> bool:

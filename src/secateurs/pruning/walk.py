@@ -5,7 +5,7 @@ state is the weights: a run that finds finished blocks pushes the activations th
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,20 +19,22 @@ from secateurs.calibration.sequences import CalibrationText, calibration_text
 from secateurs.checkpoint import Checkpoint, check_place, output_lock, resolve
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import home_of, resolve_device
-from secateurs.pattern import Pattern
+from secateurs.pruning.allocation.fitting import choose_forms, measure_forms
 from secateurs.pruning.allocation.plan import describe_allocation, plan
+from secateurs.pruning.allocation.room import Room, room_in
 from secateurs.pruning.allocation.sensitivity import Sensitivity
 from secateurs.pruning.allocation.survey import Allocator, Patterns, Survey, layer_shapes
 from secateurs.pruning.block.block import Advance, Block, BlockPruner, Streams
-from secateurs.pruning.folder import WorkFolder, begun
+from secateurs.pruning.folder import WorkFolder, begun, shards_of
 from secateurs.pruning.mlp.problem import HELD_OUT
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.reap import Cut, plan_cut
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
-from secateurs.pruning.tables import round_tables, tables_of
+from secateurs.pruning.tables import bytes_saved, round_tables, tables_of
 from secateurs.recovery.run import check_recovery, recover_folder
 from secateurs.settings import takes
+from secateurs.values import Values
 
 TOKENS_AT_ONCE = 2048
 
@@ -68,9 +70,12 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         cut = plan_cut(dense, settings.share_of_experts)
         blockwise = BlockwiseModel(cut.checkpoint, dense.device)
     shapes = layer_shapes(blockwise)
-    planned: Patterns | Allocator = dict.fromkeys(shapes)
-    if not settings.leaves_layers:
-        planned = plan(settings.allocation, settings.budget, shapes, rounded=settings.grid is not None)
+    planned: Patterns | Allocator | Room = dict.fromkeys(shapes)
+    most = size_in_bytes(settings.max_shard_size)
+    if settings.is_bounded:
+        planned = _room(blockwise, settings, most)
+    elif not settings.leaves_layers:
+        planned = plan(settings.allocation, settings.wanted, shapes, rounded=settings.grid is not None)
     if settings.calibration is None and isinstance(planned, Sensitivity):
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
     if settings.grid_of_tables is not None:
@@ -81,7 +86,9 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         settings = settings.resolved(text.samples, text.length)
     run = {
         "model": str(model),
-        "allocation": describe_allocation(planned, settings.budget),
+        "allocation": "budget"
+        if isinstance(planned, Room)
+        else describe_allocation(planned, settings.wanted),
         "calibration": text and text.record,
         "batch_size": batch_size,
         "device": blockwise.device.type,
@@ -90,7 +97,6 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     if text and text.form and not begun(Path(settings.output)):
         text.check_room()
     with output_lock(Path(settings.output)):
-        most = size_in_bytes(settings.max_shard_size)
         work = WorkFolder(Path(settings.output), blockwise, run, most=most, recover=settings.recover)
         if work.finished:
             return Report.read(work.output)
@@ -105,16 +111,16 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
                 _choose(cut, tokens, batch_size, work, progress)
             if settings.leaves_layers and not work.rounds_tables:
                 tokens = None  # there is nothing more to be seen of them
-            patterns = _allocate(blockwise, planned, settings.budget, tokens, batch_size, work, progress)
+            patterns, grids = _allocate(blockwise, planned, settings, tokens, batch_size, work, progress)
             with _progress_bar(len(patterns), shown=progress) as advance:
                 in_blocks, last = _walk(
-                    blockwise, settings.pruner, patterns, tokens, batch_size, work, advance
+                    blockwise, settings.pruner, patterns, grids, tokens, batch_size, work, advance
                 )
             if work.rounds_tables:
                 assert settings.grid_of_tables is not None
                 with work.clock("solve"):
                     work.tables(partial(round_tables, blockwise, settings.grid_of_tables, last))
-            work.complete(time.monotonic() - start - in_blocks)
+            work.complete(time.monotonic() - start - in_blocks, grids)
         if not settings.recover:
             return work.release(work.model)
         recovery = settings.recovery(model, work.recovered)
@@ -163,27 +169,49 @@ def _choose(cut: Cut, tokens: Tensor, batch_size: int | None, work: WorkFolder, 
         cut.keep(work.choice(lambda: cut.choose(tokens, batch_size or 1, advance)))
 
 
+def _room(model: BlockwiseModel, settings: PruneSettings, most: int) -> Room:
+    """What a budget leaves for the matrices; ValueError where that is too little, or all that they take."""
+    saved = 0 if settings.grid_of_tables is None else bytes_saved(model, settings.grid_of_tables)
+    room = room_in(
+        model,
+        shards_of(model, Path(), most).bytes - saved,
+        budget=None if settings.budget is None else size_in_bytes(settings.budget),
+        bytes_per_weight=settings.bytes_per_weight,
+    )
+    room.check()
+    return room
+
+
 def _allocate(
     model: BlockwiseModel,
-    planned: Patterns | Allocator,
-    budget: Pattern,
+    planned: Patterns | Allocator | Room,
+    settings: PruneSettings,
     tokens: Tensor | None,
     batch_size: int | None,
     work: WorkFolder,
     progress: bool,
-) -> Patterns:
-    """Each layer's pattern, by a survey of the dense model if the plan takes one."""
+) -> tuple[Patterns, dict[str, Values]]:
+    """Each layer's pattern, by a survey of the dense model if the plan takes one; and the grids of those that
+    are rounded."""
+    names = layer_shapes(model)
+    grids = {} if settings.grid is None else dict.fromkeys(names, settings.grid)
     if isinstance(planned, dict):
-        return planned
-    with _progress_bar(len(layer_shapes(model)), shown=progress) as advance:
+        return planned, grids
+    with _progress_bar(len(names), shown=progress) as advance:
         survey = Survey(model, tokens, batch_size or 1, lambda name: advance(f"survey of {name}", None))
-        return work.allocation(lambda: planned.allocate(survey, budget))
+        if not isinstance(planned, Room):
+            return work.allocation(lambda: planned.allocate(survey, settings.wanted)), grids
+        forms = work.forms(lambda: choose_forms(planned, measure_forms(survey, planned))).forms
+    return {name: forms[name].pattern for name in names}, {
+        name: form.values for name, form in forms.items() if form.values is not None
+    }
 
 
 def _walk(
     model: BlockwiseModel,
     pruner: BlockPruner,
     patterns: Patterns,
+    grids: Mapping[str, Values],
     tokens: Tensor | None,
     batch_size: int | None,
     work: WorkFolder,
@@ -222,7 +250,7 @@ def _walk(
             parameters = model.parameters_of(index) if dense else {}
         if finished is None:
             with model.block(index, parameters):
-                block = Block(model, index, patterns, parameters)
+                block = Block(model, index, patterns, parameters, grids=grids)
                 report = pruner.prune(block, streams, work.clock, advance)
                 with work.clock("write"):
                     work.write_block(index, parameters, report, time.monotonic() - start, block.scales)

@@ -241,8 +241,12 @@ def _decompress(model: str, checkpoint: Checkpoint, output: Path) -> None:
 def _was_rounded(checkpoint: Checkpoint) -> bool:
     """Whether the record of the pruning says so."""
     file = checkpoint.folder / RECORD
-    settings = read_json(file).get("settings") if file.is_file() else None
-    return isinstance(settings, dict) and not settings.keys().isdisjoint(("values", "embedding"))
+    record = read_json(file) if file.is_file() else {}
+    layers = record.get("layers")
+    return bool(record.get("tables")) or (
+        isinstance(layers, list)
+        and any(isinstance(layer, dict) and layer.get("rounding") is not None for layer in layers)
+    )
 
 
 def _grid(packed: Tensor, layout: Layout | ExpertsLayout) -> Grid:

@@ -92,7 +92,7 @@ def survey(
         if (
             not packable
             or not elsewhere.isdisjoint((name, *packable.heads))
-            or not _apart(pieces, experts=isinstance(layout, ExpertsLayout))
+            or not apart(pieces, experts=isinstance(layout, ExpertsLayout))
             or (by_row and not _stored_as_one(packable, parameters, skeleton))
         ):
             if worth:
@@ -158,7 +158,7 @@ def _stored_as_one(table: Packable, parameters: Parameters, skeleton: PreTrained
     return weight is None or all(torch.equal(weight, parameters.read(head)) for head in heads)
 
 
-def _apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:
+def apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:
     """Whether a parameter is stored by itself: a layer's as it is, for packed it keeps its stored name."""
     if experts:
         return all(piece.whole for piece in pieces)

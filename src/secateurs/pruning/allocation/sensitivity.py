@@ -1,26 +1,23 @@
 """An allocation by measured error: sparsity goes where it harms the residual stream least.
 
-Errors of layers relative to their own outputs cannot be compared: where half of q's output may be lost
-without notice, a tenth of down's may not. So each layer is pruned alone, at several sparsities, and what is
-compared is how far that moves the block's output, token by token:
-
-    e_l(s) = mean over tokens t of  |y_t(l pruned to s) - y_t|^2 / |y_t|^2
-
-By the energy of the stream y_t later blocks and the last norm divide, which makes blocks comparable; and
-token by token, because a few tokens have most of the energy. The errors of different layers are taken to
-add up, and their sum is made the least that the budget allows (`spend`, `choose`).
+Each layer is pruned alone, at several sparsities, and how far its block's output moves (`measured`) is what
+counts. The errors of different layers are taken to add up, and their sum is made the least that the budget
+allows (`spend`, `choose`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 import numpy as np
+from torch import Tensor
 
-from secateurs.blockwise import Batch
 from secateurs.budget import choose, kept, levels_around, most_zeros, spend, zeros
 from secateurs.pattern import NM, Pattern, Unstructured
-from secateurs.pruning.allocation.change import Change
+from secateurs.pruning.allocation.measured import measured
 from secateurs.pruning.allocation.survey import Patterns, Survey
+from secateurs.pruning.solvers.statistics import Statistics
 from secateurs.pruning.solvers.wanda import Wanda
 
 MEASURED = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -70,26 +67,15 @@ class Sensitivity:
         self, survey: Survey, patterns: Sequence[Pattern | None]
     ) -> tuple[dict[str, int], list[list[float]]]:
         """Every layer's size by name, and its error under each of the patterns."""
-        sizes: dict[str, int] = {}
-        errors: list[list[float]] = []
-        for block in survey.blocks():
-            change = Change(survey.model, block.index, _first(block.hidden, self.tokens))
-            found: dict[str, list[float]] = {}
-            # Experts first: what is known of them holds on to weights that follow them.
-            for layer in sorted(block.layers, key=lambda layer: not change.is_short(layer.name)):
-                own = found[layer.name] = []
-                dense = layer.weight.clone()
-                for pattern in patterns:
-                    if pattern is None:
-                        own.append(0.0)
-                        continue
-                    layer.weight.copy_(SOLVER.solve(dense, layer.statistics, pattern).weight)
-                    own.append(float(change.of(layer.name).mean()))
-                    layer.weight.copy_(dense)
-            for layer in block.layers:
-                sizes[layer.name] = layer.weight.numel()
-                errors.append(found[layer.name])
-        return sizes, errors
+        attempts = [None if pattern is None else partial(_pruned, pattern=pattern) for pattern in patterns]
+        layers = measured(survey, self.tokens, attempts)
+        return {name: prod(layer.shape) for name, layer in layers.items()}, [
+            layer.errors for layer in layers.values()
+        ]
+
+
+def _pruned(weight: Tensor, statistics: Statistics, *, pattern: Pattern) -> Tensor:
+    return SOLVER.solve(weight, statistics, pattern).weight
 
 
 def interpolate(at: Sequence[float], shares: Sequence[float], errors: Sequence[float]) -> list[float]:
@@ -97,14 +83,3 @@ def interpolate(at: Sequence[float], shares: Sequence[float], errors: Sequence[f
     logarithms = np.log(np.maximum(errors, np.finfo(np.float64).tiny))
     first = [share / shares[0] for share in at]
     return (np.exp(np.interp(at, shares, logarithms)) * np.minimum(first, 1)).tolist()
-
-
-def _first(hidden: list[Batch], tokens: int) -> list[Batch]:
-    """Sequences that make so many tokens, at least one, in the batches that they come in."""
-    left = max(1, tokens // hidden[0].states.shape[-2])
-    first = []
-    for batch in hidden:
-        if left > 0:
-            first.append(Batch.joined(batch.split()[:left]))
-            left -= len(batch.at)
-    return first

@@ -1,7 +1,7 @@
 """A block that is being pruned: what the ways of pruning it share."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,6 +16,7 @@ from secateurs.pattern import Pattern
 from secateurs.pruning.allocation.survey import Patterns
 from secateurs.pruning.mlp.linear import Linear, Pruned
 from secateurs.pruning.record import BlockReport, LayerReport
+from secateurs.values import Values
 
 Advance = Callable[[str, float | None], None]
 """Told the name of each layer that is done, and its error if it was pruned now."""
@@ -47,6 +48,9 @@ class Block:
     scales: dict[str, Tensor] = field(default_factory=dict)
     """Of parameters that were rounded, by the names within the block: (rows, groups), or (experts, rows,
     groups); 0 for rows that were not."""
+    grids: Mapping[str, Values] = field(default_factory=dict)
+    """What is left of matrices is rounded to, by their names in the model; others stay as precise as they
+    are."""
 
     @property
     def path(self) -> str:
