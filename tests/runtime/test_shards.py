@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from small_models import sparse
 from torch import Tensor
 
-from secateurs.runtime.format import pack, row_offsets, unpack
+from secateurs.runtime.format import layout_of, layout_of_experts, pack, row_offsets, unpack
 from secateurs.runtime.kernels import sparse_linear
 from secateurs.runtime.layout import Layout
-from secateurs.runtime.shards import join_rows, take_columns, take_rows
+from secateurs.runtime.shards import join_rows, share, take_columns, take_rows, without_experts
 from secateurs.values import Values
 
 FORMS = [
@@ -127,3 +127,36 @@ def test_more_weights_than_fit_stay_apart(monkeypatch: pytest.MonkeyPatch) -> No
     joined = join_rows([pack(weight), pack(weight), pack(weight[:1])])
     assert [layout.rows for _, layout in joined] == [3, 4]
     assert replace(joined[0][1], rows=1, nonzeros=0) == replace(joined[1][1], rows=1, nonzeros=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_share_out_all_rows_and_neighbours_the_same_heads(ranks: int) -> None:
+    # Eight heads of 4 rows that ask, two that are asked, of 4 and of 3 rows.
+    kept = max(2 // ranks, 1)
+    own = [32 // ranks, 4 * kept, 3 * kept]
+    heads = [share("w", [32, 8, 6], own, rank, ranks) for rank in range(ranks)]
+    assert [first for each in heads for first in range(*each[0])] == list(range(32))
+    for part, (begin, size) in enumerate([(32, 4), (40, 3)], start=1):
+        for rank, each in enumerate(heads):
+            # A rank's queries are asked of the head that their number says.
+            asked = rank * 2 // ranks
+            assert each[part] == (begin + asked * size, begin + (asked + kept) * size)
+
+
+def test_every_rank_has_all_of_a_replicated_layer() -> None:
+    assert [share("w", [5], [5], rank, 3) for rank in range(3)] == [[(0, 5)]] * 3
+
+
+@pytest.mark.parametrize(("whole", "own", "ranks"), [(10, 4, 2), (9, 3, 2), (4, 8, 2)])
+def test_what_cannot_be_shared_out_is_refused(whole: int, own: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{whole} rows or columns of 'w' do not make {own} for each of"):
+        share("w", [whole], [own], 0, ranks)
+
+
+def test_experts_are_refused_by_name() -> None:
+    weight = sparse(2, 64, 0.5, torch.bfloat16)
+    layers = {"a.up": layout_of(weight), "b.experts.up": layout_of_experts(weight[None], {})}
+    with pytest.raises(ValueError, match=r"^packed experts, such as 'b.experts.up', .*secateurs decompress"):
+        without_experts(layers)
+    del layers["b.experts.up"]
+    assert without_experts(layers) == layers

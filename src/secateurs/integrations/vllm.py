@@ -6,7 +6,7 @@ fused layer is joined where values are of one kind, and multiplied by in one go;
 some may be dense.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -25,7 +25,7 @@ from secateurs.runtime.kernels import sparse_linear
 from secateurs.runtime.layout import ExpertsLayout, Layout
 from secateurs.runtime.linear import SparseLinear
 from secateurs.runtime.quantizer import METHOD, SecateursConfig
-from secateurs.runtime.shards import Packed, join_rows, take_columns, take_rows
+from secateurs.runtime.shards import Packed, join_rows, share, take_columns, take_rows, without_experts
 
 INSTEAD = "write the dense folder with `secateurs decompress`, and give vLLM that"
 
@@ -46,14 +46,11 @@ class CompressedConfig(QuantizationConfig):
         ValueError: vLLM does not run on a CPU here, or experts are packed.
     """
 
-    def __init__(self, layers: dict[str, Layout | ExpertsLayout]) -> None:
+    def __init__(self, layers: Mapping[str, Layout | ExpertsLayout]) -> None:
         super().__init__()
         if not current_platform.is_cpu():
             raise ValueError(f"compressed folders run in vLLM on CPUs only, so far: {INSTEAD}")
-        for name, layout in layers.items():
-            if isinstance(layout, ExpertsLayout):
-                raise ValueError(f"vLLM cannot run packed experts, as '{name}' is: {INSTEAD}")
-        self.layers = layers
+        self.layers = without_experts(layers)
         self.found: set[str] = set()
         """Names of `layers` that the model has."""
 
@@ -93,7 +90,7 @@ class CompressedConfig(QuantizationConfig):
         names = [prefix]
         if prefix not in self.layers and fused in self.packed_modules_mapping:
             names = [f"{path}.{name}".lstrip(".") for name in self.packed_modules_mapping[fused]]
-        layouts = {name: layout for name in names if isinstance(layout := self.layers.get(name), Layout)}
+        layouts = {name: self.layers[name] for name in names if name in self.layers}
         self.found |= layouts.keys()
         return PackedLinear(self, names, layouts) if layouts else UnquantizedLinearMethod()
 
@@ -160,31 +157,20 @@ class PackedLinear(LinearMethodBase):
         name = self.names[index]
         layout = self.layouts.get(name)
         rows, columns = loaded.shape if layout is None else layout.shape
-        # How many rows each matrix in this weight has, and how many of them each rank.
         whole, own = [rows], [self.rows[index]]
         if len(self.names) == 1 < len(self.rows):
             whole, own = layer.output_sizes, self.rows
-        fits = all(of_all % mine == 0 for of_all, mine in zip(whole, own, strict=True))
-        if sum(whole) != rows or columns % self.columns or not fits:
-            raise ValueError(
-                f"'{name}' is {rows} x {columns}, and vLLM's part {sum(own)} x {self.columns}: "
-                "try fewer ranks (tensor_parallel_size)"
-            )
-        taken, begin = [], 0
-        for of_all, mine in zip(whole, own, strict=True):
-            # Of few key and value heads several ranks have the same, and of a replicated layer all have all.
-            first = begin + layer.tp_rank * (of_all // mine) // layer.tp_size * mine
-            taken.append((first, first + mine))
-            begin += of_all
-        cut = columns > self.columns
-        first = layer.tp_rank * self.columns if cut else 0
+            if sum(whole) != rows:
+                raise ValueError(f"'{name}' is fused, of fewer heads than there are ranks: take fewer ranks")
+        taken = share(name, whole, own, layer.tp_rank, layer.tp_size)
+        ((first, last),) = share(name, [columns], [self.columns], layer.tp_rank, layer.tp_size)
         if layout is None:
-            kept = [loaded[a:b, first : first + self.columns] for a, b in taken]
+            kept = [loaded[a:b, first:last] for a, b in taken]
             self.parts[index] = torch.cat(kept).to(self.dtype)
             return
         offsets = row_offsets(name, loaded, layout)
-        if cut:
-            loaded, layout = take_columns(loaded, offsets, layout, first, first + self.columns)
+        if last - first < columns:
+            loaded, layout = take_columns(loaded, offsets, layout, first, last)
             offsets = row_offsets(name, loaded, layout)
         self.parts[index] = [take_rows(loaded, offsets, layout, a, b) for a, b in taken]
 

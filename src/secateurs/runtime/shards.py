@@ -4,7 +4,7 @@ Rows lie one after the other, so that taking and joining them is copying bytes. 
 and codes begin elsewhere: those are unpacked and packed again, and come back exactly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import gcd, prod
 from typing import Any, get_args
@@ -15,11 +15,58 @@ from torch import Tensor
 
 from secateurs.runtime.format import Grid, pack, scales_of
 from secateurs.runtime.kernels import expand
-from secateurs.runtime.layout import MOST_WEIGHTS, TAIL_BYTES, Layout, padded
+from secateurs.runtime.layout import MOST_WEIGHTS, TAIL_BYTES, ExpertsLayout, Layout, padded
 from secateurs.values import Group
 
 Packed = tuple[Tensor, Layout]
 """The bytes of a packed weight, (layout.bytes,) uint8 on the CPU, and their layout."""
+
+
+def without_experts(layers: Mapping[str, Layout | ExpertsLayout]) -> dict[str, Layout]:
+    """The same layers.
+
+    Raises:
+        ValueError: some are experts.
+    """
+    linear = {name: layout for name, layout in layers.items() if isinstance(layout, Layout)}
+    for name in layers.keys() - linear.keys():
+        raise ValueError(
+            f"packed experts, such as '{name}', run in transformers only: write the dense folder with "
+            "`secateurs decompress`, and load that"
+        )
+    return linear
+
+
+def share(
+    name: str, whole: Sequence[int], own: Sequence[int], rank: int, ranks: int
+) -> list[tuple[int, int]]:
+    """The rows (or columns) that a rank has of matrices below (or beside) each other.
+
+    Args:
+        name: of the weight, for the error.
+        whole: how many each matrix has.
+        own: how many of them each rank has. Where that is more than its share, as of few key and value heads,
+            neighbouring ranks have the same; where it is all, all ranks have all.
+        rank: which, of `ranks`.
+        ranks: how many there are.
+
+    Returns:
+        First and last + 1 of each matrix.
+
+    Raises:
+        ValueError: they cannot be shared out so.
+    """
+    taken, begin = [], 0
+    for of_all, mine in zip(whole, own, strict=True):
+        parts, rest = divmod(of_all, mine)
+        if rest or ranks % max(parts, 1):
+            raise ValueError(
+                f"{of_all} rows or columns of '{name}' do not make {mine} for each of {ranks} ranks"
+            )
+        first = begin + rank * parts // ranks * mine
+        taken.append((first, first + mine))
+        begin += of_all
+    return taken
 
 
 def take_rows(packed: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Packed:
