@@ -131,19 +131,17 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--requests", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "vllm.json")
     settings = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # the engines' processes take it over
     with tempfile.TemporaryDirectory() as scratch:
         folders = write_folders(Path(scratch), settings.blocks)
         print_table(["requests", "stored as", "MB", "tokens per second", "times dense"], [])
         rows = throughput(folders, settings.requests, settings.rounds)
-    about = environment() | {
-        "blocks": settings.blocks,
-        "prompt": PROMPT,
-        "new": NEW,
-        "rounds": settings.rounds,
-    }
+    about = environment() | {"prompt": PROMPT, "new": NEW}
+    about |= {name: getattr(settings, name) for name in ("blocks", "threads", "rounds")}
     save(settings.output, about, rows)
 
 

