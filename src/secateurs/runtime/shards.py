@@ -28,12 +28,14 @@ def without_experts(layers: Mapping[str, Layout | ExpertsLayout]) -> dict[str, L
     Raises:
         ValueError: some are experts.
     """
-    linear = {name: layout for name, layout in layers.items() if isinstance(layout, Layout)}
-    for name in layers.keys() - linear.keys():
-        raise ValueError(
-            f"packed experts, such as '{name}', run in transformers only: write the dense folder with "
-            "`secateurs decompress`, and load that"
-        )
+    linear = {}
+    for name, layout in layers.items():
+        if isinstance(layout, ExpertsLayout):
+            raise ValueError(
+                f"packed experts, such as '{name}', run in transformers only: write the dense folder with "
+                "`secateurs decompress`, and load that"
+            )
+        linear[name] = layout
     return linear
 
 
