@@ -16,7 +16,6 @@ below is an error.
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from secateurs.checkpoint.scales import write_scales
 from secateurs.runtime import compress
@@ -56,21 +55,23 @@ MIXED: dict[str, Form] = {
     "up_proj": (0.5, Values(8, 64)),
     "down_proj": (0.3, Values(2, 128, "half")),
 }
-FORMS: dict[str, Callable[[str], Form]] = {
-    "bf16, 50 %": lambda role: (0.5, None),
-    "int4, 50 %": lambda role: (0.5, INT4),
-    "int4, 0 %": lambda role: (0.0, Values(4, 64)),
-    "mixed": MIXED.__getitem__,
+TABLE = "embed_tokens"
+FORMS: dict[str, dict[str, Form]] = {
+    "bf16, 50 %": dict.fromkeys(MIXED, (0.5, None)),
+    "int4, 50 %": dict.fromkeys(MIXED, (0.5, INT4)),
+    "int4, 0 %": dict.fromkeys(MIXED, (0.0, Values(4, 64))),
+    "mixed": MIXED | {TABLE: (0.0, Values(8, 64))},
 }
+"""By the last part of a module's name; what is not there stays as it is."""
 
 
-def write_compressed(model: Path, form: Callable[[str], Form], folder: Path) -> Path:
-    """A compressed folder: each linear layer's smallest weights zeroed, the rest rounded to nearest."""
+def write_compressed(model: Path, forms: dict[str, Form], folder: Path) -> Path:
+    """A compressed folder: each layer's smallest weights zeroed, the rest rounded to nearest."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     scales = {}
-    for name, layer in loaded.model.layers.named_modules(prefix="model.layers"):
-        if isinstance(layer, nn.Linear):
-            sparsity, values = form(name.rpartition(".")[2])
+    for name, layer in loaded.model.named_modules(prefix="model"):
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            sparsity, values = forms.get(name.rpartition(".")[2], (0.0, None))
             weight = layer.weight.data
             kept = weight.abs() > weight.abs().float().quantile(sparsity) if sparsity else weight != 0
             if values is not None:
@@ -135,11 +136,15 @@ def main() -> None:
     failed = False
     for model in [DEMO, *parser.parse_args().models]:
         tokenizer = AutoTokenizer.from_pretrained(model)
+        heads = AutoConfig.from_pretrained(model).num_attention_heads
         prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
         for kind, form in FORMS.items():
             with tempfile.TemporaryDirectory() as scratch:
                 folder = write_compressed(model, form, Path(scratch) / "small")
                 for dtype, ranks in (("float32", 1), ("bfloat16", 1), ("float32", 2)):
+                    if heads % ranks:
+                        print(f"{model.name}: vLLM cannot share out {heads} heads among {ranks} ranks")
+                        continue
                     # A process of its own, which vLLM leaves in no state to go on.
                     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                         ours = pool.submit(tokens_of_vllm, folder, prompts, dtype, ranks).result()
