@@ -3,10 +3,10 @@
 It finds this file by the entry point `vllm.general_plugins`, in each of its processes. It fuses layers that
 share an input (q, k and v; gate and up), and shares rows or columns out among ranks. What a rank has of a
 fused layer is joined where values are of one kind, and multiplied by in one go; else part by part, of which
-some may be dense.
+some may be dense. A packed embedding or head is expanded as it is loaded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -18,10 +18,14 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.platforms import current_platform
 
 from secateurs.runtime.format import row_offsets
-from secateurs.runtime.kernels import sparse_linear
+from secateurs.runtime.kernels import expand, sparse_linear
 from secateurs.runtime.layout import ExpertsLayout, Layout
 from secateurs.runtime.linear import SparseLinear
 from secateurs.runtime.quantizer import METHOD, SecateursConfig
@@ -80,10 +84,14 @@ class CompressedConfig(QuantizationConfig):
         """How a layer of vLLM's holds its weights; None leaves that to vLLM.
 
         Raises:
-            ValueError: it is packed, and not a linear layer of vLLM's (an untied head).
+            ValueError: it is packed, and neither a linear layer of vLLM's, nor an embedding or a head.
         """
+        layout = self.layers.get(prefix)
+        if isinstance(layout, Layout) and isinstance(layer, VocabParallelEmbedding):
+            self.found.add(prefix)
+            return ExpandedTable(prefix, layout)
         if not isinstance(layer, LinearBase):
-            if prefix in self.layers:
+            if layout is not None:
                 raise ValueError(f"vLLM cannot run '{prefix}' packed: {INSTEAD}")
             return None
         path, _, fused = prefix.rpartition(".")
@@ -201,6 +209,29 @@ class PackedLinear(LinearMethodBase):
             return _product(layer.parts[0], x, bias)
         y = torch.cat([_product(part, x, None) for part in layer.parts], dim=-1)
         return y if bias is None else y + bias
+
+
+class ExpandedTable(UnquantizedEmbeddingMethod):
+    """How an embedding or a head of vLLM's holds a table that is packed in the files: dense.
+
+    Args:
+        name: of the table.
+        layout: of what the files hold.
+    """
+
+    def __init__(self, name: str, layout: Layout) -> None:
+        self.name, self.layout = name, layout
+
+    def create_weights(
+        self, layer: nn.Module, *sizes: Any, weight_loader: Callable[[Tensor, Tensor], None], **others: Any
+    ) -> None:
+        """As vLLM does, which is then brought the expanded table."""
+
+        def load(parameter: Tensor, loaded: Tensor) -> None:
+            offsets = row_offsets(self.name, loaded, self.layout)
+            weight_loader(parameter, expand(loaded, offsets, self.layout, 0, self.layout.rows))
+
+        super().create_weights(layer, *sizes, weight_loader=load, **others)
 
 
 def _sparse(name: str, packed: Tensor, layout: Layout) -> SparseLinear:
