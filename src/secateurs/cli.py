@@ -77,6 +77,7 @@ def _prune(model: str, settings: PruneSettings) -> None:
     if report.forms:
         print(f"chosen for each matrix: {report.forms}")
         print(report.forms.against)
+        print(f"{report.fitted}: secateurs compress {report.output} --output ...")
     if not report.layers:
         return
     for name, why in report.dense.items():

@@ -119,5 +119,5 @@ def test_sizes(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1GB", "large", "5XB", 0])
 def test_what_is_no_size(text: str | int) -> None:
-    with pytest.raises(ValueError, match="is no size of a file"):
+    with pytest.raises(ValueError, match="is no size: give 5GB"):
         size_in_bytes(text)

@@ -213,3 +213,30 @@ def test_what_is_refused(chosen: dict[str, Any], message: str, tmp_path: Path) -
         prune(source, output=tmp_path / "out", calibration=families.tokens(2), **chosen)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_experts_are_dropped_first(tmp_path: Path) -> None:
+    """Each has tensors of its own in the files."""
+    source = decoders.save("mixtral", tmp_path / "source")
+    report = prune(
+        source,
+        output=tmp_path / "out",
+        calibration=decoders.tokens(4),
+        experts="50%",
+        pattern="0%",
+        embedding="int8",
+        device="cpu",
+    )
+    assert report.choice
+    assert report.tables
+    assert compress(tmp_path / "out", tmp_path / "small").coded == len(report.tables)
+
+
+def test_a_table_stored_as_the_head_s_is_not_rounded(tmp_path: Path) -> None:
+    """compress could not pack it."""
+    source = decoders.save("smollm3", tmp_path / "source")
+    tensors = tensors_of(source)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    rewrite(source, tensors)
+    with pytest.raises(ValueError, match="can be packed as codes: leave embedding out"):
+        prune(source, output=tmp_path / "out", method="magnitude", embedding="int8")

@@ -9,13 +9,16 @@ import torch
 
 import decoders
 import families
-from folders import bytes_of, save, tensors_of
-from secateurs import Report, compress, prune
+from folders import bytes_of, rewrite, save, tensors_of
+from secateurs import Report, Statistics, compress, prune
 from secateurs.checkpoint.scales import read_scales
 from secateurs.demo import MODEL
+from secateurs.pattern import Unstructured
 from secateurs.pruning.allocation import fitting, room
-from secateurs.pruning.allocation.forms import AS_STORED
+from secateurs.pruning.allocation.forms import AS_STORED, Form
 from secateurs.pruning.folder import WorkFolder
+from secateurs.pruning.methods import parse_method
+from secateurs.runtime.format import pack
 
 TEXT = decoders.tokens(4, 24)
 
@@ -60,7 +63,8 @@ def test_one_form_a_parameter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "method", "share"),
     [("gemma2", "sparsellm", 0.3), ("gpt2", "wanda", 0.0), ("mixtral", "sparsegpt", 0.0),
-     ("gpt_oss", "sparsegpt", 0.3), ("dbrx", "wanda", 0.1), ("mamba", "sparsegpt", 0.2)],
+     ("gpt_oss", "sparsegpt", 0.3), ("dbrx", "wanda", 0.1), ("mamba", "sparsegpt", 0.2),
+     ("longcat_flash", "sparsegpt", 0.0)],
 )  # fmt: skip
 def test_what_compress_gives_is_within_the_budget(
     name: str, method: str, share: float, tmp_path: Path
@@ -149,6 +153,9 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bytes(
         ({"budget": "-5MB"}, "is no size"),
         ({"bytes_per_weight": 0.0}, "a number above 0, not 0.0"),
         ({"bytes_per_weight": float("nan")}, "a number above 0"),
+        ({"bytes_per_weight": "0.4"}, "a number above 0, not 0.4"),
+        ({"bytes_per_weight": True}, "a number above 0"),
+        ({"budget": 1000.0}, r"of 1\.00 KB is below the least"),
         ({"budget": "10KB"}, r"of 10\.00 KB is below the least that this model can take, \d+\.\d\d KB$"),
         ({"bytes_per_weight": 0.1}, r"of 0\.1000 bytes a weight is below .* 0\.\d+ bytes a weight$"),
         (
@@ -173,13 +180,28 @@ def test_nothing_that_can_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         prune(source, output=tmp_path / "out", calibration=TEXT, budget="100KB")
 
 
-@pytest.mark.parametrize("name", ["gemma2", "llama"])
-def test_rounded_tables_leave_more_room(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "twice"), [("gemma2", False), ("smollm3", True), ("llama", False)])
+def test_rounded_tables_leave_more_room(name: str, twice: bool, tmp_path: Path) -> None:
+    """Also where one is stored as the embedding and as the head, of which compress drops the second."""
     source = decoders.save(name, tmp_path / "source", torch.bfloat16)
     budget = least_and_most(source)[0] - 1000
+    if twice:
+        tensors = tensors_of(source)
+        rewrite(source, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     settings: dict[str, Any] = {"calibration": TEXT, "method": "sparsegpt", "budget": budget}
     with pytest.raises(ValueError, match="is below the least"):
         prune(source, output=tmp_path / "out", **settings)
-    prune(source, output=tmp_path / "out", embedding="int8:group=32", **settings)
+    report = prune(source, output=tmp_path / "out", embedding="int8:group=32", **settings)
     done = compress(tmp_path / "out", output=tmp_path / "small")
-    assert 0.9 * budget < done.bytes_after <= budget
+    assert report.forms is not None
+    assert 0.9 * budget < done.bytes_after <= report.forms.bytes <= budget
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("zeros", [0.3, 0.7])
+def test_zeros_alone_are_bounded_too(method: str, zeros: float) -> None:
+    """However a method rounds the number of zeros: in each row, in each block of columns, or over all."""
+    weight, inputs = torch.randn(97, 203), torch.randn(300, 203)
+    solver: Any = parse_method(method)
+    pruned = solver.solve(weight, Statistics.from_inputs(inputs), Unstructured(zeros)).weight.bfloat16()
+    assert pack(pruned)[1].bytes <= Form(zeros, None).bytes((97, 203), torch.bfloat16)

@@ -170,16 +170,18 @@ def _written(path: Path, mode: str) -> Iterator[IO[bytes]]:
         raise OSError(f"cannot write '{path}': {error.strerror or error}") from None
 
 
-def size_in_bytes(text: str | int) -> int:
+def size_in_bytes(text: str | float) -> int:
     """A size as people write it: "5GB", "500MB", or bytes.
 
     Raises:
         ValueError: it is none, or not above 0.
     """
+    if isinstance(text, float) and text.is_integer():
+        text = int(text)
     try:
         size = int(convert_file_size_to_int(int(text) if str(text).isdigit() else str(text).upper()))
     except (ValueError, OverflowError):
         size = 0
     if size < 1:
-        raise ValueError(f"'{text}' is no size of a file: give 5GB, 500MB, or a number of bytes")
+        raise ValueError(f"'{text}' is no size: give 5GB, 500MB, or a number of bytes")
     return size

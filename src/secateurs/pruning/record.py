@@ -202,6 +202,8 @@ class Report:
             ]
             if self.is_rounded:
                 facts.append(("Of rounding alone", f"{self.rounding:.4f}"))
+        if self.forms:
+            facts.append(("Budget", self.fitted))
         if self.tables:
             facts.append((f"Also {self.tabled}", str(Values(**settings["embedding"]))))
         if self.dense and self.layers:
@@ -240,6 +242,14 @@ class Report:
         if self.forms is not None:
             return any(form.zeros for form in self.forms.forms.values())
         return bool(self.settings["pattern"] != "0%")
+
+    @property
+    def fitted(self) -> str:
+        """How much of a budget is used."""
+        assert self.forms is not None
+        whose = "it takes" if "budget" in self.settings else "the blocks' matrices take"
+        used, total = (f"{size / 10**6:.3f} MB" for size in (self.forms.bytes, self.forms.total))
+        return f"compressed, {whose} at most {used} of {total}"
 
     @property
     def is_rounded(self) -> bool:

@@ -230,7 +230,9 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError(f"{option} goes by what is measured on calibration text: give some")
         if self.budget is not None:
             size_in_bytes(self.budget)
-        if self.bytes_per_weight is not None and not 0 < self.bytes_per_weight < math.inf:
+        each = self.bytes_per_weight
+        is_number = isinstance(each, int | float) and not isinstance(each, bool)
+        if each is not None and not (is_number and 0 < each < math.inf):
             raise ValueError(f"bytes_per_weight is a number above 0, not {self.bytes_per_weight}")
 
     @property

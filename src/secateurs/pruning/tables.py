@@ -6,8 +6,10 @@ second moment counts, and a tenth of its mean for every input: with 4 bits that 
 it was tried on (docs/values.md).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,8 +23,8 @@ from secateurs.pruning.solvers.rounding import Rounding
 from secateurs.pruning.solvers.solver import rounded
 from secateurs.pruning.solvers.statistics import Statistics
 from secateurs.runtime.layout import Codes, Layout, bytes_of_all
-from secateurs.runtime.packable import Packable, packables, read_elsewhere
-from secateurs.runtime.survey import WORTH
+from secateurs.runtime.packable import packables, read_elsewhere
+from secateurs.runtime.survey import WORTH, is_one_table
 from secateurs.values import Values
 
 SHARED = 0.1
@@ -66,16 +68,13 @@ def tables_of(model: BlockwiseModel) -> list[Table]:
     """
     skeleton = skeleton_of(model.checkpoint)
     elsewhere = read_elsewhere(skeleton)
-    known = {
-        name: one
-        for name, one in packables(skeleton).items()
-        if elsewhere.isdisjoint((name, *one.heads)) and _one(model, one)
-    }
     paths = {id(module): path for path, module in skeleton.named_modules()}
     head = paths.get(id(skeleton.get_output_embeddings()), "")
     tables = []
-    for name, one in known.items():
-        if one.by_row:
+    for name, one in packables(skeleton).items():
+        if not elsewhere.isdisjoint((name, *one.heads)):
+            continue
+        if one.by_row and is_one_table(one, model.pieces, partial(_read, model), skeleton):
             heads = tuple(f"{each}.weight" for each in one.heads)
             tables.append(Table((one.parameter, *heads), read=True, multiplied=head in one.heads))
         elif name == head:
@@ -88,33 +87,32 @@ def tables_of(model: BlockwiseModel) -> list[Table]:
     return sorted(tables, key=lambda table: not table.read)
 
 
-def bytes_saved(model: BlockwiseModel, values: Values) -> int:
+def _read(model: BlockwiseModel, parameter: str) -> Tensor:
+    pieces = model.pieces[parameter]
+    return assemble(pieces, model.checkpoint.load(sorted({piece.stored for piece in pieces})))
+
+
+def bytes_saved(model: BlockwiseModel, tables: Sequence[Table], values: Values) -> int:
     """By `compress`, at the least, once the tables are rounded to a grid."""
     saved = 0
-    for table in tables_of(model):
-        piece = model.pieces[table.parameters[0]][0]
-        rows, columns = piece.parameter_shape
-        layout = Layout(rows, columns, rows * columns, piece.dtype)
+    for table in tables:
+        stored = {piece for name in table.parameters for piece in model.pieces[name]}
+        rows, columns = model.pieces[table.parameters[0]][0].parameter_shape
+        layout = Layout(rows, columns, rows * columns, model.pieces[table.parameters[0]][0].dtype)
         packed = replace(layout, codes=Codes(values, False, bytes_of_all(layout, values))).bytes
-        saved += layout.dense_bytes - packed if packed <= WORTH * layout.dense_bytes else 0
+        if packed <= WORTH * layout.dense_bytes:
+            saved += sum(prod(piece.stored_shape) * piece.dtype.itemsize for piece in stored) - packed
     return saved
 
 
-def _one(model: BlockwiseModel, table: Packable) -> bool:
-    """Whether all that is to share a table is the same in the files: transformers does not tie others."""
-    names = (table.parameter, *(f"{head}.weight" for head in table.heads))
-    stored = {piece.stored for name in names for piece in model.pieces.get(name, ())}
-    if len(stored) == 1:
-        return True
-    first, *others = model.checkpoint.load(sorted(stored)).values()
-    return all(torch.equal(first, other) for other in others)
-
-
-def round_tables(model: BlockwiseModel, values: Values, states: list[Batch]) -> Iterator[RoundedTable]:
+def round_tables(
+    model: BlockwiseModel, tables: Sequence[Table], values: Values, states: list[Batch]
+) -> Iterator[RoundedTable]:
     """Round them.
 
     Args:
         model: of which only what lies outside of the blocks is read.
+        tables: see `tables_of`.
         values: the grid.
         states: what the last block gives for the calibration text; none if there is no text, and then all
             inputs count alike.
@@ -122,9 +120,8 @@ def round_tables(model: BlockwiseModel, values: Values, states: list[Batch]) -> 
     Raises:
         FloatingPointError: what the head is given is not finite; names the table.
     """
-    for table in tables_of(model):
-        pieces = model.pieces[table.parameters[0]]
-        weight = assemble(pieces, model.checkpoint.load(sorted({piece.stored for piece in pieces})))
+    for table in tables:
+        weight = _read(model, table.parameters[0])
         given = _second_moment(model, states, weight.shape[1]) if table.multiplied and states else None
         statistics = given or Statistics.from_inputs(torch.eye(weight.shape[1], device=model.device))
         solver = Rounding(values, damping=SHARED) if table.read and table.multiplied else Rounding(values)

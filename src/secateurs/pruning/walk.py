@@ -31,7 +31,7 @@ from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.reap import Cut, plan_cut
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
-from secateurs.pruning.tables import bytes_saved, round_tables, tables_of
+from secateurs.pruning.tables import Table, bytes_saved, round_tables, tables_of
 from secateurs.recovery.run import check_recovery, recover_folder
 from secateurs.settings import takes
 from secateurs.values import Values
@@ -70,16 +70,15 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         cut = plan_cut(dense, settings.share_of_experts)
         blockwise = BlockwiseModel(cut.checkpoint, dense.device)
     shapes = layer_shapes(blockwise)
+    tables = [] if settings.grid_of_tables is None else tables_of(blockwise)
     planned: Patterns | Allocator | Room = dict.fromkeys(shapes)
     most = size_in_bytes(settings.max_shard_size)
     if settings.is_bounded:
-        planned = _room(blockwise, settings, most)
+        planned = _room(blockwise, settings, tables, most)
     elif not settings.leaves_layers:
         planned = plan(settings.allocation, settings.wanted, shapes, rounded=settings.grid is not None)
     if settings.calibration is None and isinstance(planned, Sensitivity):
         raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
-    if settings.grid_of_tables is not None:
-        tables_of(blockwise)  # which says now whether it can be done
     text = _calibration(settings, dense, progress)
     batch_size = _batch_size(settings, text)
     if text is not None:
@@ -119,7 +118,7 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
             if work.rounds_tables:
                 assert settings.grid_of_tables is not None
                 with work.clock("solve"):
-                    work.tables(partial(round_tables, blockwise, settings.grid_of_tables, last))
+                    work.tables(partial(round_tables, blockwise, tables, settings.grid_of_tables, last))
             work.complete(time.monotonic() - start - in_blocks, grids)
         if not settings.recover:
             return work.release(work.model)
@@ -169,9 +168,10 @@ def _choose(cut: Cut, tokens: Tensor, batch_size: int | None, work: WorkFolder, 
         cut.keep(work.choice(lambda: cut.choose(tokens, batch_size or 1, advance)))
 
 
-def _room(model: BlockwiseModel, settings: PruneSettings, most: int) -> Room:
+def _room(model: BlockwiseModel, settings: PruneSettings, tables: list[Table], most: int) -> Room:
     """What a budget leaves for the matrices; ValueError where that is too little, or all that they take."""
-    saved = 0 if settings.grid_of_tables is None else bytes_saved(model, settings.grid_of_tables)
+    grid = settings.grid_of_tables
+    saved = 0 if grid is None else bytes_saved(model, tables, grid)
     room = room_in(
         model,
         shards_of(model, Path(), most).bytes - saved,

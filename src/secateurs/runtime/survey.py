@@ -1,7 +1,7 @@
 """What is worth compressing in a model folder, and what cannot be, found by reading all of it once."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ def survey(
             not packable
             or not elsewhere.isdisjoint((name, *packable.heads))
             or not apart(pieces, experts=isinstance(layout, ExpertsLayout))
-            or (by_row and not _stored_as_one(packable, parameters, skeleton))
+            or (by_row and not is_one_table(packable, parameters.pieces, parameters.read, skeleton))
         ):
             if worth:
                 others[parameter] = layout
@@ -146,16 +146,28 @@ def _fits(grid: Grid, matrices: Tensor) -> bool:
     return tuple(scales.shape) == (*outer, values.groups(columns))
 
 
-def _stored_as_one(table: Packable, parameters: Parameters, skeleton: PreTrainedModel) -> bool:
+def is_one_table(
+    table: Packable,
+    pieces: Mapping[str, tuple[Piece, ...]],
+    read: Callable[[str], Tensor],
+    skeleton: PreTrainedModel,
+) -> bool:
     """Whether an embedding and the heads that share its table are the same in the files, and stored as the
-    embedding's."""
+    embedding's. (transformers does not tie others.)
+
+    Args:
+        table: the embedding.
+        pieces: of all parameters.
+        read: gives a parameter.
+        skeleton: the model without weights.
+    """
     heads = [f"{head}.weight" for head in table.heads]
-    own = {piece.stored for piece in parameters.pieces[table.parameter]}
-    others = {piece.stored for head in heads for piece in parameters.pieces[head]} - own
+    own = {piece.stored for piece in pieces[table.parameter]}
+    others = {piece.stored for head in heads for piece in pieces[head]} - own
     if table.parameter not in own_names(own, skeleton).values():
         return False
-    weight = parameters.read(table.parameter) if others else None
-    return weight is None or all(torch.equal(weight, parameters.read(head)) for head in heads)
+    weight = read(table.parameter) if others else None
+    return weight is None or all(torch.equal(weight, read(head)) for head in heads)
 
 
 def apart(pieces: tuple[Piece, ...], *, experts: bool) -> bool:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -60,8 +60,8 @@ class Form:
             return rows * columns * dtype.itemsize
         kept = rows * columns - round(self.zeros * rows * columns)
         layout = Layout(rows, columns, kept, dtype)
-        if self.values is None:
-            return layout.bytes
+        if self.values is None:  # who prunes row by row rounds in each
+            return replace(layout, nonzeros=min(kept + rows, rows * columns)).bytes
         size = self.masked_bytes(shape) if self.zeros else bytes_of_all(layout, self.values)
         return Layout(rows, columns, kept, dtype, Codes(self.values, self.zeros > 0, size)).bytes
 

@@ -6,6 +6,7 @@ grid, or none are: all of a parameter's matrices get the same form.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,7 +90,8 @@ class Room:
         if self.weights is not None:
             each, unit, digits = self.weights, "bytes a weight", 4
         else:
-            each, unit, digits = (10**6, "MB", 2) if count >= 10**6 else (1000, "KB", 2)
+            sizes = ((10**6, "MB", 2), (1000, "KB", 2), (1, "bytes", 0))
+            each, unit, digits = next((one for one in sizes if count >= one[0]), sizes[-1])
         amount = count / each
         if up:
             amount = math.ceil(amount * 10**digits) / 10**digits
@@ -117,7 +119,7 @@ def room_in(model: BlockwiseModel, files: int, *, budget: int | None, bytes_per_
             weight = f"{model.path}.{index}.{matrix.weight}"
             matrices.setdefault(weight, []).append(f"{model.path}.{index}.{matrix.name}")
             shapes[weight], experts[weight] = matrix.shape, matrix.expert is not None
-    stored = [piece.stored for weight in matrices for piece in parameters.pieces[weight]]
+    uses = Counter(piece.stored for weight in matrices for piece in parameters.pieces[weight])
     sizes = {weight: math.prod(shapes[weight]) * len(own) for weight, own in matrices.items()}
     items: list[Parameter] = []
     others: list[str] = []
@@ -128,11 +130,13 @@ def room_in(model: BlockwiseModel, files: int, *, budget: int | None, bytes_per_
         packed = (
             weight in names
             and names[weight] not in elsewhere
+            # Experts that are none of the block's matrices stay off the grid, and then all are packed so.
+            and parameters.packables[names[weight]].count == len(own)
             and apart(pieces, experts=experts[weight])
             and dtypes in ({dtype} for dtype in DTYPES.values())
             and rows * padded(columns) <= MOST_WEIGHTS
             # Not one that another block uses, too.
-            and all(stored.count(piece.stored) == 1 for piece in pieces)
+            and all(uses[piece.stored] == 1 for piece in pieces)
         )
         if packed:
             items.append(Parameter(tuple(own), shapes[weight], dtypes.pop(), experts[weight]))
@@ -145,4 +149,6 @@ def room_in(model: BlockwiseModel, files: int, *, budget: int | None, bytes_per_
         entries = sum(HEADER_BYTES + len(weight) for weight in matrices if experts[weight])
         return Room(budget, files + entries - dense, tuple(items), tuple(others), None)
     weights = sum(sizes.values())
-    return Room(int(bytes_per_weight * weights), bytes_of_others, tuple(items), tuple(others), weights)
+    # A budget that a refusal names is one byte short where it is not a fraction of two.
+    total = math.floor(bytes_per_weight * weights + 1e-6)
+    return Room(total, bytes_of_others, tuple(items), tuple(others), weights)
