@@ -124,12 +124,14 @@ def test_a_budget(place: Place) -> None:
     """What was chosen is said, and how far it is from what is the same for all."""
     result = place.prune("--budget", "120KB", "--method", "wanda")
     assert result.status == 0
-    first, chosen, expected = result.out.splitlines()
+    first, chosen, expected, bought = result.out.splitlines()
     assert first.startswith(f"{place.output}: ")
     assert "of rounding 0." in first
     assert chosen.startswith("chosen for each matrix: ")
     assert expected.startswith("expected error ")
     assert "best uniform choice" in expected
+    assert bought.startswith("compressed, it takes at most 0.1")
+    assert f" of 0.120 MB: secateurs compress {place.output}" in bought
     record = json.loads((place.output / "secateurs.json").read_text())
     assert record["settings"]["budget"] == 120_000
     assert "pattern" not in record["settings"]
