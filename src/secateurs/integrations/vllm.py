@@ -86,6 +86,8 @@ class CompressedConfig(QuantizationConfig):
         Raises:
             ValueError: it is packed, and neither a linear layer of vLLM's, nor an embedding or a head.
         """
+        if isinstance(layer, VocabParallelEmbedding) and not prefix:  # Llama's is not told its name
+            prefix = self._table(layer.org_vocab_size, layer.embedding_dim)
         layout = self.layers.get(prefix)
         if isinstance(layout, Layout) and isinstance(layer, VocabParallelEmbedding):
             self.found.add(prefix)
@@ -101,6 +103,11 @@ class CompressedConfig(QuantizationConfig):
         layouts = {name: self.layers[name] for name in names if name in self.layers}
         self.found |= layouts.keys()
         return PackedLinear(self, names, layouts) if layouts else UnquantizedLinearMethod()
+
+    def _table(self, tokens: int, width: int) -> str:
+        """The name of the packed embedding, if there is one."""
+        named = (name for name, layout in self.layers.items() if layout.shape == (tokens, width))
+        return next((name for name in named if not name.endswith("head")), "")
 
     def check_found(self) -> None:
         """Once the model is built.
