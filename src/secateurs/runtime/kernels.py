@@ -21,7 +21,7 @@ from secateurs.values import Values
 # stay in the cache for the product. benchmarks/prefill_cpu.py measures both: the faster torch multiplies, the
 # sooner expansion pays.
 DIRECT_TOKENS = {torch.float32: 48, torch.bfloat16: 12, torch.float16: 48}
-DIRECT_TOKENS_OF_CODES = {torch.float32: 48, torch.bfloat16: 16, torch.float16: 48}
+DIRECT_TOKENS_OF_CODES = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 128}
 PANEL_BYTES = 4 << 20
 ROWS_AT_ONCE = 4096
 
