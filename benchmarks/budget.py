@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import secateurs
-from common import RESULTS, Record, environment, load, print_table, save
+from common import RESULTS, Record, environment, load, save
 from job import in_processes
-from scores import divergences, perplexities
+from scores import print_quality, quality
 from secateurs import Report
 from secateurs.blockwise import BlockwiseModel
 from secateurs.checkpoint import Checkpoint
@@ -110,8 +110,7 @@ def main(
                     "forms": report.forms and str(report.forms),
                     "bytes": packed_bytes(here / name, weights),
                     "expected": report.forms.error if report.forms else expected[form_of(**chosen)],
-                    "perplexity": perplexities(output, evaluation, window),
-                    "divergence": divergences(model, output, evaluation, window, windows),
+                    **quality(model, output, evaluation, window, windows),
                     "runs": runs,
                     "revision": about["revision"],
                 }
@@ -119,18 +118,7 @@ def main(
             save(results, about, rows)
             print(name, rows[-1]["bytes"], rows[-1]["perplexity"], rows[-1]["divergence"], flush=True)
 
-    header = ["chosen", "bytes a weight", "expected"]
-    header += [f"{text} {kind}" for text in evaluation for kind in ("perplexity", "divergence")]
-    print_table(
-        header,
-        [
-            [
-                *(row[key] for key in ("chosen", "bytes", "expected")),
-                *(row[kind][text] for text in evaluation for kind in ("perplexity", "divergence")),
-            ]
-            for row in sorted(rows, key=lambda row: -row["bytes"])
-        ],
-    )
+    print_quality({"chosen": "chosen", "bytes a weight": "bytes", "expected": "expected"}, rows)
 
 
 if __name__ == "__main__":

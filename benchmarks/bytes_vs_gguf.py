@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import secateurs
-from common import RESULTS, Record, environment, load, print_table, save
+from common import RESULTS, Record, environment, load, save
 from job import in_processes
-from scores import divergences, perplexities
+from scores import print_quality, quality
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.runtime.generate import Pace, greedy_tokens
 from secateurs.runtime.load import load_model
@@ -139,8 +139,7 @@ def main(
 
     def add(program: str, form: str, folder: Path, size: int, run: Record | None) -> None:
         row = {"program": program, "form": form, "bytes": size, "run": run}
-        row["perplexity"] = perplexities(folder, evaluation, length)
-        row["divergence"] = divergences(model, folder, evaluation, length, windows)
+        row |= quality(model, folder, evaluation, length, windows)
         rows.append(row)
         save(results, {**environment(), **about}, rows)
         print(program, form, size, row["perplexity"], row["divergence"], flush=True)
@@ -174,18 +173,8 @@ def main(
         for row in rows:
             row[field] = statistics.median(speeds[row["program"], row["form"]])
         save(results, {**environment(), **about}, rows)
-    header = ["", "form", "MB", *(f"{name} {kind}" for name in evaluation for kind in ("perplexity", "KL"))]
-    print_table(
-        [*header, *(f"tokens/s, {count} threads" for count in threads)],
-        [
-            [
-                *(row["program"], row["form"], row["bytes"] / 1e6),
-                *(row[kind][name] for name in evaluation for kind in ("perplexity", "divergence")),
-                *(row[f"tokens_per_second_{count}"] for count in threads),
-            ]
-            for row in sorted(rows, key=lambda row: -row["bytes"])
-        ],
-    )
+    speeds_of = {f"tokens/s, {count} threads": f"tokens_per_second_{count}" for count in threads}
+    print_quality({"": "program", "form": "form", "bytes": "bytes"}, rows, speeds_of)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import secateurs
-from common import Record
+from common import Record, print_table
 from secateurs.device import resolve_device
 
 
@@ -69,6 +69,37 @@ def divergences(
                 total += float((wanted.exp() * (wanted - given)).sum(dim=-1).mean())
         found[name] = total / len(blocks)
     return found
+
+
+def quality(dense: Path, folder: Path, texts: dict[str, torch.Tensor], length: int, windows: int) -> Record:
+    """Perplexity and divergence of a saved folder, for a row of results."""
+    return {
+        "perplexity": perplexities(folder, texts, length),
+        "divergence": divergences(dense, folder, texts, length, windows),
+    }
+
+
+def print_quality(columns: dict[str, str], rows: list[Record], more: dict[str, str] | None = None) -> None:
+    """A table of rows with `quality`, the largest first.
+
+    Args:
+        columns: headings of what comes before, and the rows' keys for it.
+        rows: with their "bytes".
+        more: of what comes after.
+    """
+    after, kinds = more or {}, ("perplexity", "divergence")
+    texts = [(name, kind) for name in rows[0]["perplexity"] for kind in kinds]
+    print_table(
+        [*columns, *(f"{name} {kind}" for name, kind in texts), *after],
+        [
+            [
+                *(row[key] for key in columns.values()),
+                *(row[kind][name] for name, kind in texts),
+                *(row[key] for key in after.values()),
+            ]
+            for row in sorted(rows, key=lambda row: -row["bytes"])
+        ],
+    )
 
 
 def tempered(

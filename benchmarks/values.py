@@ -22,9 +22,9 @@ import tyro
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from common import RESULTS, Record, environment, load, print_table, save
+from common import RESULTS, Record, environment, load, save
 from job import in_processes
-from scores import divergences, perplexities
+from scores import print_quality, quality
 from secateurs.demo import MODEL
 from secateurs.pattern import parse_pattern, share_of
 from secateurs.text import calibration_blocks, evaluation_tokens
@@ -102,8 +102,7 @@ def main(
                     "pattern": pattern,
                     "values": grid,
                     "bytes": bytes_of_a_weight(pattern, grid),
-                    "perplexity": perplexities(output, evaluation, window),
-                    "divergence": divergences(model, output, evaluation, window, windows),
+                    **quality(model, output, evaluation, window, windows),
                     "runs": runs,
                     "revision": about["revision"],
                 }
@@ -111,17 +110,8 @@ def main(
             save(results, about, rows)
             print(method, pattern, grid, rows[-1]["perplexity"], rows[-1]["divergence"], flush=True)
 
-    header = ["method", "zeros", "values", "bytes a weight"]
-    header += [f"{text} {kind}" for text in evaluation for kind in ("perplexity", "divergence")]
-    print_table(
-        header,
-        [
-            [
-                *(row[key] for key in ("method", "pattern", "values", "bytes")),
-                *(row[kind][text] for text in evaluation for kind in ("perplexity", "divergence")),
-            ]
-            for row in sorted(rows, key=lambda row: -row["bytes"])
-        ],
+    print_quality(
+        {"method": "method", "zeros": "pattern", "values": "values", "bytes a weight": "bytes"}, rows
     )
 
 

@@ -31,6 +31,9 @@ from secateurs.runtime.linear import SparseLinear
 from secateurs.runtime.quantizer import METHOD, SecateursConfig
 from secateurs.runtime.shards import Packed, join_rows, share, take_columns, take_rows, without_experts
 
+QKV = {"q": 0, "k": 1, "v": 2}
+"""What vLLM calls the parts of a fused attention."""
+
 INSTEAD = "write the dense folder with `secateurs decompress`, and give vLLM that"
 
 
@@ -149,6 +152,7 @@ class PackedLinear(LinearMethodBase):
         self.columns, self.rows, self.dtype = input_size_per_partition, output_partition_sizes, params_dtype
         self.parts: dict[int, list[Packed] | Tensor] = {}
         layer.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        # Where vLLM looks for what takes a weight: on the parameter, which torch's types do not know of.
         layer.weight.weight_loader = partial(self.load, layer)  # type: ignore[attr-defined]
 
     def load(
@@ -166,7 +170,7 @@ class PackedLinear(LinearMethodBase):
             ValueError: as `row_offsets`; or the sizes are not the model's.
         """
         self.config.check_found()
-        index = {None: 0, "q": 0, "k": 1, "v": 2}.get(shard, shard)  # type: ignore[arg-type]
+        index = 0 if shard is None else QKV.get(shard, shard) if isinstance(shard, str) else shard
         if not isinstance(index, int) or (shard is None) != (len(self.names) == 1):
             raise ValueError(f"vLLM fuses '{self.names[0]}' in a way that is not known here: {INSTEAD}")
         name = self.names[index]

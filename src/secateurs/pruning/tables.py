@@ -123,22 +123,25 @@ def round_tables(
     for table in tables:
         weight = _read(model, table.parameters[0])
         given = _second_moment(model, states, weight.shape[1]) if table.multiplied and states else None
-        statistics = given or Statistics.from_inputs(torch.eye(weight.shape[1], device=model.device))
+        statistics = given
+        if statistics is None:
+            statistics = Statistics.from_inputs(torch.eye(weight.shape[1], device=model.device))
         solver = Rounding(values, damping=SHARED) if table.read and table.multiplied else Rounding(values)
         parts, lost, energy = [], 0.0, 0.0
         for part in weight.split(ROWS):
             dense = part.to(model.device)
             try:
                 parts.append(_solved(solver, dense, statistics))
-            except FloatingPointError as error:
-                raise FloatingPointError(f"'{table.parameters[0]}': {error}") from None
+            except FloatingPointError as reason:
+                raise FloatingPointError(f"'{table.parameters[0]}': {reason}") from None
             lost += statistics.energy(dense.float() - parts[-1][0].float())
             energy += statistics.energy(dense)
         new, scales = (torch.cat([part[i].cpu() for part in parts]) for i in (0, 1))
         tensors: dict[str, Tensor] = {}
         for name in table.parameters:
             take_apart(new, model.pieces[name], tensors)
-        report = TableReport(list(table.parameters), max(lost, 0.0) / energy if energy else 0.0, bool(given))
+        error = max(lost, 0.0) / energy if energy else 0.0
+        report = TableReport(list(table.parameters), error, by_head=given is not None)
         yield RoundedTable(report, tensors, scales)
 
 

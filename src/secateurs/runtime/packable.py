@@ -105,7 +105,7 @@ def _embedding(model: PreTrainedModel) -> dict[str, Packable]:
     """The tokens' embedding, if its table may be packed."""
     try:
         table: nn.Module = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # transformers' answer where a model does not say which it is
         return {}
     name = next((path for path, module in model.named_modules() if module is table), None)
     if name is None or not is_table(table):

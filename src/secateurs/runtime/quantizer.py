@@ -133,8 +133,9 @@ class SecateursQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """Which experts have tokens is not known beforehand."""
-        layouts = self.quantization_config.layers.values()
-        return not any(isinstance(layout, ExpertsLayout) for layout in layouts)
+        return not any(
+            isinstance(layout, ExpertsLayout) for layout in self.quantization_config.layers.values()
+        )
 
 
 def matching_layers(
