@@ -110,6 +110,7 @@ def tokens_of_vllm(folder: Path, prompts: list[list[int]], dtype: str, ranks: in
     )
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     outputs = [model.generate({"prompt_token_ids": ids}, greedy, use_tqdm=False) for ids in prompts]
+    model.llm_engine.engine_core.shutdown()  # or this process may wait for the engine's for ever
     return [list(output[0].outputs[0].token_ids) for output in outputs]
 
 
