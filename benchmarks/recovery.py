@@ -1,143 +1,172 @@
-"""What recovery brings: perplexity and divergence from the dense model, by tokens and text.
+"""What recovery brings: perplexity and divergence from the dense model, by pattern, start, tokens and text.
 
-A model is pruned by each method on one text, and recovered on that text alone and on half of it and half that
-the dense model wrote itself (plain sampling from its end-of-text token). Measured on the first windows of
-texts that neither saw. A row in the results is not repeated: interrupt at will, and run the same command
-again.
+A model is pruned by each method at each pattern, and recovered on one text, a share of which the dense model
+writes itself. Measured on texts that neither saw (or windows all over them), and if questions are given, by
+lm-eval's zero-shot accuracy. What is in the results is not repeated: interrupt at will, and run the same
+command again.
 
-    python benchmarks/recovery.py --calibration ../data/wikitext-2/valid.txt \
-        --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt
+    python benchmarks/recovery.py --cache ../cache --calibration ../data/wikitext-2/valid.txt \
+        --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt \
+        --patterns 50% 70% 80% 90% 2:4 --tokens 0 300000 1000000 3000000 --learning-rate 3e-3
+
+`--table` prints what is in the results.
 """
 
-import tempfile
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
 from transformers import AutoTokenizer
 
 import secateurs
+from calibration_text import sequences
 from common import RESULTS, Record, environment, load, print_table, save
+from published import write_questions
+from real import TASKS, accuracy, spread
 from scores import causal_model, divergences, perplexities
 from secateurs.demo import MODEL
-from secateurs.text import calibration_blocks, evaluation_tokens
+from secateurs.text import evaluation_tokens
 
-AT_ONCE = 32
+KEYS = ("pattern", "method", "self", "tokens")
+DIVERGENCE_WINDOWS = 16
+"""Of each text; the dense model runs too."""
 
 
-def self_written(folder: Path, samples: int, length: int, seed: int) -> Tensor:
-    """(samples, length) ids that a model samples at temperature 1, each from its end-of-text token."""
-    model = causal_model(folder)
-    torch.manual_seed(seed)
-    rows = []
-    for first in range(0, samples, AT_ONCE):
-        start = torch.full((min(AT_ONCE, samples - first), 1), model.config.eos_token_id)
-        new: dict[str, Any] = {"max_new_tokens": length - 1, "min_new_tokens": length - 1}
-        rows.append(model.generate(start, do_sample=True, top_k=0, pad_token_id=0, **new))
-    return torch.cat(rows)
+def print_results(rows: list[Record]) -> None:
+    texts = list(rows[0]["perplexity"])
+    tasks = [task for task in TASKS if any(task in row.get("tasks", {}) for row in rows)]
+    header = [*KEYS, *texts, *(f"KL {text}" for text in texts), *(TASKS[task] for task in tasks), "seconds"]
+    print_table(header, [list(_cells(row, texts, tasks)) for row in rows])
+
+
+def _cells(row: Record, texts: list[str], tasks: list[str]) -> Iterator[Any]:
+    yield from (row[key] for key in KEYS)
+    yield from (f"{row['perplexity'][text]:.2f}" for text in texts)
+    yield from (f"{row['divergence'][text]:.3f}" for text in texts)
+    for task in tasks:
+        share, error = accuracy(row["tasks"][task]) if "tasks" in row else (float("nan"), 0.0)
+        yield f"{100 * share:.1f} ± {100 * error:.1f}"
+    yield f"{row['seconds']:.0f}" if "seconds" in row else ""
 
 
 def main(
-    calibration: Path,
-    texts: tuple[Path, ...],
+    cache: Path | None = None,
+    calibration: Path | None = None,
+    texts: tuple[Path, ...] = (),
+    questions: tuple[Path, ...] = (),
     model: Path = MODEL,
-    methods: tuple[str, ...] = ("admm", "sparsellm"),
-    pattern: str = "80%",
-    tokens: tuple[int, ...] = (0, 300_000, 600_000),
+    methods: tuple[str, ...] = ("sparsellm",),
+    patterns: tuple[str, ...] = ("80%",),
+    shares: tuple[float, ...] = (0.5,),
+    tokens: tuple[int, ...] = (0, 300_000, 1_000_000),
     pruned_on: int = 64,
-    samples: int = 512,
+    samples: int = 1024,
     length: int = 256,
-    windows: int = 40,
+    windows: int | None = None,
     window: int = 512,
+    limit: int | None = None,
     learning_rate: float | None = None,
-    results: Path = RESULTS / "recovery.json",
+    table: bool = False,
+    results: Path = RESULTS / "recovery" / "demo.json",
 ) -> None:
+    """See above.
+
+    Args:
+        cache: keeps pruned models, and what the dense one writes.
+        shares: of self-written text in what is recovered on.
+        tokens: that are trained on.
+        pruned_on: calibration sequences, all of the given text.
+        samples: sequences to recover on.
+        length: of a sequence.
+        windows: of each text, evenly from beginning to end; all by default.
+        window: tokens that perplexity is measured in.
+        limit: questions of a task, drawn at random; all by default.
+    """
+    if table:
+        print_results(load(results))
+        return
+    if cache is None or calibration is None:
+        raise SystemExit("give --cache and --calibration")
+    torch.manual_seed(0)
     settings = {
         "calibration": calibration.name,
         "texts": [text.name for text in texts],
-        "pattern": pattern,
         "pruned_on": pruned_on,
         "samples": samples,
         "length": length,
         "windows": windows,
         "window": window,
+        "divergence_windows": DIVERGENCE_WINDOWS,
+        "limit": limit,
         "learning_rate": learning_rate,
     }
-    about = {**environment(), **settings}
+    here = environment()
     rows = load(results, settings)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    held_out = {text.stem: evaluation_tokens(text, tokenizer)[: windows * window] for text in texts}
+    name = "demo" if model == MODEL else model.name
+    whole = {text.stem: evaluation_tokens(text, tokenizer) for text in texts}
+    held_out = {name: spread(ids, window, windows) for name, ids in whole.items()}
+    few = {name: spread(ids, window, DIVERGENCE_WINDOWS) for name, ids in whole.items()}
+    asked = cache / f"questions-{limit}"
+    tasks = write_questions(questions, asked, limit) if questions else []
 
-    def measured(folder: Path, **what: Any) -> Record:
-        parts = {name: ids[: 16 * window] for name, ids in held_out.items()}
-        return {
-            **what,
+    def measured(folder: Path) -> Record:
+        found: Record = {
             "perplexity": perplexities(folder, held_out, window),
-            "divergence": divergences(model, folder, parts, window),
+            "divergence": divergences(model, folder, few, window, DIVERGENCE_WINDOWS),
         }
+        if tasks:
+            found["tasks"] = secateurs.evaluate_tasks(causal_model(folder), tokenizer, tasks, task_data=asked)
+        return found
 
-    def keep(row: Record) -> None:
-        rows.append(row)
-        save(results, about, rows)
-        print(row, flush=True)
+    def keep(cell: Record, folder: Path, **of_run: Any) -> None:
+        rows.append({**cell, **of_run, **measured(folder), "measured": here})
+        save(results, settings, rows)
+        print(rows[-1], flush=True)
 
-    def is_done(*cell: Any) -> bool:
-        return any((row["method"], row["text"], row["tokens"]) == cell for row in rows)
+    def is_missing(cell: Record) -> bool:
+        return not any(all(row[key] == cell[key] for key in KEYS) for row in rows)
 
-    if not is_done("dense", "", 0):
-        keep(measured(model, method="dense", text="", tokens=0))
-    given = calibration_blocks(calibration, tokenizer, samples=samples, length=length, seed=1)
-    with tempfile.TemporaryDirectory() as place:
-        pruned = {method: Path(place) / method for method in methods}
-        mixed: Tensor | None = None
-        for count, method in product(tokens, methods):
-            if not pruned[method].exists():
-                of = {"pattern": pattern, "samples": pruned_on, "length": length, "device": "cpu"}
+    dense: Record = {"pattern": "0%", "method": "dense", "self": None, "tokens": 0}
+    if is_missing(dense):
+        keep(dense, model)
+    for pattern, method, count in product(patterns, methods, tokens):
+        for share in shares if count else (None,):
+            cell = {"pattern": pattern, "method": method, "self": share, "tokens": count}
+            if not is_missing(cell):
+                continue
+            pruned = cache / f"{name}-{method}-{pattern.replace(':', 'of').rstrip('%')}-{pruned_on}x{length}"
+            if not pruned.exists():
                 secateurs.prune(
                     model,
-                    output=pruned[method],
+                    output=pruned,
                     calibration=calibration,
                     pattern=pattern,
                     method=method,
-                    **of,
+                    samples=pruned_on,
+                    length=length,
                 )
-            if count == 0:
-                if not is_done(method, "", 0):
-                    keep(measured(pruned[method], method=method, text="", tokens=0))
+            if not count:
+                keep(cell, pruned)
                 continue
-            for text in ("given", "half self-written"):
-                if is_done(method, text, count):
-                    continue
-                if text != "given" and mixed is None:
-                    mixed = torch.cat([given[::2], self_written(model, samples // 2, length, seed=0)])
-                output = Path(place) / f"{method}-{text[:4]}-{count}"
-                report = secateurs.recover(
-                    pruned[method],
-                    towards=model,
-                    calibration=given if text == "given" else mixed,
-                    output=output,
-                    tokens=count,
-                    learning_rate=learning_rate,
-                    device="cpu",
-                )
-                of_run = {"seconds": report.seconds, "steps": report.steps}
-                held = {"before": report.before, "after": report.after}
-                keep(measured(output, method=method, text=text, tokens=count, **of_run, **held))
-    names = list(held_out)
-    print_table(
-        ["method", "text", "tokens", *names, *(f"divergence, {name}" for name in names), "seconds"],
-        [
-            [
-                *(row["method"], row["text"], row["tokens"]),
-                *(row[kind][name] for kind in ("perplexity", "divergence") for name in names),
-                row.get("seconds", ""),
-            ]
-            for row in rows
-        ],
-    )
+            assert share is not None
+            sources = {str(calibration): 1 - share, "self": share}
+            wanted = {source: part for source, part in sources.items() if part}
+            output = cache / f"{pruned.name}-{share}-{count}"
+            report = secateurs.recover(
+                pruned,
+                towards=model,
+                calibration=sequences(model, wanted, samples, length, 1, cache),
+                output=output,
+                tokens=count,
+                learning_rate=learning_rate,
+            )
+            of_run = {"seconds": report.seconds, "steps": report.steps}
+            keep(cell, output, **of_run, before=report.before, after=report.after)
+    print_results(rows)
 
 
 if __name__ == "__main__":

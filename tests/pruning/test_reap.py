@@ -23,6 +23,7 @@ import secateurs
 from folders import bytes_of, tensors_of
 from secateurs.pruning.folder import WorkFolder
 from secateurs.pruning.reap import best
+from secateurs.runtime.generate import generate
 
 GROUPED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
 CASES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe", "dbrx", "llama4_text"]
@@ -223,6 +224,11 @@ def test_what_is_left_is_pruned_and_goes_on_through_every_verb(tmp_path: Path) -
         for each in (out, tmp_path / "compressed")
     )
     assert packed == pytest.approx(dense, rel=1e-4)
+    folders = (out, tmp_path / "compressed")
+    continued = {"".join(generate(each, "the quick", tokens=8, device="cpu")) for each in folders}
+    assert len(continued) == 1
+    again = drop(folder, tmp_path / "again", calibration="self", samples=4, length=24, pattern="50%")
+    assert [len(block.kept) for block in again.choice] == [3]
 
 
 def test_a_wrapper_keeps_the_number_where_it_had_it(tmp_path: Path) -> None:
