@@ -195,9 +195,7 @@ def main() -> None:
 
 
 def _end(status: int, line: str) -> NoReturn:
-    """Exit, having said why, unless another rank has."""
-    if ranks.is_first_to_say():
-        print(line, file=sys.stderr, flush=True)
+    ranks.say_last(line)
     sys.exit(status)
 
 

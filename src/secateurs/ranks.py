@@ -7,11 +7,15 @@ out, and its results told to all. The main rank writes.
 Without other ranks nothing here does anything, and so it is where one rank works by itself (`alone`).
 """
 
+import atexit
 import io
 import os
+import signal
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -22,6 +26,9 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=3)
 """For a rank to wait for others that neither go on nor end. (Of those that end, it hears at once.)"""
+
+FAREWELL = 5.0
+"""Seconds for a rank that ends to wait for the others to."""
 
 TOLD = (ValueError, FloatingPointError, OSError)
 """Errors of one rank that all then raise; others end it, and with it the run."""
@@ -49,6 +56,8 @@ def is_main() -> bool:
 def together() -> Iterator[None]:
     """Work with the other processes that were started with this one, if there are any.
 
+    They stay connected until they end: launchers let them meet once.
+
     Raises:
         ConnectionError: they cannot be reached.
     """
@@ -57,16 +66,18 @@ def together() -> Iterator[None]:
     if count == 1 or _here.world > 1:
         yield
         return
-    connects = not distributed.is_initialized()
-    if connects:
+    if not distributed.is_initialized():
         with _linked():
             distributed.init_process_group(_backend(), timeout=TIMEOUT)
-    try:
-        with _placed(_Place(distributed.get_rank(), distributed.get_world_size())):
-            yield
-    finally:
-        if connects:
-            distributed.destroy_process_group()
+        atexit.register(disconnect)
+    with _placed(_Place(distributed.get_rank(), distributed.get_world_size())):
+        yield
+
+
+def disconnect() -> None:
+    """Let go of the others; those that still wait for this one hear of it."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _backend() -> str:
@@ -109,15 +120,27 @@ def _linked() -> Iterator[None]:
         ) from error
 
 
-def is_first_to_say() -> bool:
-    """Whether no other rank has said yet why the run ends; then it is this one that does."""
+def say_last(line: str) -> None:
+    """Say on standard error why this process ends, unless another rank has said why the run does.
+
+    Then wait for a moment for all to come to their own ends: launchers stop those that have not.
+    """
     if _here.world == 1:
-        return True
-    try:
-        said: int = distributed.distributed_c10d._get_default_store().add("secateurs/said", 1)
-    except RuntimeError:  # it was in the process that has ended
-        return True
-    return said == 1
+        print(line, file=sys.stderr)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ended, until = 0, time.monotonic() + FAREWELL
+    with suppress(RuntimeError):  # the store was in the process that has ended
+        store = distributed.distributed_c10d._get_default_store()
+        ended = store.add("secateurs/ended", 1)
+        if ended > 1:
+            line = ""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    with suppress(RuntimeError):
+        while 0 < ended < _here.world and time.monotonic() < until:
+            time.sleep(0.05)
+            ended = store.add("secateurs/ended", 0)
 
 
 def check_share(sequences: int) -> None:
