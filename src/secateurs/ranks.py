@@ -174,6 +174,11 @@ def total(value: float) -> float:
     return value if _here.world == 1 else float(summed(torch.tensor(value, dtype=torch.float64)))
 
 
+def meet() -> None:
+    """Wait until all ranks have come here."""
+    total(0)
+
+
 def most(value: float) -> float:
     """The largest of all ranks' values."""
     if _here.world == 1:

@@ -133,6 +133,7 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         pruned = Checkpoint(work.model)
         with ranks.alone():  # the Trainer has its own way to share work out
             recover_folder(pruned, recovery, model=str(model), progress=progress, run=work.asked)
+        ranks.meet()  # all have read what is there
         return ranks.from_main(lambda: work.release(work.recovered))
 
 
