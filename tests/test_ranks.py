@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "rounded": {"method": "wanda", "pattern": "50%", "values": "int4", "embedding": "int8"},
     "owl": {"method": "wanda", "pattern": "50%", "allocation": "owl:level=layer"},
-    "experts": {"method": "wanda", "pattern": "2:4"},
+    "experts": {"method": "wanda", "pattern": "2:4", "sequential": "linear"},
     "joint experts": {"method": "sparsellm:solver=wanda,iterations=1", "pattern": "2:4", "refine": 0},
     "fewer experts": {"method": "wanda", "pattern": "50%", "experts": 0.5},
 }

@@ -163,8 +163,7 @@ class Local:
         del measured
         with clock("run"):
             shown = shown or [
-                (channels(block, expert, tokens) for tokens in own)
-                for expert, own in zip(experts, given, strict=True)
+                map(partial(channels, block, expert), own) for expert, own in zip(experts, given, strict=True)
             ]
             measured = self._measured(block, downs, shown)
         prune_apart(block, self._work(block, measured), clock, advance, report)
