@@ -74,10 +74,17 @@ def secateurs(model: str, tokens: str | None, output: str, **settings: Any) -> R
 
     imports = finish_imports(model)
     ids = load_file(tokens)["ids"] if tokens else None
+    before = time.process_time()
     report = secateurs.prune(model, output=output, calibration=ids, device="cpu", **settings)
     # Those of a run that was interrupted, too.
     matrices = len(report.layers)
-    return {"seconds": report.seconds, "phases": report.phases, "matrices": matrices, "import_bytes": imports}
+    return {
+        "seconds": report.seconds,
+        "processor_seconds": time.process_time() - before,
+        "phases": report.phases,
+        "matrices": matrices,
+        "import_bytes": imports,
+    }
 
 
 def compress(model: str, output: str) -> Record:

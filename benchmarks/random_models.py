@@ -16,15 +16,15 @@ from secateurs.values import Values
 VOCABULARY = 32000  # Llama's
 
 
-def random_llama(folder: Path, layers: int, dtype: str) -> Path:
-    """A saved Llama of width 512: MLP 1376, eight heads, no tokenizer."""
+def random_llama(folder: Path, layers: int, dtype: str, *, width: int = 512, channels: int = 1376) -> Path:
+    """A saved Llama with heads of 64 and no tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1376,
+        hidden_size=width,
+        intermediate_size=channels,
         num_hidden_layers=layers,
-        num_attention_heads=8,
+        num_attention_heads=width // 64,
     )
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder

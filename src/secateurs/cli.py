@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin
 
 import torch
 import tyro
 
+from secateurs import ranks
 from secateurs.demo import DemoSettings, demo
 from secateurs.evaluation.inspect import InspectSettings, inspect, print_tables
 from secateurs.evaluation.measure import EvaluateSettings, evaluate
@@ -168,24 +169,34 @@ VERBS: dict[str, Verb] = {
     "demo": Verb(DemoSettings, _demo, None),
 }
 
+OVER_RANKS = ("prune", "eval")
+"""Verbs that several processes work on together. (Those that train leave that to Trainer.)"""
+
 CONFIG = Option("config", "config", Path | None, None, "A YAML file with any of these options.")
 
 
 def main() -> None:
     """Entry point of the `secateurs` command."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
-    try:
-        _run(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again", file=sys.stderr)
-        sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        line = str(error).partition(". GPU")[0]
-        print(f"secateurs: {line}: make batch_size or length smaller, or use --device cpu", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"secateurs: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    with contextlib.ExitStack() as stack:
+        try:
+            if next(iter(sys.argv[1:]), "") in OVER_RANKS:
+                stack.enter_context(ranks.together())
+            if not ranks.is_main():
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            _run(sys.argv[1:])
+        except KeyboardInterrupt:
+            _end(130, "interrupted: run the same command again")
+        except torch.OutOfMemoryError as error:
+            line = str(error).partition(". GPU")[0]
+            _end(2, f"secateurs: {line}: make batch_size or length smaller, or use --device cpu")
+        except (ValueError, FloatingPointError, OSError) as error:
+            _end(2, f"secateurs: {' '.join(str(error).split())}")
+
+
+def _end(status: int, line: str) -> NoReturn:
+    ranks.say_last(line)
+    sys.exit(status)
 
 
 def _run(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from secateurs import ranks
 from secateurs.checkpoint import resolve
 from secateurs.device import resolve_device
 from secateurs.evaluation.perplexity import perplexity
@@ -68,6 +69,8 @@ class EvaluateSettings(InWindows, OnDevice):
 def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measurement]:
     """Measure a model, dense or pruned; each figure comes as soon as it is known.
 
+    Where torchrun or accelerate has started several processes, they share the windows of a text.
+
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub.
 
@@ -75,12 +78,17 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
         ValueError: the model, a text or a task cannot be had, or does not suit.
         FloatingPointError: a loss is NaN or infinite.
     """
-    folder = resolve(model)
+    with ranks.together():
+        yield from _measured(model, settings)
+
+
+def _measured(model: str | Path, settings: EvaluateSettings) -> Iterator[Measurement]:
+    folder, shown = resolve(model), ranks.is_main()
     tokenizer = load_tokenizer(folder)
     texts = []
     for source in [settings.text] if isinstance(settings.text, str | Path) else settings.text:
         start = time.perf_counter()
-        tokens = evaluation_tokens(source, tokenizer, field=settings.field, progress=True)
+        tokens = evaluation_tokens(source, tokenizer, field=settings.field, progress=shown)
         texts.append((str(source), tokens, time.perf_counter() - start))
     loaded = load_model(folder, settings.device)
     kind = loaded.config.get_text_config(decoder=True).model_type
@@ -93,18 +101,20 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
             length=settings.length,
             bos=bos,
             batch_size=settings.batch_size,
-            progress=True,
+            progress=shown,
         )
         yield Measurement(source, "perplexity", value, seconds + time.perf_counter() - start)
     if settings.tasks:
         start = time.perf_counter()
-        figures = evaluate_tasks(
-            loaded,
-            tokenizer,
-            list(settings.tasks),
-            task_data=settings.task_data,
-            limit=settings.limit,
-            batch_size=settings.batch_size or 8,
+        figures = ranks.from_main(
+            lambda: evaluate_tasks(
+                loaded,
+                tokenizer,
+                list(settings.tasks),
+                task_data=settings.task_data,
+                limit=settings.limit,
+                batch_size=settings.batch_size or 8,
+            )
         )
         seconds = time.perf_counter() - start
         for task, metrics in figures.items():

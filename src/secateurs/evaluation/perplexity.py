@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from secateurs import ranks
 from secateurs.text import check_tokens
 
 # Positions whose logits are in float32 at once: a quarter of a GB with a vocabulary of 256k.
@@ -26,7 +27,7 @@ def perplexity(
     bos: int | None = None,
     progress: bool = False,
 ) -> float:
-    """Perplexity of a causal language model on a text.
+    """Perplexity of a causal language model on a text, whose windows ranks share (see `evaluate`).
 
     Args:
         model: runs where it is; its training mode is restored afterwards.
@@ -68,7 +69,9 @@ def perplexity(
     check_tokens(tokens, config.vocab_size)
 
     batch_size = batch_size or max(1, 4096 // length)
-    batches = tokens[: windows * of_text].view(windows, of_text).split(batch_size)
+    ranks.check_share(windows)
+    own = ranks.share_of(torch.arange(windows))
+    batches = tokens[: windows * of_text].view(windows, of_text)[own[0] : own[-1] + 1].split(batch_size)
     losses: list[Tensor] = []
     was_training = model.training
     model.eval()
@@ -80,14 +83,17 @@ def perplexity(
                 batch = torch.cat([torch.full((len(batch), 1), bos), batch], dim=1)
             losses.append(_losses(model, batch.to(model.device)))
             if not losses[-1].isfinite().all():
-                window = (len(losses) - 1) * batch_size + int(losses[-1].isfinite().int().argmin())
+                before = int(own[0]) + (len(losses) - 1) * batch_size
+                window = before + int(losses[-1].isfinite().int().argmin())
                 first, last = window * of_text, (window + 1) * of_text - 1
                 raise FloatingPointError(
                     f"the loss of window {window} (tokens {first} to {last}) is not finite"
                 )
     finally:
         model.train(was_training)
-    return torch.cat(losses).mean().exp().item()
+    found = torch.cat(losses)
+    total, count = ranks.summed(torch.stack([found.sum(), found.new_tensor(len(found))]))
+    return (total / count).exp().item()
 
 
 def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from secateurs import ranks
 from secateurs.blockwise import BlockwiseModel
 from secateurs.calibration.sequences import CalibrationText, sha256_of
 from secateurs.checkpoint import RECORD, check_output, copy_companions, read_json, write_json
@@ -41,7 +42,7 @@ FORMAT = 3
 
 
 class WorkFolder:
-    """Where a run's results gather.
+    """Where a run's results gather. The main rank writes; what it remembers, it tells the others.
 
     Args:
         output: the folder that the run is to make.
@@ -90,11 +91,18 @@ class WorkFolder:
         self.shards = shards_of(model, self.model, most)
         self.phases = dict.fromkeys(("load", "run", "solve", "refine", "write"), 0.0)
         self.mark = self.progress / "run.json"
-        self.finished = self._is_finished()
-        if not self.finished:
+        self.finished, self.pruned, self.done = ranks.from_main(self._opened)
+
+    def _opened(self) -> tuple[bool, bool, list[int]]:
+        """Make the folder ready, and see what there is: `finished`, `pruned` and `done`."""
+        finished = self._is_finished()
+        if not finished:
             self._open()
         elif self._is_marked():  # stopped between its last two steps
             self._clear()
+        # A model is complete with its card, which is written last; it may still be recovered.
+        pruned = (self.model / "README.md").is_file()
+        return finished, pruned, [i for i in range(len(self.parts) - 1) if self._report(i).exists()]
 
     def _is_finished(self) -> bool:
         if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
@@ -141,31 +149,35 @@ class WorkFolder:
     def write_outside(self) -> None:
         """Copy what lies outside the blocks: first of all, so that NaN there is found before the work."""
         done = self.progress / "outside.json"
-        if not done.exists():
-            self.shards.write((name, self.checkpoint.load([name])[name]) for name in self.parts[0])
-            write_json(done, {})
+
+        def write() -> None:
+            if not done.exists():
+                self.shards.write((name, self.checkpoint.load([name])[name]) for name in self.parts[0])
+                write_json(done, {})
+
+        ranks.from_main(write)
 
     def calibration(self, text: CalibrationText, progress: bool) -> Tensor:
         """The calibration tokens. What the model writes of them is kept: a run that goes on has the same."""
         if text.form is None:
             return text.tokens()
         with self.clock("run"):
-            tokens = text.tokens(self.progress, progress=progress)
+            tokens = ranks.from_main(lambda: text.tokens(self.progress, progress=progress))
         self.settings["calibration"] = {**text.record, "sha256": sha256_of(tokens)}
         return tokens
 
     def allocation(self, survey: Callable[[], Patterns]) -> Patterns:
         """Each layer's pattern by a survey, which is made once: a run that goes on remembers it."""
-        memory = self.progress / "allocation.json"
-        if not memory.exists():
-            write_json(memory, {name: pattern and str(pattern) for name, pattern in survey().items()})
-        return {name: text and parse_pattern(text) for name, text in read_json(memory).items()}
+        content = self._once(
+            self.progress / "allocation.json",
+            lambda: {name: pattern and str(pattern) for name, pattern in survey().items()},
+        )
+        return {name: text and parse_pattern(text) for name, text in content.items()}
 
     def forms(self, choose: Callable[[], Choice]) -> Choice:
         """What each matrix becomes, chosen once: a run that goes on remembers it."""
-        if not self._forms.exists():
-            write_json(self._forms, {"forms": choose().to_json()})
-        return Choice.from_json(read_json(self._forms)["forms"])
+        content = self._once(self._forms, lambda: {"forms": choose().to_json()})
+        return Choice.from_json(content["forms"])
 
     @property
     def _forms(self) -> Path:
@@ -173,20 +185,31 @@ class WorkFolder:
 
     def choice(self, choose: Callable[[], list[ChoiceReport]]) -> list[ChoiceReport]:
         """Which experts are kept, chosen once: a run that goes on remembers them."""
-        if not self._choice.exists():
-            write_json(self._choice, {"choice": [asdict(block) for block in choose()]})
-        return [ChoiceReport(**block) for block in read_json(self._choice)["choice"]]
+        content = self._once(self._choice, lambda: {"choice": [asdict(block) for block in choose()]})
+        return [ChoiceReport(**block) for block in content["choice"]]
+
+    def _once(self, memory: Path, found: Callable[[], Any]) -> Any:
+        """What a file remembers, or what is found and then written there: by the main rank, for all."""
+
+        def remembered() -> Any:
+            if not memory.exists():
+                write_json(memory, found())
+            return read_json(memory)
+
+        return ranks.from_main(remembered)
 
     def tables(self, rounded: Callable[[], Iterable[RoundedTable]]) -> None:
         """The embedding and the head, rounded once: their weights and scales first, then what makes them
         count."""
         reports, scales = [], {}
         for table in rounded():
-            self.shards.write(table.tensors.items())
+            if ranks.is_main():
+                self.shards.write(table.tensors.items())
             scales[table.report.parameters[0]] = table.scales
             reports.append(asdict(table.report))
-        write_tensors(self._table_scales, scales)
-        write_json(self._tables, {"tables": reports})
+        if ranks.is_main():
+            write_tensors(self._table_scales, scales)
+            write_json(self._tables, {"tables": reports})
 
     @property
     def rounds_tables(self) -> bool:
@@ -207,7 +230,7 @@ class WorkFolder:
 
     def block(self, index: int) -> dict[str, Tensor] | None:
         """A finished block's tensors by their names in the files, or None."""
-        return self.shards.read(self.parts[index + 1]) if self._report(index).exists() else None
+        return self.shards.read(self.parts[index + 1]) if index in self.done else None
 
     def write_block(
         self,
@@ -226,6 +249,8 @@ class WorkFolder:
             seconds: that it took.
             scales: of what was rounded, by the names within the block.
         """
+        if not ranks.is_main():
+            return
         known = self.blockwise.stored_form(index, parameters)
         beside = self.checkpoint.load([name for name in self.parts[index + 1] if name not in known])
         self.shards.write((name, (known | beside)[name]) for name in self.parts[index + 1])
@@ -239,11 +264,6 @@ class WorkFolder:
 
     def _scales(self, index: int) -> Path:
         return self.progress / f"scales-{index:05}.safetensors"
-
-    @property
-    def pruned(self) -> bool:
-        """Whether `model` is complete, its card being what is written last: it may still be recovered."""
-        return (self.model / "README.md").is_file()
 
     def complete(self, seconds: float, grids: Mapping[str, Values]) -> None:
         """Make `model`, all of whose blocks are done, a whole model folder.
@@ -273,7 +293,7 @@ class WorkFolder:
                 part.name: [entry for block in blocks for entry in block[part.name]]
                 for part in fields(BlockReport)
             },
-            **{key: value for path in self._once() for key, value in read_json(path).items()},
+            **{key: value for path in self._remembered() for key, value in read_json(path).items()},
         }
         write_json(self.model / RECORD, record)
         report = Report.read(self.model)
@@ -287,7 +307,7 @@ class WorkFolder:
             tags=report.tags,
         )
 
-    def _once(self) -> list[Path]:
+    def _remembered(self) -> list[Path]:
         """What is remembered of the model outside of its blocks."""
         return [path for path in (self._choice, self._forms, self._tables) if path.exists()]
 

@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from secateurs import ranks
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.pieces import assemble, take_apart
@@ -154,6 +155,7 @@ def _second_moment(model: BlockwiseModel, states: list[Batch], width: int) -> St
             if given is None:
                 return None
             statistics.update(given)
+    ranks.pool(statistics)
     return statistics
 
 

@@ -6,7 +6,7 @@ state is the weights: a run that finds finished blocks pushes the activations th
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateurs import ranks
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.calibration.sequences import CalibrationText, calibration_text
 from secateurs.checkpoint import Checkpoint, check_place, output_lock, resolve
@@ -40,13 +41,15 @@ TOKENS_AT_ONCE = 2048
 
 
 @takes(PruneSettings)
+@ranks.together()
 @torch.inference_mode(False)  # in a caller's, nothing has gradients
 def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False) -> Report:
     """Prune a pretrained decoder into a new folder that transformers loads.
 
     Blocks are materialised one at a time and written as they are done. If the run is interrupted, the same
     call continues it; on the same processor with the same threads the result has the same bytes. (On a GPU
-    refinement rounds a little differently each time.)
+    refinement rounds a little differently each time.) Where torchrun or accelerate has started several
+    processes, they work on it together.
 
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub. It is only read.
@@ -62,8 +65,9 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         OSError: the disk is too small or fails. What is done stays, and the same call continues.
     """
     start = time.monotonic()
+    progress = progress and ranks.is_main()
     checkpoint = Checkpoint(resolve(model))
-    check_place(Path(settings.output), checkpoint)
+    ranks.from_main(lambda: check_place(Path(settings.output), checkpoint))
     blockwise = dense = BlockwiseModel(checkpoint, resolve_device(settings.device))
     cut = None
     if settings.share_of_experts < 1:
@@ -83,6 +87,7 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     batch_size = _batch_size(settings, text)
     if text is not None:
         settings = settings.resolved(text.samples, text.length)
+        ranks.check_share(text.samples)
     run = {
         "model": str(model),
         "allocation": "budget"
@@ -93,9 +98,10 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
         "device": blockwise.device.type,
         **settings.record(),
     }
-    if text and text.form and not begun(Path(settings.output)):
+    if text and text.form and not ranks.from_main(lambda: begun(Path(settings.output))):
         text.check_room()
-    with output_lock(Path(settings.output)):
+    with ExitStack() as stack:
+        ranks.from_main(lambda: stack.enter_context(output_lock(Path(settings.output))))
         work = WorkFolder(Path(settings.output), blockwise, run, most=most, recover=settings.recover)
         if work.finished:
             return Report.read(work.output)
@@ -112,20 +118,23 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
                 tokens = None  # there is nothing more to be seen of them
             patterns, grids = _allocate(blockwise, planned, settings, tokens, batch_size, work, progress)
             with _progress_bar(len(patterns), shown=progress) as advance:
+                shared = None if tokens is None else ranks.share_of(tokens)
                 in_blocks, last = _walk(
-                    blockwise, settings.pruner, patterns, grids, tokens, batch_size, work, advance
+                    blockwise, settings.pruner, patterns, grids, shared, batch_size, work, advance
                 )
             if work.rounds_tables:
                 assert settings.grid_of_tables is not None
                 with work.clock("solve"):
                     work.tables(partial(round_tables, blockwise, tables, settings.grid_of_tables, last))
-            work.complete(time.monotonic() - start - in_blocks, grids)
+            ranks.from_main(lambda: work.complete(time.monotonic() - start - in_blocks, grids))
         if not settings.recover:
-            return work.release(work.model)
+            return ranks.from_main(lambda: work.release(work.model))
         recovery = settings.recovery(model, work.recovered)
         pruned = Checkpoint(work.model)
-        recover_folder(pruned, recovery, model=str(model), progress=progress, run=work.asked)
-        return work.release(work.recovered)
+        with ranks.alone():  # the Trainer has its own way to share work out
+            recover_folder(pruned, recovery, model=str(model), progress=progress, run=work.asked)
+        ranks.meet()  # all have read what is there
+        return ranks.from_main(lambda: work.release(work.recovered))
 
 
 def _calibration(settings: PruneSettings, model: BlockwiseModel, progress: bool) -> CalibrationText | None:

@@ -1,20 +1,24 @@
 """A block that is being pruned: what the ways of pruning it share."""
 
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from secateurs import ranks
 from secateurs.anatomy import MLP, BlockAnatomy, Matrix
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.pattern import Pattern
 from secateurs.pruning.allocation.survey import Patterns
-from secateurs.pruning.mlp.linear import Linear, Pruned
+from secateurs.pruning.mlp.linear import Linear, Pruned, solving_cost
 from secateurs.pruning.record import BlockReport, LayerReport
 from secateurs.values import Values
 
@@ -127,6 +131,10 @@ class Block:
         part(self.parameters[name]).copy_(values)
 
 
+Work = deque[tuple[Matrix, Callable[[], Pruned]]]
+"""Matrices none of which sees what becomes of another, each with what prunes it if it is to be pruned."""
+
+
 class BlockPruner(Protocol):
     """A way to prune a block."""
 
@@ -150,6 +158,52 @@ class BlockPruner(Protocol):
         The pruned stream stays before the block.
         """
         ...
+
+
+def prune_apart(block: Block, work: Work, clock: Clock, advance: Advance, report: BlockReport) -> None:
+    """Prune matrices, shared out over ranks, and report them.
+
+    Args:
+        block: that they are in.
+        work: what is to be done. It is emptied, so that what is needed for it is let go of on the way.
+        clock: counts the time.
+        advance: is told of each matrix.
+        report: for what becomes of them.
+
+    Raises:
+        FloatingPointError: one of them cannot be pruned; names it.
+    """
+    matrices = [matrix for matrix, _ in work]
+    found = ranks.shared_out(_tasks(block, work), block.model.device)
+    for matrix in matrices:
+        error = None
+        if block.pattern(matrix) is not None:
+            with clock("solve"):
+                pruned, seconds = next(found)
+                # In float32 what it was pruned from may be the layer's own memory: not before.
+                block.store(matrix, pruned)
+            report.layers.append(layer_report(block.name(matrix), pruned, seconds))
+            error = pruned.error
+        advance(block.name(matrix), error)
+
+
+def _tasks(block: Block, work: Work) -> deque[ranks.Task]:
+    tasks = deque(
+        ranks.Task(solving_cost(*matrix.shape), partial(_timed, block.name(matrix), prune))
+        for matrix, prune in work
+        if block.pattern(matrix) is not None
+    )
+    work.clear()
+    return tasks
+
+
+def _timed(name: str, prune: Callable[[], Pruned]) -> tuple[Pruned, float]:
+    """What it gives, and the seconds that it took."""
+    start = time.monotonic()
+    try:
+        return prune(), time.monotonic() - start
+    except FloatingPointError as error:
+        raise FloatingPointError(f"'{name}': {error}") from None
 
 
 def layer_report(name: str, pruned: Pruned, seconds: float) -> LayerReport:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from secateurs import ranks
 from secateurs.anatomy import MLP, Matrix, UnsupportedArchitectureError
 from secateurs.anatomy.products import storage_of
 from secateurs.blockwise import Batch
@@ -95,8 +96,9 @@ class Routed:
     """(in, in): as many tokens as there are inputs, of all that are routed anywhere."""
 
     def counts(self) -> list[int]:
-        """Tokens of each expert."""
-        return [sum(len(rows.at) for rows in own) for own in self.own]
+        """Tokens of each expert, those of all ranks."""
+        counts = [sum(len(rows.at) for rows in own) for own in self.own]
+        return ranks.summed(torch.tensor(counts)).tolist()
 
     def tokens(self, expert: int) -> list[Tensor]:
         """What an expert is to be pruned by: its own tokens and those drawn for all."""
@@ -134,9 +136,9 @@ def route(block: Block, hidden: list[Batch], experts: Experts) -> Routed:
                 parts.append(Rows(source, rows.at[routed].to(home)))
     pool = [rows for parts in own for rows in parts]
     sizes = [len(rows.at) for rows in pool]
-    width = firsts[0].shape[1]
+    count = ranks.part_of(firsts[0].shape[1])
     generator = torch.Generator().manual_seed(block.index)
-    chosen = torch.randperm(sum(sizes), generator=generator)[:width].sort().values
+    chosen = torch.randperm(sum(sizes), generator=generator)[:count].sort().values
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     drawn = [
         rows.source[rows.at[chosen[(chosen >= start) & (chosen < end)] - start]]

@@ -8,22 +8,25 @@ expert by expert, each towards its own dense output.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import secateurs.anatomy as anatomies
+from secateurs import ranks
 from secateurs.anatomy import Matrix
 from secateurs.blockwise import Batch, BlockwiseModel
-from secateurs.pruning.block.block import Advance, Block, Clock, Streams, layer_report
+from secateurs.pruning.block.block import Advance, Block, Clock, Streams, Work, layer_report, prune_apart
 from secateurs.pruning.block.experts import Experts, experts_of, route
 from secateurs.pruning.block.local import Local
 from secateurs.pruning.block.measure import Group, measure, observe
 from secateurs.pruning.block.refine import TOKENS_A_STEP
 from secateurs.pruning.block.refine import refine as refined_by_descent
-from secateurs.pruning.mlp.linear import apply, prune_linear
+from secateurs.pruning.mlp.linear import Pruned, apply, prune_linear
 from secateurs.pruning.mlp.problem import MLP, Tokens
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.record import BlockReport, ExpertsReport, LayerReport, MLPReport, Refinement
@@ -179,30 +182,19 @@ class Joint:
         report: BlockReport,
     ) -> None:
         """Prune q, k and v, or o, and whatever else shares an input, and report them."""
-        if block.wanted(group):
-            with clock("run"):
-                moments, goal = _measure_group(block, parts, group, hidden, aims)
-        for matrix in group:
-            error = None
-            if block.pattern(matrix) is not None:
-                with clock("solve"):
-                    report.layers.append(self._prune_matrix(block, matrix, moments, goal))
-                error = report.layers[-1].error
-            advance(block.name(matrix), error)
+        if not block.wanted(group):
+            for matrix in group:
+                advance(block.name(matrix), None)
+            return
+        with clock("run"):
+            moments, goal = _measure_group(block, parts, group, hidden, aims)
+        work: Work = deque((matrix, partial(self._pruned, block, matrix, moments, goal)) for matrix in group)
+        prune_apart(block, work, clock, advance, report)
 
-    def _prune_matrix(
-        self, block: Block, matrix: Matrix, moments: Statistics, goal: Products | None
-    ) -> LayerReport:
-        """Prune a matrix by itself, fitted to its goal."""
-        start, name = time.monotonic(), block.name(matrix)
-        try:
-            pruned = prune_linear(
-                self.method.solver, block.linear(matrix), moments, goal, self.method.damping
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"'{name}': {error}") from None
-        block.store(matrix, pruned)
-        return layer_report(name, pruned, time.monotonic() - start)
+    def _pruned(self, block: Block, matrix: Matrix, moments: Statistics, goal: Products | None) -> Pruned:
+        """A matrix by itself, fitted to its goal."""
+        method = self.method
+        return prune_linear(method.solver, block.linear(matrix), moments, goal, method.damping)
 
     def _prune_mlp(
         self,
@@ -264,7 +256,7 @@ class Joint:
                 continue
             given = routed.tokens(number)
             if expert.mlp is None or expert.mlp.activation is None:
-                local.prune_expert(block, expert, given, clock, lambda name, error: None, report)
+                local.prune_some(block, [expert], [given], clock, lambda name, error: None, report)
                 continue
             start = time.monotonic()
             with clock("run"):
@@ -335,6 +327,7 @@ def _measure_group(
             wanted = _less(wanted, batch.states, block.anatomy.factors[matrix.name])
         moments.update(given)
         products.update(wanted.reshape(-1, outputs), given)
+    ranks.pool(moments, products)
     return moments, products
 
 

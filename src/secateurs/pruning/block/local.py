@@ -1,20 +1,22 @@
 """A block pruned layer by layer, each towards its own dense output, as local methods are published."""
 
-import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Literal
 
 from torch import Tensor
 
+from secateurs import ranks
 from secateurs.anatomy import Matrix
 from secateurs.blockwise import Batch, BlockwiseModel
-from secateurs.pruning.block.block import Advance, Block, Clock, Streams, layer_report
+from secateurs.pruning.block.block import Advance, Block, Clock, Streams, Work, prune_apart
 from secateurs.pruning.block.experts import Expert, Experts, channels, experts_of, route
 from secateurs.pruning.block.measure import Group, alike, check_finite, measure
 from secateurs.pruning.mlp.linear import Linear, Pruned, solve
-from secateurs.pruning.record import BlockReport, ExpertsReport, LayerReport
+from secateurs.pruning.record import BlockReport, ExpertsReport
 from secateurs.pruning.solvers.solver import Solver, rounded
 from secateurs.pruning.solvers.statistics import Statistics
 
@@ -56,10 +58,8 @@ class Local:
                 continue
             with clock("run"):
                 statistics = measure(block.model, block.index, stage, streams.pruned)
-            for group in stage:
-                moments = statistics.pop(group)
-                self.prune_group(block, group, moments, clock, advance, report)
-                del moments  # its factors too, before the next group's
+            measured = ((group, statistics.pop(group)) for group in stage)
+            prune_apart(block, self._work(block, measured), clock, advance, report)
         for experts in experts_of(block):
             self.prune_experts(block, experts, streams.pruned, clock, advance, report)
         return report
@@ -79,41 +79,26 @@ class Local:
         }[self.sequential]
         return tuple(stage for stage in stages if stage)
 
-    def prune_group(
-        self,
-        block: Block,
-        group: Sequence[Matrix],
-        moments: Statistics,
-        clock: Clock,
-        advance: Advance,
-        report: BlockReport,
-    ) -> None:
-        """Prune matrices of one input, and report them."""
-        for matrix in group:
-            error = None
-            if block.pattern(matrix) is not None:
-                with clock("solve"):
-                    report.layers.append(self._prune_matrix(block, matrix, moments))
-                error = report.layers[-1].error
-            advance(block.name(matrix), error)
-
-    def _prune_matrix(self, block: Block, matrix: Matrix, moments: Statistics) -> LayerReport:
-        start, name, linear = time.monotonic(), block.name(matrix), block.linear(matrix)
+    def _pruned(self, block: Block, matrix: Matrix, moments: Statistics) -> Pruned:
+        linear = block.linear(matrix)
         assert linear.pattern is not None
         weight = linear.weight.float()
-        try:
-            solution = solve(self.solver, weight, weight, moments, linear.pattern)
-            sparse = rounded(solution.weight, linear.weight.dtype)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"'{name}': {error}") from None
-        pruned = Pruned(
+        solution = solve(self.solver, weight, weight, moments, linear.pattern)
+        sparse = rounded(solution.weight, linear.weight.dtype)
+        return Pruned(
             Linear(sparse, None, linear.pattern),
             moments.error(weight, sparse),
             solution.objective,
             solution.scales,
         )
-        block.store(matrix, pruned)  # in float32 `weight` may be the layer's own memory: not before
-        return layer_report(name, pruned, time.monotonic() - start)
+
+    def _work(self, block: Block, measured: Iterable[tuple[Group, Statistics]]) -> Work:
+        """Matrices by groups, with the statistics of their inputs."""
+        return deque(
+            (matrix, partial(self._pruned, block, matrix, moments))
+            for group, moments in measured
+            for matrix in group
+        )
 
     def prune_experts(
         self,
@@ -137,46 +122,66 @@ class Local:
             routed = route(block, hidden, experts) if hidden else None
         if routed is not None:
             report.experts.append(ExpertsReport(f"{block.path}.{experts.home}", routed.counts()))
-        for number, expert in enumerate(experts.members):
-            given = None if routed is None else routed.tokens(number)
-            self.prune_expert(block, expert, given, clock, advance, report)
+        for first in range(0, len(experts.members), ranks.world()):
+            some = experts.members[first : first + ranks.world()]
+            given = None if routed is None else [routed.tokens(first + i) for i in range(len(some))]
+            self.prune_some(block, some, given, clock, advance, report)
 
-    def prune_expert(
+    def prune_some(
         self,
         block: Block,
-        expert: Expert,
-        given: list[Tensor] | None,
+        experts: Sequence[Expert],
+        given: Sequence[list[Tensor]] | None,
         clock: Clock,
         advance: Advance,
         report: BlockReport,
     ) -> None:
-        """Prune one expert.
+        """Prune some experts, shared out over ranks.
 
         Args:
-            block: that it is in.
-            expert: the expert.
-            given: its tokens, (tokens, in) for each batch; None if all inputs count alike.
+            block: that they are in.
+            experts: the experts.
+            given: for each its tokens, (tokens, in) for each batch; None if all inputs count alike.
             clock: counts the time.
             advance: is told of each matrix.
             report: for what becomes of them.
         """
-        device, matrices = block.model.device, (expert.first, (expert.down,))
+        firsts, downs = [expert.first for expert in experts], [(expert.down,) for expert in experts]
         if given is None:
-            for group in matrices:
-                self.prune_group(block, group, alike(group[0].shape[1], device), clock, advance, report)
+            for group in chain(*zip(firsts, downs, strict=True)):
+                same = alike(group[0].shape[1], block.model.device)
+                prune_apart(block, self._work(block, [(group, same)]), clock, advance, report)
             return
-        first, second = matrices
         with clock("run"):
-            moments = Statistics(first[0].shape[1], device=device)
-            for tokens in given:
+            measured = self._measured(block, firsts, given)
+            shown: Sequence[Iterable[Tensor]] = [
+                [channels(block, expert, tokens) for tokens in own]
+                for expert, own in zip(experts, given, strict=True)
+                if self.sequential != "linear"
+            ]
+        prune_apart(block, self._work(block, measured), clock, advance, report)
+        del measured
+        with clock("run"):
+            shown = shown or [
+                map(partial(channels, block, expert), own) for expert, own in zip(experts, given, strict=True)
+            ]
+            measured = self._measured(block, downs, shown)
+        prune_apart(block, self._work(block, measured), clock, advance, report)
+
+    def _measured(
+        self, block: Block, groups: Sequence[Group], given: Sequence[Iterable[Tensor]]
+    ) -> list[tuple[Group, Statistics]]:
+        """Groups of matrices with the second moments of what each is given.
+
+        Raises:
+            FloatingPointError: that is not finite; names the matrix.
+        """
+        measured = []
+        for group, own in zip(groups, given, strict=True):
+            moments = Statistics(group[0].shape[1], device=block.model.device)
+            for tokens in own:
                 moments.update(tokens)
-            check_finite(moments, block.name(first[0]))
-            linear = self.sequential == "linear"
-            dense = [] if linear else [channels(block, expert, tokens) for tokens in given]
-        self.prune_group(block, first, moments, clock, advance, report)
-        with clock("run"):
-            moments = Statistics(second[0].shape[1], device=device)
-            for part in dense or (channels(block, expert, tokens) for tokens in given):
-                moments.update(part)
-            check_finite(moments, block.name(second[0]))
-        self.prune_group(block, second, moments, clock, advance, report)
+            ranks.pool(moments)
+            check_finite(moments, block.name(group[0]))
+            measured.append((group, moments))
+        return measured

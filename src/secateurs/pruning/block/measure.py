@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateurs import ranks
 from secateurs.anatomy import Matrix
 from secateurs.anatomy.products import Watch
 from secateurs.blockwise import Batch, BlockwiseModel
@@ -109,6 +110,7 @@ def measure(
         for group, moments in statistics.items():
             if group[0].name in seen.inputs:
                 moments.update(seen.inputs[group[0].name])
+    ranks.pool(*statistics.values())
     for group, moments in statistics.items():
         if not moments.tokens:
             statistics[group] = alike(group[0].shape[1], model.device)

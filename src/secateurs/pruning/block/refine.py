@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateurs import ranks
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.device import multiplies_bfloat16
 
@@ -73,7 +74,8 @@ def refine(
 
     Adam on float32 weights, at a rate that rises for some steps and then falls linearly to zero; a step sees
     `TOKENS_A_STEP` tokens, or one sequence, and multiplies them in bfloat16 where the model does and the
-    device is fast at it. Matrices keep their zeros. Memory: about six times the block's parameters in
+    device is fast at it. Ranks share the sequences of a step, of which there is at least one for each, and
+    its gradient is that of all. Matrices keep their zeros. Memory: about six times the block's parameters in
     float32, and the activations of one step.
 
     Args:
@@ -106,7 +108,7 @@ def refine(
     kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim > 1}
     shown = _heads(model, index, pairs, parameters)
     seen = model.length if shown is pairs or model.head is None else model.head.length
-    together = _together(seen)
+    together = max(1, _together(seen) // ranks.world())
     low = hidden[0].states.dtype == torch.bfloat16 and multiplies_bfloat16(model.device)
 
     def lost(some: Sequence[tuple[Batch, Tensor]], weights: dict[str, Tensor], energy: float) -> Tensor:
@@ -119,15 +121,17 @@ def refine(
         return (result - wanted).square().sum() / (energy * len(some))
 
     of_whole, of_shown = _energy(pairs), _energy(shown)
+    judging = ranks.total(len(judges))
 
     @torch.no_grad()
     def error(weights: dict[str, Tensor]) -> float:
-        return sum(float(lost([pair], weights, of_whole)) for pair in judges) / len(judges)
+        return ranks.total(sum(float(lost([pair], weights, of_whole)) for pair in judges)) / judging
 
     before = error(parameters)
     if not math.isfinite(before):
         raise FloatingPointError("the result of the pruned block is not finite on the calibration text")
-    steps = passes * math.ceil(len(shown) / together)
+    of_a_pass = math.ceil(ranks.most(len(shown)) / together)
+    steps = passes * of_a_pass
     warm_up = min(WARM_UP, 1 + steps // 4)
     rate = min(MOST_RATE, RATE / hidden[0].states.shape[-1])
     optimiser = torch.optim.Adam(
@@ -144,8 +148,12 @@ def refine(
     order = torch.Generator().manual_seed(index)
     with torch.enable_grad():
         for _ in range(passes):
-            for chosen in torch.randperm(len(shown), generator=order).split(together):
-                lost([shown[i] for i in chosen.tolist()], parameters, of_shown).backward()
+            chosen = torch.randperm(len(shown), generator=order).split(together)
+            for step in range(of_a_pass):
+                some = [shown[i] for i in chosen[step].tolist()] if step < len(chosen) else []
+                if some:
+                    lost(some, parameters, of_shown).backward()
+                ranks.average_gradients(trained.values(), len(some))
                 for name, mask in kept.items():
                     gradient = trained[name].grad
                     assert gradient is not None
@@ -162,8 +170,8 @@ def refine(
 
 def _energy(pairs: list[tuple[Batch, Tensor]]) -> float:
     """Of what a block is asked to add to a sequence, on average; 1 where that is nothing."""
-    total = sum(float((wanted.float() - given.states.float()).square().sum()) for given, wanted in pairs)
-    return total / len(pairs) or 1.0
+    energy = sum(float((wanted.float() - given.states.float()).square().sum()) for given, wanted in pairs)
+    return ranks.total(energy) / ranks.total(len(pairs)) or 1.0
 
 
 def _heads(
@@ -188,7 +196,7 @@ def _heads(
         within = head.of_tensor(model.run_with(index, whole, parameters))
     # By token: a single one may have nearly all of the energy.
     moved = (alone - within).square().sum(dim=-1) / (within - begun.states).square().sum(dim=-1)
-    if not moved.median() <= ALIKE:
+    if ranks.total(not moved.median() <= ALIKE):
         return pairs
     return [(head.of(given), head.of_tensor(wanted)) for given, wanted in pairs]
 

@@ -1,11 +1,13 @@
 """A linear layer with the pattern that is asked of it, and how it is fitted to a goal and pruned."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from secateurs import ranks
 from secateurs.pattern import Mask, Pattern, Unstructured
 from secateurs.pruning.solvers.solver import Solution, Solver, finished, rounded
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
@@ -77,6 +79,19 @@ def prune_linear(
         bias = rounded(made_up, layer.bias.dtype)
     error = inputs.error(weight, sparse.to(weight.dtype))
     return Pruned(Linear(sparse, bias, layer.pattern), error, solution.objective, solution.scales)
+
+
+def pruning_of(
+    solver: Solver, layer: Linear, moments: Statistics, goal: Products | None, damping: float
+) -> ranks.Task:
+    """`prune_linear`, for one of the ranks to do."""
+    cost = 0.0 if layer.pattern is None else solving_cost(*layer.weight.shape)
+    return ranks.Task(cost, partial(prune_linear, solver, layer, moments, goal, damping))
+
+
+def solving_cost(rows: int, columns: int) -> float:
+    """Of a solver, for a weight (out, in): products with H, and factorisations of that."""
+    return float((rows + columns) * columns**2)
 
 
 def solve(

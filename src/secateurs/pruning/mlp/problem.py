@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateurs import ranks
 from secateurs.device import multiplies_bfloat16
 from secateurs.pruning.mlp.linear import Linear, Pruned
 from secateurs.pruning.mlp.steps import Activation
@@ -101,9 +102,9 @@ def rows_of(inputs: Sequence[Tensor], *, hold_out: bool) -> tuple[list[Tensor], 
         seen += len(x)
         solving.append(rows[~out])
         held.append(rows[out])
-    if hold_out and seen < HELD_OUT:
+    if hold_out and (every := int(ranks.total(seen))) < HELD_OUT:
         raise FloatingPointError(
-            f"{seen} calibration tokens are too few for iterations: give {HELD_OUT} or more"
+            f"{every} calibration tokens are too few for iterations: give {HELD_OUT} or more"
         )
     return solving, held
 

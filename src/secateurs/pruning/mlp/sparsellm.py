@@ -19,6 +19,7 @@ a gate has p - f(z). What differs from the published code:
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -26,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateurs.pruning.mlp.linear import Pruned, apply, cast, prune_linear
+from secateurs import ranks
+from secateurs.pruning.mlp.linear import Pruned, apply, cast, pruning_of
 from secateurs.pruning.mlp.problem import (
     CHUNK,
     MLP,
@@ -152,6 +154,8 @@ class _Run:
             energy += torch.stack([squares(part, self.dtype) for part in parts])
             if auxiliary:
                 auxiliary[0].copy_(before)
+        ranks.pool(self.moments)
+        ranks.summed(energy)
         tiny = torch.finfo(torch.float32).tiny
         per_token = (energy / self.moments.tokens).clamp_min(tiny).tolist()
         alpha, gamma = self.settings.alpha, self.settings.gamma
@@ -192,10 +196,11 @@ class _Run:
 
     def _prune_first(self, mlp: MLP, goals: Sequence[Products | None]) -> tuple[Pruned, ...]:
         settings = self.settings
-        return tuple(
-            prune_linear(settings.solver, layer, self.moments, goal, settings.damping)
+        tasks = deque(
+            pruning_of(settings.solver, layer, self.moments, goal, settings.damping)
             for layer, goal in zip(mlp.first, goals, strict=True)
         )
+        return tuple(ranks.shared_out(tasks, self.device))
 
     def _prune_down(self, mlp: MLP, step: "_Step | None") -> Pruned:
         """Prune down, fitted to what the pruned gate and up give, from where the dense one is. The step, if
@@ -211,7 +216,12 @@ class _Run:
             channels = mlp.channels(before)
             moments.update(channels)
             products.update(y, channels)
-        return prune_linear(settings.solver, down, moments, products, settings.damping)
+        ranks.pool(moments, products)
+        if step:
+            step.pool()
+        task = pruning_of(settings.solver, down, moments, products, settings.damping)
+        pruned: Pruned = next(ranks.shared_out(deque([task]), self.device))
+        return pruned
 
     def _held_out_error(self, mlp: MLP) -> float:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -219,7 +229,7 @@ class _Run:
         for x, y in self._chunks(self.held_out):
             output = apply(down, mlp.channels(apply(first, x)))
             sums += torch.stack([squares(output.sub_(y), self.dtype), squares(y, self.dtype)])
-        lost, energy = sums.tolist()
+        lost, energy = ranks.summed(sums).tolist()
         error = lost / energy if energy > 0 else 0.0
         if not math.isfinite(error):
             raise FloatingPointError("the output of the pruned MLP is not finite on the calibration text")
@@ -290,6 +300,11 @@ class _Step:
             self.squares[term] += residual.square_().sum()
         if work is not auxiliary:
             auxiliary.copy_(work)
+
+    def pool(self) -> None:
+        """Count the tokens of all ranks, once it was taken on all of them."""
+        ranks.pool(*self.goals)
+        ranks.summed(self.squares)
 
     def result(self) -> tuple[float, dict[str, float]]:
         """The objective after the step, and its terms: of p, z and s before they are rounded to be stored.

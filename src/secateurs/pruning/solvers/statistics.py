@@ -8,6 +8,8 @@ what they are multiplied with is rounded to match: bfloat16 on GPUs from Ampere 
 BF16, float16 on any GPU if both are. Elsewhere both are converted to the dtype of the sums.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -72,10 +74,7 @@ class Statistics:
         """
         if not inputs.numel():
             return
-        self._factors.clear()
-        self._inverses.clear()
-        self._centred = None
-        self._mirrored = False
+        self._forget()
         tokens = inputs.reshape(-1, len(self._moment)).to(self._moment.device)
         dtype = _multiplied_in(self._moment, tokens, tokens)
         for chunk in tokens.split(CHUNK):
@@ -84,6 +83,22 @@ class Statistics:
             old, new = 1 - len(chunk) / self.tokens, 1 / self.tokens
             self.mean.mul_(old).add_(chunk.sum(dim=0, dtype=self.mean.dtype), alpha=new)
             _add_products(self._moment, chunk, chunk, old, new, upper=True)
+
+    def pool(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """Take into account what others have seen of the same inputs.
+
+        Args:
+            summed: adds theirs to a tensor, in place.
+        """
+        self._forget()
+        self.tokens = _pool(self.tokens, (self._moment, self.mean), summed)
+
+    def _forget(self) -> None:
+        """What was made of other sums."""
+        self._factors.clear()
+        self._inverses.clear()
+        self._centred = None
+        self._mirrored = False
 
     @property
     def moment(self) -> Tensor:
@@ -260,6 +275,18 @@ class Products:
         old, new = 1 - len(inputs) / self.tokens, 1 / self.tokens
         self.mean.mul_(old).add_(targets.sum(dim=0, dtype=self.mean.dtype), alpha=new)
         _add_products(self.moment, targets, inputs, old, new, upper=False)
+
+    def pool(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """See `Statistics.pool`."""
+        self.tokens = _pool(self.tokens, (self.moment, self.mean), summed)
+
+
+def _pool(tokens: int, means: tuple[Tensor, ...], summed: Callable[[Tensor], Tensor]) -> int:
+    """Turn means over some tokens into means over all, and give their number."""
+    every = int(summed(torch.tensor(tokens)))
+    for mean in means:
+        summed(mean.mul_(tokens / max(every, 1)))
+    return every
 
 
 def _multiplied_in(moment: Tensor, targets: Tensor, inputs: Tensor) -> torch.dtype:

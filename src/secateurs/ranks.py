@@ -1,0 +1,298 @@
+"""Processes that work on one model together: what each does, and what they add up.
+
+torchrun or accelerate starts them, each a rank. All hold the same block; each pushes its own share of the
+sequences through it, and sums over tokens are sums over ranks. What is solved by such sums alone is shared
+out, and its results told to all. The main rank writes.
+
+Without other ranks nothing here does anything, and so it is where one rank works by itself (`alone`).
+"""
+
+import atexit
+import io
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=3)
+"""For a rank to wait for others that neither go on nor end. (Of those that end, it hears at once.)"""
+
+FAREWELL = 5.0
+"""Seconds for a rank that ends to wait for the others to."""
+
+TOLD = (ValueError, FloatingPointError, OSError)
+"""Errors of one rank that all then raise; others end it, and with it the run."""
+
+
+class _Place(NamedTuple):
+    rank: int = 0
+    world: int = 1
+
+
+_here = _Place()
+
+
+def world() -> int:
+    """How many ranks work together."""
+    return _here.world
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes, shows progress, and does what is not shared."""
+    return _here.rank == 0
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Work with the other processes that were started with this one, if there are any.
+
+    They stay connected until they end: launchers let them meet once.
+
+    Raises:
+        ConnectionError: they cannot be reached.
+    """
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    count = int(os.environ["WORLD_SIZE"]) if launched else 1
+    if count == 1 or _here.world > 1:
+        yield
+        return
+    if not distributed.is_initialized():
+        with _linked():
+            distributed.init_process_group(_backend(), timeout=TIMEOUT)
+        atexit.register(disconnect)
+    with _placed(_Place(distributed.get_rank(), distributed.get_world_size())):
+        yield
+
+
+def disconnect() -> None:
+    """Let go of the others; those that still wait for this one hear of it."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _backend() -> str:
+    """NCCL where each process has a GPU of its own, which is then the one that `cuda` means; or gloo."""
+    local, here = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(local % gpus)
+    return "cpu:gloo,cuda:nccl" if gpus and here <= gpus else "gloo"
+
+
+@contextmanager
+def _placed(place: _Place) -> Iterator[None]:
+    global _here
+    before, _here = _here, place
+    try:
+        yield
+    finally:
+        _here = before
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work as one process does: nothing inside waits for other ranks."""
+    with _placed(_Place()):
+        yield
+
+
+@contextmanager
+def _linked() -> Iterator[None]:
+    """Turns what torch says of lost connections, in whatever words, into one ConnectionError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"another of the ranks has ended, cannot be reached, or has not moved for {TIMEOUT}: what is "
+            "done stays, and the same command continues"
+        ) from error
+
+
+def say_last(line: str) -> None:
+    """Say on standard error why this process ends, unless another rank has said why the run does.
+
+    Then wait for a moment for all to come to their own ends: launchers stop those that have not.
+    """
+    if _here.world == 1:
+        print(line, file=sys.stderr)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ended, until = 0, time.monotonic() + FAREWELL
+    with suppress(RuntimeError):  # the store was in the process that has ended
+        store = distributed.distributed_c10d._get_default_store()
+        ended = store.add("secateurs/ended", 1)
+        if ended > 1:
+            line = ""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    with suppress(RuntimeError):
+        while 0 < ended < _here.world and time.monotonic() < until:
+            time.sleep(0.05)
+            ended = store.add("secateurs/ended", 0)
+
+
+def check_share(sequences: int) -> None:
+    """Raises ValueError if there are fewer sequences than ranks."""
+    if sequences < _here.world:
+        raise ValueError(
+            f"{_here.world} ranks cannot share {sequences} sequences: give more, or start fewer ranks"
+        )
+
+
+def share_of(tokens: Tensor) -> Tensor:
+    """This rank's sequences of (samples, length), at least one: see `check_share`."""
+    return tokens.tensor_split(_here.world)[_here.rank]
+
+
+def part_of(count: int) -> int:
+    """This rank's part of so many of anything."""
+    return count // _here.world + (_here.rank < count % _here.world)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Add to a tensor, in place, those of the other ranks: in an order that depends on their number alone."""
+    if _here.world > 1:
+        with _linked():
+            distributed.all_reduce(tensor)
+    return tensor
+
+
+def total(value: float) -> float:
+    """The sum of all ranks' values."""
+    return value if _here.world == 1 else float(summed(torch.tensor(value, dtype=torch.float64)))
+
+
+def meet() -> None:
+    """Wait until all ranks have come here."""
+    total(0)
+
+
+def most(value: float) -> float:
+    """The largest of all ranks' values."""
+    if _here.world == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    with _linked():
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return float(tensor)
+
+
+def average_gradients(parameters: Iterable[Tensor], weight: int) -> None:
+    """Make each parameter's gradient the mean of all ranks'.
+
+    Args:
+        parameters: those of a rank that had no sequences have none yet.
+        weight: what this rank's gradients count: its sequences.
+    """
+    if _here.world == 1:
+        return
+    share = weight / total(weight)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        summed(parameter.grad.mul_(share))
+
+
+class Poolable(Protocol):
+    """What was summed over some tokens."""
+
+    def pool(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """Take what others have seen into account as well; `summed` adds theirs to a tensor, in place."""
+        ...
+
+
+def pool(*sums: Poolable) -> None:
+    """Let each be of all ranks' tokens."""
+    if _here.world > 1:
+        for each in sums:
+            each.pool(summed)
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What the main rank finds by itself, while the others wait; its errors are raised by all."""
+    if _here.world == 1:
+        return work()
+    found: T = _told(_attempted(work) if is_main() else None, 0, torch.device("cpu"))
+    return found
+
+
+class Task(NamedTuple):
+    """Something that one rank can do for all."""
+
+    cost: float
+    """In any unit."""
+    do: Callable[[], Any]
+
+
+def shared_out(tasks: deque[Task], device: torch.device) -> Iterator[Any]:
+    """What comes of each of some tasks, in their order.
+
+    Args:
+        tasks: none of which needs what comes of another. It is emptied.
+        device: where tensors in the results are wanted.
+
+    Raises:
+        ValueError, FloatingPointError, OSError: a task did; on all ranks.
+    """
+    if _here.world == 1:
+        while tasks:
+            yield tasks.popleft().do()  # and what only it needed is let go of before the next
+        return
+    owners = _owners([task.cost for task in tasks])
+    found = [
+        _attempted(task.do) if owner == _here.rank else None
+        for owner, task in zip(owners, tasks, strict=True)
+    ]
+    tasks.clear()
+    for owner, own in zip(owners, found, strict=True):
+        yield _told(own, owner, device)
+
+
+def _owners(costs: Sequence[float]) -> list[int]:
+    """Who does each: the most costly first, and always by who has least to do."""
+    loads, owners = [0.0] * _here.world, [0] * len(costs)
+    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
+        owners[task] = loads.index(min(loads))
+        loads[owners[task]] += costs[task]
+    return owners
+
+
+def _attempted(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What comes of it, or the error."""
+    with alone():
+        try:
+            return work(), None
+        except TOLD as error:
+            return None, error
+
+
+def _told(found: tuple[Any, Exception | None] | None, owner: int, device: torch.device) -> Any:
+    """What one rank has found, on all."""
+    packed: list[bytes | None] = [None]
+    if found is not None:
+        buffer = io.BytesIO()
+        torch.save(found, buffer)
+        packed = [buffer.getvalue()]
+    with _linked():
+        distributed.broadcast_object_list(packed, owner)
+    if found is None:
+        assert packed[0] is not None
+        # It is this program's own, and more than tensors.
+        found = torch.load(io.BytesIO(packed[0]), map_location=device, weights_only=False)
+    assert found is not None
+    value, error = found
+    if error is not None:
+        raise error
+    return value

@@ -1,0 +1,139 @@
+"""What several gloo processes run in test_ranks.py: one after another, as two or as three ranks."""
+
+import io
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from families import tokens
+from secateurs import Statistics, cli, evaluate, prune, ranks
+from secateurs.pruning.folder import WorkFolder
+
+MOST = 3
+BROKEN = "a rank breaks off"
+
+Found = dict[str, Any]
+
+
+def calibration() -> torch.Tensor:
+    """(32, 64) ids: three ranks cannot have as many each; every eighth token is the same for any number."""
+    return tokens(32, 64)
+
+
+def few() -> torch.Tensor:
+    """(8, 64) ids, which one step of the descent sees, whatever the number of ranks."""
+    return tokens(8, 64)
+
+
+def statistics(rank: int, inputs: torch.Tensor) -> Found:
+    """Of a share of some tokens, pooled."""
+    with ranks.together():
+        own = Statistics.from_inputs(ranks.share_of(inputs))
+        ranks.pool(own)
+    return {"moment": own.moment, "mean": own.mean, "count": own.tokens}
+
+
+def sharing(rank: int) -> Found:
+    """Tasks of one rank that fail, and those that do not."""
+    device = torch.device("cpu")
+
+    def square(number: int) -> tuple[int, int]:
+        if number < 0:
+            raise FloatingPointError(f"no square of {number} on rank {rank}")
+        return number * number, os.getpid()
+
+    def of(*numbers: int) -> list[tuple[int, int]]:
+        tasks = deque(ranks.Task(abs(number), lambda number=number: square(number)) for number in numbers)
+        return list(ranks.shared_out(tasks, device))
+
+    with ranks.together():
+        found = of(7, 1, 3, 4)
+        with pytest.raises(FloatingPointError) as error:
+            of(5, -4)
+    return {"squares": found, "error": str(error.value)}
+
+
+def pruned(rank: int, model: Path, output: Path, settings: Found) -> Found:
+    """A run of `prune`."""
+    report = prune(model, output=output, **{"calibration": calibration(), **settings})
+    return {"error": report.error, "sparsity": report.sparsity, "output": str(report.output)}
+
+
+def measured(rank: int, model: Path, text: Path) -> Found:
+    """Perplexity."""
+    (figure,) = evaluate(model, text=[text], length=32, batch_size=2)
+    return {"perplexity": figure.value}
+
+
+def broken_off(rank: int, model: Path, output: Path, settings: Found) -> Found:
+    """A run in which one rank ends after the second block."""
+
+    def write_block(self: WorkFolder, index: int, *args: Any) -> None:
+        if rank == 1 and index == 1:
+            raise RuntimeError(BROKEN)
+        write(self, index, *args)
+
+    write = WorkFolder.write_block
+    WorkFolder.write_block = write_block  # type: ignore[method-assign]
+    try:
+        prune(model, output=output, calibration=calibration(), **settings)
+    except (RuntimeError, OSError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        WorkFolder.write_block = write  # type: ignore[method-assign]
+    return {"error": None}
+
+
+def mistaken(rank: int, arguments: list[str]) -> Found:
+    """What the command line says and ends with."""
+    sys.argv = ["secateurs", *arguments]
+    said = io.StringIO()
+    with redirect_stderr(said), pytest.raises(SystemExit) as end:
+        cli.main()
+    return {"said": said.getvalue(), "code": end.value.code}
+
+
+class Job(tuple[str, int, Callable[..., Found], tuple[Any, ...]]):
+    """Its name, its ranks, and what each of them runs with which arguments."""
+
+
+def _process(rank: int, folder: Path, jobs: list[Job], ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    for (name, world, run, arguments), port in zip(jobs, ports, strict=True):
+        if rank < world:
+            os.environ |= {
+                **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
+                **{name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            torch.save(run(rank, *arguments), folder / f"{name}-{rank}.pt")
+            ranks.disconnect()
+
+
+def run_in_ranks(folder: Path, jobs: list[Job]) -> dict[str, list[Found]]:
+    """What each rank finds in each job."""
+    os.environ["PYTHONPATH"] = ":".join(sys.path)
+    ports = _free_ports(len(jobs))
+    multiprocessing.start_processes(_process, (folder, jobs, ports), nprocs=MOST, start_method="spawn")
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(world)]
+        for name, world, _, _ in jobs
+    }
+
+
+def _free_ports(count: int) -> list[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports

@@ -1,0 +1,184 @@
+"""Two and three ranks against one process: sums, weights, quality, errors and runs that are cut short."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import decoders
+import folders
+from rank_processes import (
+    BROKEN,
+    Found,
+    Job,
+    broken_off,
+    calibration,
+    few,
+    measured,
+    mistaken,
+    pruned,
+    run_in_ranks,
+    sharing,
+    statistics,
+)
+from secateurs import evaluate, prune, ranks
+
+TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why it does. " * 40
+INPUTS = torch.randn(70, 5, generator=torch.Generator().manual_seed(0)) + 1
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "local": {"method": "sparsegpt", "pattern": "2:4"},
+    "joint": {"method": "sparsellm:iterations=2", "pattern": "50%", "refine": 0},
+    "descent": {
+        "method": "magnitude",
+        "target": "block",
+        "pattern": "50%",
+        "refine": 8,
+        "calibration": few(),
+    },
+    "rounded": {"method": "wanda", "pattern": "50%", "values": "int4", "embedding": "int8"},
+    "owl": {"method": "wanda", "pattern": "50%", "allocation": "owl:level=layer"},
+    "experts": {"method": "wanda", "pattern": "2:4", "sequential": "linear"},
+    "joint experts": {"method": "sparsellm:solver=wanda,iterations=1", "pattern": "2:4", "refine": 0},
+    "fewer experts": {"method": "wanda", "pattern": "50%", "experts": 0.5},
+}
+"""Of runs of `prune`, each on the model that its name says."""
+
+WORLDS = {"local": (2, 3), "joint": (2, 3)}
+"""How many ranks; where nothing is said, two."""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    folders.save(folder / "llama", "llama")
+    decoders.save("qwen3_moe", folder / "moe")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def model_of(name: str, here: Path) -> Path:
+    return here / ("moe" if "experts" in name else "llama")
+
+
+@pytest.fixture(scope="module")
+def found(here: Path) -> dict[str, list[Found]]:
+    """What the ranks find, all of it."""
+    jobs = [("statistics", 3, statistics, (INPUTS,)), ("sharing", 2, sharing, ())]
+    for name in SETTINGS:
+        for world in WORLDS.get(name, (2,)):
+            run = (model_of(name, here), here / f"{name} {world}", SETTINGS[name])
+            jobs.append((f"{name} {world}", world, pruned, run))
+    llama, again = here / "llama", (here / "llama", here / "again", SETTINGS["joint"])
+    cut_short = (llama, here / "resumed", SETTINGS["local"])
+    stopped = (llama, here / "continued", SETTINGS["joint"])
+    arguments = ["prune", str(llama), "--output", str(here / "none"), "--method", "wanda", "--samples", "1"]
+    arguments += ["--calibration", str(here / "text.txt"), "--length", "32", "--pattern", "50%"]
+    jobs += [
+        ("again", 3, pruned, again),
+        ("measured", 3, measured, (llama, here / "text.txt")),
+        ("broken off", 2, broken_off, cut_short),
+        ("resumed", 3, pruned, cut_short),
+        ("stopped", 2, broken_off, stopped),
+        ("continued", 2, pruned, stopped),
+        ("mistaken", 3, mistaken, (arguments,)),
+    ]
+    return run_in_ranks(here, [Job(job) for job in jobs])
+
+
+@pytest.fixture(scope="module")
+def alone(here: Path, found: dict[str, list[Found]]) -> dict[str, Path]:
+    """The same by one process."""
+    outputs = {name: here / f"{name} 1" for name in SETTINGS}
+    for name, output in outputs.items():
+        settings = {"calibration": calibration(), **SETTINGS[name]}
+        prune(model_of(name, here), output=output, **settings)
+    return outputs
+
+
+def perplexity(model: Path, here: Path) -> float:
+    (figure,) = evaluate(model, text=[here / "text.txt"], length=32)
+    return figure.value
+
+
+def test_sums_are_those_of_all_tokens(found: dict[str, list[Found]]) -> None:
+    inputs = INPUTS.double()
+    for own in found["statistics"]:
+        assert own["count"] == len(INPUTS)
+        torch.testing.assert_close(
+            own["moment"].double(), inputs.T @ inputs / len(inputs), rtol=1e-6, atol=1e-6
+        )
+        torch.testing.assert_close(own["mean"].double(), inputs.mean(dim=0), rtol=1e-6, atol=1e-6)
+
+
+def test_tasks_are_shared_out_by_cost_and_their_errors_are_everyones(found: dict[str, list[Found]]) -> None:
+    first, second = found["sharing"]
+    assert first == second
+    assert [square for square, _ in first["squares"]] == [49, 1, 9, 16]
+    by = [process for _, process in first["squares"]]
+    assert len(set(by)) == 2
+    assert by[0] != by[2] == by[3]  # 7, and 4 with 3
+    assert first["error"] == "no square of -4 on rank 1"
+
+
+@pytest.mark.parametrize("name", [f"{n} {w}" for n in SETTINGS for w in WORLDS.get(n, (2,))])
+def test_ranks_prune_as_one_process_does(
+    name: str, here: Path, found: dict[str, list[Found]], alone: dict[str, Path]
+) -> None:
+    kind = name.rpartition(" ")[0]
+    assert all(own == found[name][0] for own in found[name])
+    ours, theirs = folders.tensors_of(here / name), folders.tensors_of(alone[kind])
+    assert {n: int((t == 0).sum()) for n, t in ours.items() if t.ndim > 1} == {
+        n: int((t == 0).sum()) for n, t in theirs.items() if t.ndim > 1
+    }
+    one = perplexity(alone[kind], here)
+    assert perplexity(here / name, here) == pytest.approx(one, rel=0.003)
+    records = [json.loads((folder / "secateurs.json").read_text()) for folder in (here / name, alone[kind])]
+    assert records[0]["run"] == records[1]["run"]
+    for part in ("experts", "choice"):
+        counts = [[entry["tokens"] for entry in record.get(part, ())] for record in records]
+        assert [list(map(sum, each)) for each in counts[:1]] == [list(map(sum, each)) for each in counts[1:]]
+    assert not (here / f"{name}.partial").exists()
+    assert not (here / f"{name}.lock").exists()
+
+
+def test_as_many_ranks_write_the_same_bytes(here: Path, found: dict[str, list[Found]]) -> None:
+    for one, other in (("again", "joint 3"), ("continued", "joint 2")):
+        weights = [(here / name / "model.safetensors").read_bytes() for name in (one, other)]
+        assert weights[0] == weights[1]
+
+
+def test_ranks_measure_as_one_process_does(here: Path, found: dict[str, list[Found]]) -> None:
+    one = perplexity(here / "llama", here)
+    assert [own["perplexity"] for own in found["measured"]] == pytest.approx([one] * 3, rel=1e-6)
+
+
+def test_a_rank_that_breaks_off_ends_all_and_other_ranks_go_on(
+    here: Path, found: dict[str, list[Found]], alone: dict[str, Path]
+) -> None:
+    stayed, broke = found["broken off"]
+    assert broke["error"] == f"RuntimeError: {BROKEN}"
+    assert stayed["error"].startswith("ConnectionError: another of the ranks has ended")
+    assert math.isfinite(found["resumed"][0]["error"])
+    one = perplexity(alone["local"], here)
+    assert perplexity(here / "resumed", here) == pytest.approx(one, rel=0.003)
+
+
+def test_a_mistake_is_said_once(found: dict[str, list[Found]]) -> None:
+    lines = [own["said"] for own in found["mistaken"]]
+    assert [own["code"] for own in found["mistaken"]] == [2, 2, 2]
+    assert sorted(map(bool, lines)) == [False, False, True]
+    assert "".join(lines) == (
+        "secateurs: 3 ranks cannot share 1 sequences: give more, or start fewer ranks\n"
+    )
+
+
+def test_without_other_ranks_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # some schedulers set it for whatever they start
+    monkeypatch.delenv("RANK", raising=False)
+    with ranks.together():
+        assert ranks.world() == 1
+        assert ranks.is_main()
