@@ -31,6 +31,7 @@ from secateurs.pruning.walk import prune
 from secateurs.recovery.report import RecoveryReport
 from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
+from secateurs.report import ReportSettings, report
 from secateurs.runtime.convert import compress, decompress
 from secateurs.runtime.generate import Pace, generate
 from secateurs.runtime.serve import serve
@@ -58,6 +59,13 @@ class Verb(NamedTuple):
     subject: str | None = "model"
     """What it works on, the command's positional argument."""
     about: str = MODEL
+    several: bool = False
+    """Whether there may be more than one subject."""
+
+    @property
+    def kind(self) -> Any:
+        """Of the subject, as it is typed."""
+        return tuple[str, ...] if self.several else str
 
 
 def _prune(model: str, settings: PruneSettings) -> None:
@@ -116,6 +124,10 @@ def _plot(folder: str, settings: PlotSettings) -> None:
         print(file)
 
 
+def _report(folders: tuple[str, ...], settings: ReportSettings) -> None:
+    print(report(folders, settings))
+
+
 def _compress(model: str, settings: CompressSettings) -> None:
     print(f"{settings.output}: {compress(model, settings)}")
 
@@ -160,6 +172,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(EvaluateSettings, _evaluate),
     "inspect": Verb(InspectSettings, _inspect),
     "plot": Verb(PlotSettings, _plot, "folder", "A folder that `secateurs prune` made."),
+    "report": Verb(ReportSettings, _report, "folders", "Folders that other verbs made.", several=True),
     "compress": Verb(CompressSettings, _compress),
     "decompress": Verb(DecompressSettings, _decompress),
     "generate": Verb(_GenerateSettings, _generate),
@@ -193,7 +206,7 @@ def _run(arguments: list[str]) -> None:
     commands: dict[str, Callable[..., Any]] = {known: _summary(known, verb) for known, verb in VERBS.items()}
     if name in VERBS:
         written = _from_config(VERBS[name], arguments)
-        if VERBS[name].subject and VERBS[name].subject not in written:
+        if VERBS[name].subject and not VERBS[name].several and VERBS[name].subject not in written:
             arguments = [name, *_subject_first(VERBS[name], arguments[1:])]
         commands[name] = _command(name, VERBS[name], written)
     said = io.StringIO()
@@ -252,7 +265,7 @@ def _from_config(verb: Verb, arguments: list[str]) -> dict[str, Any]:
         if flag == "--config" and (file or following):
             known: dict[str, Any] = {option.field: option.type for option in options(verb.settings)}
             if verb.subject:
-                known[verb.subject] = str
+                known[verb.subject] = verb.kind
             return read_config(Path(file or following), known)
     return {}
 
@@ -268,7 +281,7 @@ def _command(name: str, verb: Verb, written: dict[str, Any]) -> type[Any]:
     """A dataclass of what a verb takes, for tyro: its defaults are those that were written."""
     takes = [*options(verb.settings), CONFIG]
     if verb.subject:
-        text: Any = tyro.conf.Positional[str]
+        text: Any = tyro.conf.Positional[verb.kind]  # type: ignore[name-defined]
         takes.insert(0, Option(verb.subject, verb.subject, text, dataclasses.MISSING, verb.about))
     fields = [
         (
