@@ -37,7 +37,7 @@ from secateurs.pruning.walk import prune
 from secateurs.recovery.report import RecoveryReport
 from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
-from secateurs.report import ReportSettings, report
+from secateurs.report import ReportSettings, SweepSettings, report, sweep
 from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
 from secateurs.text import calibration_blocks, evaluation_tokens
 from secateurs.training.adaptive import AdaptivePruning
@@ -77,6 +77,7 @@ __all__ = [
     "SparseTraining",
     "SparsityAcceleratedTraining",
     "Statistics",
+    "SweepSettings",
     "TrainSettings",
     "TrainingReport",
     "Unstructured",
@@ -99,5 +100,6 @@ __all__ = [
     "prune",
     "recover",
     "report",
+    "sweep",
     "train",
 ]

@@ -31,7 +31,8 @@ from secateurs.pruning.walk import prune
 from secateurs.recovery.report import RecoveryReport
 from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
-from secateurs.report import ReportSettings, report
+from secateurs.report import ReportSettings, SweepSettings, report, sweep
+from secateurs.report.sweep import rich_table
 from secateurs.runtime.convert import compress, decompress
 from secateurs.runtime.generate import Pace, generate
 from secateurs.runtime.serve import serve
@@ -128,6 +129,13 @@ def _report(folders: tuple[str, ...], settings: ReportSettings) -> None:
     print(report(folders, settings))
 
 
+def _sweep(model: str, settings: SweepSettings) -> None:
+    from rich.console import Console
+
+    Console().print(rich_table(sweep(model, settings, progress=True)))
+    print(Path(settings.output) / "report.html")
+
+
 def _compress(model: str, settings: CompressSettings) -> None:
     print(f"{settings.output}: {compress(model, settings)}")
 
@@ -172,6 +180,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(EvaluateSettings, _evaluate),
     "inspect": Verb(InspectSettings, _inspect),
     "plot": Verb(PlotSettings, _plot, "folder", "A folder that `secateurs prune` made."),
+    "sweep": Verb(SweepSettings, _sweep),
     "report": Verb(ReportSettings, _report, "folders", "Folders that other verbs made.", several=True),
     "compress": Verb(CompressSettings, _compress),
     "decompress": Verb(DecompressSettings, _decompress),
@@ -281,7 +290,7 @@ def _command(name: str, verb: Verb, written: dict[str, Any]) -> type[Any]:
     """A dataclass of what a verb takes, for tyro: its defaults are those that were written."""
     takes = [*options(verb.settings), CONFIG]
     if verb.subject:
-        text: Any = tyro.conf.Positional[verb.kind]  # type: ignore[name-defined]
+        text: Any = tyro.conf.Positional[verb.kind]  # type: ignore[misc,name-defined]
         takes.insert(0, Option(verb.subject, verb.subject, text, dataclasses.MISSING, verb.about))
     fields = [
         (

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from secateurs.evaluation.perplexity import CHUNK
 from secateurs.text import check_tokens
 
+
 @torch.inference_mode()
 def divergence(
     dense: PreTrainedModel,

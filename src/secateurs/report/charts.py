@@ -1,6 +1,6 @@
 """Charts as SVG, without a library: axes, lines, steps, areas and marks.
 
-A panel is drawn for 320 to 560 pixels, so that its text keeps its size on a telephone and on a desk: a page
+A panel is drawn for 320 to 480 pixels, so that its text keeps its size on a telephone and on a desk: a page
 shows several beside each other rather than one that is wide. Colours are classes (`s0`, `s1`...), which the
 page's two themes define; shapes of marks tell series apart without them. `data-tip` is what a pointer shows.
 """
@@ -12,8 +12,8 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 440, 280
-LEFT, RIGHT, TOP, BOTTOM = 54, 16, 14, 44
+WIDTH, HEIGHT = 380, 250
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 42
 
 STYLES = 7
 """Colours and shapes that there are."""
@@ -47,7 +47,7 @@ class Series:
 def plain(value: float) -> str:
     """A number with as many digits as are worth reading."""
     if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace(".0e", "e")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -93,7 +93,9 @@ class _Scale:
     @property
     def ticks(self) -> list[float]:
         """Round values, four to seven of them."""
-        return _decades(self.low, self.high) if self.axis.log else _steps(self.low, self.high, self.axis.whole)
+        return (
+            _decades(self.low, self.high) if self.axis.log else _steps(self.low, self.high, self.axis.whole)
+        )
 
 
 def _steps(low: float, high: float, whole: bool) -> list[float]:
@@ -198,17 +200,18 @@ def _mark(style: int, x: float, y: float, r: float = 4.2) -> str:
     """The outline of a circle, square, diamond, triangle, cross, triangle upside down or star."""
     if style % STYLES == 0:
         return f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z"
-    corners = {
+    corners: dict[int, list[tuple[float, float]]] = {
         1: [(-1, -1), (1, -1), (1, 1), (-1, 1)],
         2: [(0, -1.35), (1.35, 0), (0, 1.35), (-1.35, 0)],
         3: [(0, -1.3), (1.25, 0.95), (-1.25, 0.95)],
-        4: [(-1.2, -0.4), (-0.4, -0.4), (-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4)]
-        + [(1.2, 0.4), (0.4, 0.4), (0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4)],
+        4: [(-1.2, -0.4), (-0.4, -0.4), (-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4),
+            (1.2, 0.4), (0.4, 0.4), (0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4)],
         5: [(0, 1.3), (1.25, -0.95), (-1.25, -0.95)],
-        6: [(f * math.sin(i * math.pi / 5), -f * math.cos(i * math.pi / 5)) for i in range(10)
-            for f in ((1.6, 0.7)[i % 2],)],
-    }[style % STYLES]  # fmt: skip
-    return "M" + "L".join(f"{x + r * 0.9 * dx:.1f} {y + r * 0.9 * dy:.1f}" for dx, dy in corners) + "Z"
+        6: [((0.7 if i % 2 else 1.6) * math.sin(i * math.pi / 5),
+             (-0.7 if i % 2 else -1.6) * math.cos(i * math.pi / 5)) for i in range(10)],
+    }  # fmt: skip
+    places = (f"{x + 0.9 * r * dx:.1f} {y + 0.9 * r * dy:.1f}" for dx, dy in corners[style % STYLES])
+    return f"M{'L'.join(places)}Z"
 
 
 def _labels(places: list[tuple[float, float, str]]) -> list[str]:

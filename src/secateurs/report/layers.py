@@ -12,6 +12,8 @@ from secateurs.report.sources import Source
 
 BLOCK = Axis("block", whole=True)
 
+HELD_OUT = "held-out error"
+
 PANELS = 12
 """Of one kind at most: of deeper models as many, evenly from the first block to the last."""
 
@@ -41,20 +43,24 @@ def heat_map(
     every = [value for row in means.values() for value in row.values()]
     scaled = [_scaled(value, log) for value in every if value > 0 or not log] or [0.0]
     low, high = min(scaled), max(scaled)
+    ends = show(min(every, default=0.0)), show(max(every, default=0.0))
     blocks = sorted({block for row in means.values() for block in row})
 
     def cell(kind: str, block: int) -> Cell | None:
         value = means[kind].get(block)
         if value is None:
             return None
-        shade = (_scaled(value, log) - low) / (high - low) if high > low and (value > 0 or not log) else 0.0
+        if ends[0] == ends[1]:  # what rounding leaves between them is nothing to see
+            shade = 0.3
+        else:
+            shade = (_scaled(value, log) - low) / (high - low) if value > 0 or not log else 0.0
         return Cell(shade, show(value), f"block {block}, {kind}: {show(value)}")
 
     return HeatMap(
         title,
         [str(block) for block in blocks],
         [(kind, [cell(kind, block) for block in blocks]) for kind in means],
-        (show(min(every, default=0.0)), show(max(every, default=0.0))),
+        ends,
         Table(title, ("matrix", unit or title.lower()), [(name, show(value)) for name, value, _ in values]),
     )
 
@@ -97,9 +103,7 @@ def layers(sources: Sequence[Source]) -> Section:
     return Section("layers", "Layer by layer", lead, groups)
 
 
-def _of(
-    layers: list[LayerReport], value: Callable[[LayerReport], float]
-) -> list[tuple[str, float, float]]:
+def _of(layers: list[LayerReport], value: Callable[[LayerReport], float]) -> list[tuple[str, float, float]]:
     return [(layer.name, value(layer), layer.weights) for layer in layers]
 
 
@@ -133,32 +137,43 @@ def _gained(report: Report) -> str:
     taken = [r for r in report.refinements if r.after is not None and r.after < r.before and r.before > 0]
     if taken:
         gain = 1 - math.exp(sum(math.log((r.after or 0) / r.before) for r in taken) / len(taken))
-        said.append(f"The descent took {percent(gain)} off a block's error, in {len(taken)} of "
-                    f"{len(report.refinements)} blocks.")  # fmt: skip
+        blocks = f"{len(taken)} of {len(report.refinements)} blocks"
+        said.append(f"The descent took {percent(gain)} off a block's error, in {blocks}.")
     return " ".join(said)
 
 
 def _iterations(mlp: MLPReport) -> Chart:
     terms = list(dict.fromkeys(term for iterate in mlp.iterates for term in iterate.terms))
     curves: dict[str, list[float]] = {
-        "held-out error": [iterate.held_out for iterate in mlp.iterates],
+        HELD_OUT: [iterate.held_out for iterate in mlp.iterates],
         "objective": [iterate.objective or math.nan for iterate in mlp.iterates],
         **{term: [iterate.terms.get(term, math.nan) for iterate in mlp.iterates] for term in terms},
     }
     series = [
         Series(
             name,
-            [Point(i, v, f"iteration {i}, {name}: {plain(v)}", _kept(name, i, mlp.kept)) for i, v in enumerate(values)],
+            [
+                Point(
+                    i,
+                    v,
+                    f"iteration {i}, {name}: {plain(v)}",
+                    "kept" if name == HELD_OUT and i == mlp.kept else "",
+                )
+                for i, v in enumerate(values)
+            ],
             style,
             dashed=name in terms,
             marked=name not in terms,
         )
         for style, (name, values) in enumerate(curves.items())
-    ]  # fmt: skip
+    ]
     rows: list[tuple[str, ...]] = [
-        (f"{i}{' (kept)' if i == mlp.kept else ''}", *(plain(v[i]) if math.isfinite(v[i]) else "" for v in curves.values()))
+        (
+            f"{i} (kept)" if i == mlp.kept else str(i),
+            *(plain(values[i]) if math.isfinite(values[i]) else "" for values in curves.values()),
+        )
         for i in range(len(mlp.iterates))
-    ]  # fmt: skip
+    ]
     svg = xy(
         series,
         Axis("iteration", whole=True),
@@ -167,10 +182,6 @@ def _iterations(mlp: MLPReport) -> Chart:
     )
     data = Table(mlp.name, ("iteration", *curves), rows)
     return Chart(mlp.name, svg, [(one.name, swatch(one)) for one in series], data)
-
-
-def _kept(name: str, iteration: int, kept: int) -> str:
-    return "kept" if name == "held-out error" and iteration == kept else ""
 
 
 def _descent(refinements: list[Refinement]) -> Chart:

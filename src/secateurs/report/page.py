@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from secateurs.checkpoint import resolve
 from secateurs.checkpoint.writing import write_text
-from secateurs.report.figures import Code, Facts, Group, Section, Table
+from secateurs.report.figures import Code, Facts, Figure, Group, Section
 from secateurs.report.layers import convergence, layers
 from secateurs.report.quality import quality
 from secateurs.report.sources import Source, read_sources
@@ -123,20 +123,20 @@ def settings_of(sources: Sequence[Source]) -> Section:
     for source in sources:
         told: dict[str, Any] = {}
         versions: dict[str, Any] = dict(source.record.get("versions", {}))
-        figures: list[Any] = []
+        figures: list[Figure] = []
         if source.pruning is not None:
             told = source.pruning.settings
-            figures.append(Facts("Pruning", source.pruning.facts))
+            figures.append(Facts("Pruning", source.pruning.facts[:-1]))
             phases = [(name, f"{seconds:.1f} s") for name, seconds in source.pruning.phases.items()]
             figures.append(Facts("Time", [*phases, ("in all", f"{source.pruning.seconds:.1f} s")]))
         if source.trained is not None:
             told = source.trained.settings
             versions = getattr(source.trained, "versions", versions)
         told = told or source.record.get("settings", {})
+        if versions:
+            figures.append(Facts("Versions", [(name, str(number)) for name, number in versions.items()]))
         if told:
             figures.append(Code("Settings", json.dumps(told, indent=2, ensure_ascii=False)))
-        if versions:
-            figures.append(Table("Versions", ("package", "version"), list(versions.items())))
         if figures:
             groups.append(Group(source.name, figures))
     return Section("settings", "To do it again", "Settings with defaults filled in, and versions.", groups)

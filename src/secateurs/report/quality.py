@@ -33,7 +33,7 @@ def quality(sources: Sequence[Source]) -> Section:
     if rows:
         figures.append(table_of(rows))
     lead = (
-        "Each mark is a model: the further left, the smaller; bytes are those of the compressed folder, where "
+        "Each mark is a model: the further left, the smaller, by the bytes of the compressed folder where "
         "compressing pays. Lines join one method's patterns."
     )
     return Section("quality", "Quality and size", lead, [Group("", figures)])

@@ -1,4 +1,4 @@
-"""What lies in the folders that a report is about: their records, read; of their weights only where they are."""
+"""The folders that a report is about: their records, read, and where weights are."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +16,9 @@ from secateurs.training.report import TrainerReport, TrainingReport
 
 PROFILE = "profile.json"
 """What `secateurs profile --output` writes."""
+
+CELLS = "cells"
+"""The folder, in that of a sweep, with a folder for each of its models: perhaps only their records."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Source:
 
 
 def read_sources(folders: Sequence[str | Path]) -> list[Source]:
-    """The folders' records; names are as short as tells them apart.
+    """The folders' records, and of a sweep those of its cells; names are as short as tells them apart.
 
     Raises:
         ValueError: a folder holds no record, or one that cannot be read.
@@ -76,6 +79,9 @@ def read_sources(folders: Sequence[str | Path]) -> list[Source]:
     places = [Path(folder) for folder in folders]
     short = {place.resolve().name for place in places}
     sources = [_read(place, names_are_unique=len(short) == len(places)) for place in places]
+    for place in places:
+        cells = sorted(file.parent for file in (place / CELLS).glob(f"*/{RECORD}"))
+        sources += [_read(cell, names_are_unique=True) for cell in cells if cell not in places]
     for source in sources:
         _ = source.pruning, source.trained, source.measured, source.activity  # what is broken is found now
     return sources

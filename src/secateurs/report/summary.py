@@ -29,11 +29,13 @@ def _sentences(source: Source, sources: Sequence[Source]) -> list[str]:
     trained = source.trained
     if isinstance(trained, RecoveryReport):
         said.append(
-            f"Recovered over {trained.tokens:,} tokens: divergence from the dense model on held-out text went "
-            f"from {trained.before:.3f} to {trained.after:.3f}."
+            f"Recovered over {trained.tokens:,} tokens: divergence from the dense model on held-out text "
+            f"went from {trained.before:.3f} to {trained.after:.3f}."
         )
     elif isinstance(trained, TrainingReport):
-        said.append(f"Trained for {trained.steps:,} steps, {trained.tokens:,} tokens, in {_time(trained.seconds)}")
+        said.append(
+            f"Trained for {trained.steps:,} steps, {trained.tokens:,} tokens, in {_time(trained.seconds)}"
+        )
         if trained.flops is not None and trained.dense_flops:
             share = percent(trained.flops / trained.dense_flops)
             said[-1] += f", with {share} of the FLOPs of dense training"

@@ -20,9 +20,12 @@ def differences(text: str, reference: str) -> list[Part]:
     words, known = WORD.findall(text), WORD.findall(reference)
     parts: list[Part] = []
     for kind, _, _, first, last in SequenceMatcher(None, known, words, autojunk=False).get_opcodes():
-        if first < last:
-            parts.append(("same" if kind == "equal" else "other", "".join(words[first:last])))
-    return parts
+        said = "".join(words[first:last])
+        if kind != "equal" and (space := said[: len(said) - len(said.lstrip())]):
+            parts.append(("same", space))  # a mark begins with its word
+        if said.strip() or kind == "equal":
+            parts.append(("same" if kind == "equal" else "other", said.lstrip() if kind != "equal" else said))
+    return [part for part in parts if part[1]]
 
 
 def texts(
@@ -47,7 +50,7 @@ def texts(
             for place, (name, text) in enumerate(said.items())
         ]
         figures = [Texts(prompt, columns)] if columns else []  # type: ignore[arg-type]
-        groups.append(Group(_short(prompt), list(figures)))
+        groups.append(Group(_short(prompt) if len(prompts) > 1 else "", list(figures)))
     lead = "The likeliest tokens, one after the other. Marked is what the first model does not say."
     return Section("texts", "What they say", lead, groups)
 

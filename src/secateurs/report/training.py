@@ -37,10 +37,11 @@ def training(sources: Sequence[Source]) -> Section:
 
 
 def _costs(report: TrainingReport | RecoveryReport) -> list[tuple[str, str]]:
+    pace = report.tokens / max(report.seconds, 1e-9)
     facts = [
-        ("Time", f"{report.seconds:,.1f} s, {report.tokens / max(report.seconds, 1e-9):,.0f} tokens per second"),
+        ("Time", f"{report.seconds:,.1f} s, {pace:,.0f} tokens per second"),
         ("Peak memory", f"{report.peak_memory_bytes / 1e6:,.0f} MB"),
-    ]  # fmt: skip
+    ]
     if isinstance(report, TrainingReport):
         if report.flops is not None and report.dense_flops:
             facts.append(("FLOPs", f"{percent(report.flops / report.dense_flops)} of what dense steps take"))
@@ -54,14 +55,18 @@ def _losses(history: list[dict[str, float]]) -> Chart:
     series = [
         Series(
             name,
-            [Point(e["step"], e[key], f"step {e['step']:.0f}, {name}: {e[key]:.4f}") for e in history if key in e],
+            [
+                Point(e["step"], e[key], f"step {e['step']:.0f}, {name}: {e[key]:.4f}")
+                for e in history
+                if key in e
+            ],
             style,
             "line" if style == 0 else "marks",
             marked=style > 0,
         )
         for style, (key, name) in enumerate(kinds)
         if any(key in entry for entry in history)
-    ]  # fmt: skip
+    ]
     rows: list[tuple[str, ...]] = [
         (f"{e['step']:.0f}", *(f"{e[key]:.4f}" if key in e else "" for key, _ in kinds)) for e in history
     ]
@@ -122,4 +127,6 @@ def _activity(blocks: list[dict[str, Any]], key: str, title: str) -> Chart:
         (str(index), *(plain(block[kind][key]) if block.get(kind) else "" for kind in kinds))
         for index, block in enumerate(blocks)
     ]
-    return Chart(title, svg, [(one.name, swatch(one)) for one in series], Table(title, ("block", *kinds), rows))
+    return Chart(
+        title, svg, [(one.name, swatch(one)) for one in series], Table(title, ("block", *kinds), rows)
+    )

@@ -45,7 +45,7 @@ def zeros_by_size(weight: Tensor, dense: Tensor) -> tuple[float, ...]:
 
 
 def weights(sources: Sequence[Source], against: Path | None) -> Section:
-    """Distributions before and after, and zeros by magnitude, of each pruned folder whose dense model is there.
+    """Distributions before and after, and zeros by magnitude, of pruned folders whose dense model is there.
 
     Raises:
         ValueError: `against` is of another shape than a folder's model.
@@ -74,8 +74,8 @@ def _looks(folder: Path, against: Path) -> list[Look]:
     for name, shape in pruned.shapes.items():
         if dense.shapes.get(name) != shape:
             raise ValueError(
-                f"'{name}' is {shape} in '{folder}' and {dense.shapes.get(name)} in '{against}': compare with "
-                "the model that it was pruned from"
+                f"'{name}' is {shape} in '{folder}' and {dense.shapes.get(name)} in '{against}': give the "
+                "model that it was pruned from"
             )
         weight, before = pruned.read(name), dense.read(name)
         looks.append(
@@ -138,9 +138,9 @@ def _histogram(kind: str, looks: Sequence[Look]) -> Chart:
     width = 2 * REACH / BINS
     places = [-REACH + (i + 0.5) * width for i in range(BINS)]
     counts: Mapping[str, list[int]] = {
-        "before": [sum(look.layer.before.histogram[i] for look in looks if look.layer.before) for i in range(BINS)],
-        "after": [sum(look.layer.after.histogram[i] for look in looks) for i in range(BINS)],
-    }  # fmt: skip
+        "before": _summed([look.layer.before.histogram for look in looks if look.layer.before]),
+        "after": _summed([look.layer.after.histogram for look in looks]),
+    }
     total = sum(look.layer.weights for look in looks)
     shown = [i for i, at in enumerate(places) if abs(at) < DRAWN]
     series = [
@@ -169,6 +169,10 @@ def _histogram(kind: str, looks: Sequence[Look]) -> Chart:
     ]
     data = Table(title, ("weight", *counts), rows)
     return Chart(title, svg, [(one.name, swatch(one)) for one in series], data)
+
+
+def _summed(histograms: list[tuple[int, ...]]) -> list[int]:
+    return [sum(counts) for counts in zip(*histograms, strict=True)]
 
 
 def agreement(a: Tensor, b: Tensor) -> float:

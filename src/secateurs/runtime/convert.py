@@ -124,12 +124,12 @@ def compressed_bytes(model: str | Path) -> int:
         return checkpoint.tensor_bytes
     skeleton = skeleton_of(checkpoint)
     try:
-        found = survey(
-            checkpoint, skeleton, Parameters(checkpoint, skeleton), read_scales(checkpoint.folder)
-        )
+        found = survey(checkpoint, skeleton, Parameters(checkpoint, skeleton), read_scales(checkpoint.folder))
     except NothingWorthIt:
         return checkpoint.tensor_bytes
-    return checkpoint.tensor_bytes - sum(layout.dense_bytes - layout.bytes for layout in found.layouts.values())
+    return checkpoint.tensor_bytes - sum(
+        layout.dense_bytes - layout.bytes for layout in found.layouts.values()
+    )
 
 
 def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:
