@@ -59,14 +59,18 @@ def _against_bytes(rows: list[Measured], on: str, metric: str) -> Chart:
     )
 
 
+def _method(row: Measured) -> str:
+    return f"{row.method} {row.values}" if row.method and row.values else row.method or ""
+
+
 def _chart(
     title: str, rows: list[Measured], value: Callable[[Measured], float], unit: str, *, log: bool
 ) -> Chart:
-    """One line for each method, by bytes."""
-    methods = sorted({row.method or "" for row in rows}, key=lambda method: method != "")
+    """One line for each method, and for each with what it rounds to, by bytes."""
+    methods = sorted({_method(row) for row in rows}, key=lambda method: method != "")
     series = []
     for style, method in enumerate(methods, start=0 if methods[0] else -1):
-        some = sorted((row for row in rows if (row.method or "") == method), key=lambda row: row.bytes or 0)
+        some = sorted((row for row in rows if _method(row) == method), key=lambda row: row.bytes or 0)
         points = [
             Point(
                 (row.bytes or 0) / 1e6,
