@@ -215,12 +215,12 @@ def _mark(style: int, x: float, y: float, r: float = 4.2) -> str:
 
 
 def _labels(places: list[tuple[float, float, str]]) -> list[str]:
-    """Words beside points, where there is room for them: right, left, above or below, or else nowhere."""
+    """Words beside points, where there is room for them: right, above, left or below, or else nowhere."""
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in places]
     parts = []
     for x, y, text in sorted(places):
         wide = 6.4 * len(text)
-        for anchor, dx, dy in (("start", 8, 4), ("end", -8, 4), ("middle", 0, -9), ("middle", 0, 17)):
+        for anchor, dx, dy in (("start", 8, 4), ("middle", 0, -9), ("end", -8, 4), ("middle", 0, 17)):
             left = x + dx - {"start": 0.0, "end": wide, "middle": wide / 2}[anchor]
             box = (left, y + dy - 10, left + wide, y + dy + 2)
             inside = box[0] >= LEFT and box[2] <= WIDTH - 2 and box[1] >= 2 and box[3] <= HEIGHT - BOTTOM

@@ -61,7 +61,11 @@ def heat_map(
         [str(block) for block in blocks],
         [(kind, [cell(kind, block) for block in blocks]) for kind in means],
         ends,
-        Table(title, ("matrix", unit or title.lower()), [(name, show(value)) for name, value, _ in values]),
+        Table(
+            title,
+            ("block", "matrix", unit or title.lower()),
+            [(str(block), kind, show(row[block])) for kind, row in means.items() for block in sorted(row)],
+        ),
     )
 
 

@@ -82,8 +82,11 @@ def read_sources(folders: Sequence[str | Path]) -> list[Source]:
     for place in places:
         cells = sorted(file.parent for file in (place / CELLS).glob(f"*/{RECORD}"))
         sources += [_read(cell, names_are_unique=True) for cell in cells if cell not in places]
-    for source in sources:
-        _ = source.pruning, source.trained, source.measured, source.activity  # what is broken is found now
+    for source in sources:  # what is broken is found now
+        try:
+            _ = source.pruning, source.trained, source.measured, source.activity
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the record in '{source.folder}' is not one of ours ({error!r})") from None
     return sources
 
 

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from rich.table import Table as RichTable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateurs.calibration.sequences import calibration_text
+from secateurs.calibration.sequences import CalibrationText, calibration_text
 from secateurs.calibration.sources import Calibration
 from secateurs.checkpoint import RECORD, Checkpoint, check_place, output_lock, read_json, resolve, write_json
 from secateurs.checkpoint.writing import write_text
@@ -203,12 +204,13 @@ def _sweep(folder: Path, output: Path, settings: SweepSettings, console: Console
         for field in dataclasses.fields(settings)
         if field.name not in GRID
     }
-    identity = {"model": str(folder.resolve()), **chosen}
-    if (output / RECORD).is_file() and read_json(output / RECORD).get("settings") != identity:
-        raise ValueError(f"'{output}' was begun with other settings: give another output folder")
     if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file():
         raise ValueError(f"'{output}' holds something else: give another output folder")
     shared = _Shared(folder, settings, console)
+    read = None if shared.text is None else shared.text.record["sha256"]
+    identity = {"model": str(folder.resolve()), **chosen, "calibration_sha256": read}
+    if (output / RECORD).is_file() and read_json(output / RECORD).get("settings") != identity:
+        raise ValueError(f"'{output}' was begun with other settings: give another output folder")
     about = {"settings": identity, "versions": {"secateurs": __version__, "torch": torch.__version__}}
     (output / CELLS).mkdir(parents=True, exist_ok=True)
     if not (output / RECORD).is_file():
@@ -269,9 +271,9 @@ class _Shared:
                     f"'{source}' has {len(tokens)} tokens, one window needs {self.length}: give more, or a "
                     "smaller length"
                 )
-        self.tokens: Tensor | None = None
+        self.text: CalibrationText | None = None
         if settings.calibration is not None:
-            text = calibration_text(
+            self.text = calibration_text(
                 settings.calibration,
                 checkpoint,
                 config,
@@ -282,15 +284,21 @@ class _Shared:
                 field=settings.field,
                 bos=settings.asked_bos,
             )
-            self.tokens = text.tokens()
-        self._dense: PreTrainedModel | None = None
 
-    @property
+    @cached_property
+    def tokens(self) -> Tensor | None:
+        """To calibrate on; what the model writes itself is kept for a sweep that goes on."""
+        if self.text is None:
+            return None
+        written = Path(self.settings.output) / "written"
+        if self.text.form:
+            written.mkdir(exist_ok=True)
+        return self.text.tokens(written if self.text.form else None, progress=not self.console.quiet)
+
+    @cached_property
     def reference(self) -> PreTrainedModel:
         """The dense model, in memory from when it is first needed."""
-        if self._dense is None:
-            self._dense = load_model(self.folder, self.settings.device)
-        return self._dense
+        return load_model(self.folder, self.settings.device)
 
     def dense(self, file: Path) -> Measured:
         self.console.print("the dense model", highlight=False)

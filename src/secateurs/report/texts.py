@@ -41,7 +41,7 @@ def texts(
     groups = []
     for prompt in prompts:
         said = {
-            name: "".join(generate(folder, prompt=prompt, tokens=tokens, device=device))
+            name: "".join(generate(folder, prompt=prompt, tokens=tokens, device=device)).strip()
             for name, folder in models.items()
         }
         first = next(iter(said.values()), "")

@@ -53,9 +53,17 @@ def weights(sources: Sequence[Source], against: Path | None) -> Section:
     groups = []
     for source in sources:
         dense = against or source.made_from
-        if dense is None or not source.has_model:
+        if dense is None or not source.has_model or source.folder.resolve() == dense.resolve():
             continue
-        looks = _looks(source.folder, dense)
+        ours, theirs = Weights(source.folder), Weights(dense)
+        if ours.shapes != theirs.shapes:
+            if against is None:
+                continue  # experts were dropped, say
+            raise ValueError(
+                f"the matrices of '{source.folder}' are not those of '{dense}': give the model that it was "
+                "made from"
+            )
+        looks = _looks(ours, theirs)
         if looks and any(look.layer.sparsity > 0 for look in looks):
             figures = [_zeros(looks), *_histograms(looks)]
             kept = _mean(looks, [(look.layer.largest_kept or (1.0,))[0] for look in looks])
@@ -68,19 +76,11 @@ def weights(sources: Sequence[Source], against: Path | None) -> Section:
     return Section("weights", "Where the weights went", lead, groups)
 
 
-def _looks(folder: Path, against: Path) -> list[Look]:
-    pruned, dense = Weights(folder), Weights(against)
+def _looks(pruned: Weights, dense: Weights) -> list[Look]:
     looks = []
-    for name, shape in pruned.shapes.items():
-        if dense.shapes.get(name) != shape:
-            raise ValueError(
-                f"'{name}' is {shape} in '{folder}' and {dense.shapes.get(name)} in '{against}': give the "
-                "model that it was pruned from"
-            )
+    for name, kind in pruned.kinds.items():
         weight, before = pruned.read(name), dense.read(name)
-        looks.append(
-            Look(inspect_layer(name, pruned.kinds[name], weight, before), zeros_by_size(weight, before))
-        )
+        looks.append(Look(inspect_layer(name, kind, weight, before), zeros_by_size(weight, before)))
     return looks
 
 
@@ -188,15 +188,15 @@ def agreement(a: Tensor, b: Tensor) -> float:
 
 
 def masks(sources: Sequence[Source]) -> Section:
-    """Agreement of each two pruned folders of one shape."""
+    """Agreement of each two pruned folders of one shape and pattern."""
     pruned = [
-        (source, Weights(source.folder))
+        (source, source.pruning.settings.get("pattern"), Weights(source.folder))
         for source in sources
         if source.has_model and source.pruning and source.pruning.layers
     ]
     groups = []
-    for (one, ours), (other, theirs) in itertools.combinations(pruned, 2):
-        if ours.shapes != theirs.shapes:
+    for (one, pattern, ours), (other, same, theirs) in itertools.combinations(pruned, 2):
+        if pattern != same or ours.shapes != theirs.shapes:
             continue
         found, chance = [], []
         for name, (rows, columns) in ours.shapes.items():
