@@ -74,7 +74,7 @@ def test_what_comes_from_files_and_prompts_is_no_html(outputs: dict[str, Path], 
 def test_figures_are_those_of_the_records(outputs: dict[str, Path], tmp_path: Path) -> None:
     text = Page(report([outputs["measured"], outputs["trained"]], output=tmp_path / "page.html")).text
     assert "4 pruned models measured; nearest to the dense one on novel is admm 50%, perplexity 33.3" in text
-    assert "wanda 2:4 5 40 0.5" in text
+    assert "wanda 2:4 5.0 40 0.5" in text
     assert "Trained for 4 steps, 400 tokens, in 2 seconds, with 80% of the FLOPs" in text
     assert "the validation loss is 2.750" in text
 

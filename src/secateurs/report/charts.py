@@ -179,7 +179,7 @@ def _drawn(series: Series, places: list[tuple[float, float, Point]], bottom: flo
     for px, py, point in places:
         tip = f' data-tip="{escape(point.tip)}"' if point.tip else ""
         if series.marked and series.kind in ("line", "marks"):
-            parts.append(f'<path class="mark {colour}" d="{_mark(series.style, px, py)}"{tip}/>')
+            parts.append(f'<path class="mark {colour}{dashed}" d="{_mark(series.style, px, py)}"{tip}/>')
         elif point.tip:
             parts.append(f'<circle class="spot {colour}" cx="{px:.1f}" cy="{py:.1f}" r="5"{tip}/>')
     return parts
@@ -245,6 +245,6 @@ def swatch(series: Series) -> Markup:
     else:
         line = f'<path class="line {colour}{dashed}" d="M1 7H23"/>' if series.kind != "marks" else ""
         marked = series.marked and series.kind in ("line", "marks")
-        mark = f'<path class="mark {colour}" d="{_mark(series.style, 12, 7)}"/>' if marked else ""
+        mark = f'<path class="mark {colour}{dashed}" d="{_mark(series.style, 12, 7)}"/>' if marked else ""
         inside = line + mark
     return Markup(f'<svg class="swatch" viewBox="0 0 24 14" aria-hidden="true">{inside}</svg>')

@@ -105,7 +105,7 @@ def render(sources: Sequence[Source], sections: Sequence[Section]) -> str:
     )
     # Ours: no `</style>` or `</script>` is in them.
     style, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
-    names = [source.name for source in sources]
+    names = [source.name for source in sources if not source.is_cell]
     title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     return environment.get_template("page.html").render(
         title=title,

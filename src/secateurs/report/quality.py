@@ -7,10 +7,13 @@ from secateurs.report.charts import Axis, Point, Series, plain, swatch, xy
 from secateurs.report.figures import Chart, Figure, Group, Section, Table
 from secateurs.report.sources import Source, with_names
 
-UNITS = {"perplexity": "perplexity", "divergence": "KL from the dense model, nats per token"}
+UNITS = {"perplexity": "perplexity", "divergence": "KL, nats per token"}
 
 SHOWN = ("acc_norm", "acc", "perplexity", "word_perplexity", "exact_match,strict-match")
 """Of a task's metrics the one that is drawn: the first of these, or of all."""
+
+SHOW: dict[str, Callable[[float], str]] = {"zeros": "{:.1%}".format, "MB": "{:,.1f}".format}
+"""Columns that are not shown as plain numbers."""
 
 DENSE = 6
 """The style of its mark: a star."""
@@ -34,7 +37,8 @@ def quality(sources: Sequence[Source]) -> Section:
         figures.append(table_of(rows))
     lead = (
         "Each mark is a model: the further left, the smaller, by the bytes of the compressed folder where "
-        "compressing pays. Lines join one method's patterns."
+        "compressing pays. Lines join one method's patterns; they are dashed where what is left is "
+        "rounded."
     )
     return Section("quality", "Quality and size", lead, [Group("", figures)])
 
@@ -59,31 +63,30 @@ def _against_bytes(rows: list[Measured], on: str, metric: str) -> Chart:
     )
 
 
-def _method(row: Measured) -> str:
-    return f"{row.method} {row.values}" if row.method and row.values else row.method or ""
-
-
 def _chart(
     title: str, rows: list[Measured], value: Callable[[Measured], float], unit: str, *, log: bool
 ) -> Chart:
-    """One line for each method, and for each with what it rounds to, by bytes."""
-    methods = sorted({_method(row) for row in rows}, key=lambda method: method != "")
+    """One colour for each method, dashed and hollow where it rounds; one line for each that it rounds to."""
+    methods = list(dict.fromkeys(row.method for row in rows if row.method))
+    lines: dict[tuple[str | None, str | None], list[Measured]] = {}
+    for row in rows:
+        lines.setdefault((row.method, row.values), []).append(row)
     series = []
-    for style, method in enumerate(methods, start=0 if methods[0] else -1):
-        some = sorted((row for row in rows if _method(row) == method), key=lambda row: row.bytes or 0)
+    for (method, values), some in lines.items():
+        some.sort(key=lambda row: row.bytes or 0)
         points = [
             Point(
                 (row.bytes or 0) / 1e6,
                 value(row),
                 f"{row.name}: {plain(value(row))} at {(row.bytes or 0) / 1e6:.1f} MB",
-                row.form if method else row.name if len(some) > 1 else "dense",
+                row.pattern or row.form if method else row.name if len(some) > 1 else "dense",
             )
             for row in some
         ]
         alone = not method or len(some) == 1
-        series.append(
-            Series(method or "not pruned", points, style if method else DENSE, "marks" if alone else "line")
-        )
+        name = " ".join(part for part in (method, values) if part) or "not pruned"
+        style = methods.index(method) % DENSE if method else DENSE
+        series.append(Series(name, points, style, "marks" if alone else "line", dashed=bool(values)))
     data = Table(
         title,
         ("model", "MB", unit),
@@ -121,7 +124,7 @@ def table_of(rows: list[Measured]) -> Table:
     for row in rows:
         numbers = [of(row) for _, of in columns]
         cells = [
-            "" if number is None else f"{number:.1%}" if name == "zeros" else plain(number)
+            "" if number is None else SHOW.get(name, plain)(number)
             for (name, _), number in zip(columns, numbers, strict=True)
         ]
         lines.append((row.name, *cells, *([row.error or ""] if failed else [])))

@@ -28,6 +28,8 @@ class Source:
     name: str
     folder: Path
     record: dict[str, Any]
+    is_cell: bool = False
+    """Whether it is one of a sweep's, and was not given itself."""
 
     @cached_property
     def pruning(self) -> Report | None:
@@ -81,7 +83,7 @@ def read_sources(folders: Sequence[str | Path]) -> list[Source]:
     sources = [_read(place, names_are_unique=len(short) == len(places)) for place in places]
     for place in places:
         cells = sorted(file.parent for file in (place / CELLS).glob(f"*/{RECORD}"))
-        sources += [_read(cell, names_are_unique=True) for cell in cells if cell not in places]
+        sources += [replace(_read(cell, names_are_unique=True), is_cell=True) for cell in cells]
     for source in sources:  # what is broken is found now
         try:
             _ = source.pruning, source.trained, source.measured, source.activity
@@ -110,7 +112,7 @@ def _short(on: str, others: Iterable[str]) -> str:
     return Path(on).stem if alike == 1 else on
 
 
-def with_names(rows: list[Measured], sources: Sequence[Source]) -> list[Measured]:
+def with_names(rows: list[Measured], sources: Sequence[Source] = ()) -> list[Measured]:
     """Rows under short names; what `eval` measured of one of the folders says what was done to that model."""
     known = {source.folder.resolve(): source.pruning for source in sources if source.pruning}
     told = []

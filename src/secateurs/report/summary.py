@@ -10,8 +10,8 @@ from secateurs.training.report import TrainingReport
 
 
 def summary(sources: Sequence[Source]) -> list[tuple[str, str]]:
-    """For each folder its name and what became of the model."""
-    return [(source.name, " ".join(_sentences(source, sources))) for source in sources]
+    """For each folder its name and what became of the model; a sweep speaks for its cells."""
+    return [(source.name, " ".join(_sentences(source, sources))) for source in sources if not source.is_cell]
 
 
 def _sentences(source: Source, sources: Sequence[Source]) -> list[str]:

@@ -38,7 +38,7 @@ from secateurs.pruning.settings import PruneSettings
 from secateurs.pruning.walk import prune
 from secateurs.report.page import report
 from secateurs.report.quality import SHOWN, table_of
-from secateurs.report.sources import CELLS
+from secateurs.report.sources import CELLS, with_names
 from secateurs.runtime.convert import compress, compressed_bytes
 from secateurs.runtime.load import load_model
 from secateurs.runtime.survey import NothingWorthIt
@@ -393,7 +393,7 @@ def _loss(row: Measured) -> float:
 
 def _tables(output: Path, rows: list[Measured]) -> None:
     """table.csv and .md as people read them, .json with all digits."""
-    table = table_of(rows)
+    table = table_of(with_names(rows))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([table.head, *table.rows])
     write_text(output / "table.csv", text.getvalue())
@@ -405,7 +405,7 @@ def _tables(output: Path, rows: list[Measured]) -> None:
 
 def rich_table(rows: list[Measured]) -> RichTable:
     """The figures as text."""
-    table = table_of(rows)
+    table = table_of(with_names(rows))
     shown = RichTable()
     for place, name in enumerate(table.head):
         shown.add_column(name, justify="right" if place else "left")
