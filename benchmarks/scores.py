@@ -57,18 +57,10 @@ def divergences(
         bos: a token that every window begins with, before as many of the text.
     """
     models = [causal_model(folder) for folder in (dense, pruned)]
-    found = {}
-    for name, tokens in texts.items():
-        blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)[:windows].to(models[0].device)
-        if bos is not None:
-            blocks = torch.cat([torch.full_like(blocks[..., :1], bos), blocks], dim=-1)
-        total = 0.0
-        with torch.no_grad():
-            for block in blocks:
-                wanted, given = (model(block).logits[0, :-1].float().log_softmax(dim=-1) for model in models)
-                total += float((wanted.exp() * (wanted - given)).sum(dim=-1).mean())
-        found[name] = total / len(blocks)
-    return found
+    return {
+        name: secateurs.divergence(*models, tokens, length=length, windows=windows, bos=bos)
+        for name, tokens in texts.items()
+    }
 
 
 def quality(dense: Path, folder: Path, texts: dict[str, torch.Tensor], length: int, windows: int) -> Record:

@@ -14,6 +14,7 @@ from secateurs.evaluation import (
     Inspection,
     LayerInspection,
     Measurement,
+    divergence,
     evaluate,
     evaluate_tasks,
     inspect,
@@ -36,6 +37,7 @@ from secateurs.pruning.walk import prune
 from secateurs.recovery.report import RecoveryReport
 from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
+from secateurs.report import ReportSettings, SweepSettings, report, sweep
 from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
 from secateurs.text import calibration_blocks, evaluation_tokens
 from secateurs.training.adaptive import AdaptivePruning
@@ -66,6 +68,7 @@ __all__ = [
     "RecoverSettings",
     "RecoveryReport",
     "Report",
+    "ReportSettings",
     "Sensitivity",
     "Solution",
     "Solver",
@@ -74,6 +77,7 @@ __all__ = [
     "SparseTraining",
     "SparsityAcceleratedTraining",
     "Statistics",
+    "SweepSettings",
     "TrainSettings",
     "TrainingReport",
     "Unstructured",
@@ -84,6 +88,7 @@ __all__ = [
     "calibration_blocks",
     "compress",
     "decompress",
+    "divergence",
     "evaluate",
     "evaluate_tasks",
     "evaluation_tokens",
@@ -94,5 +99,7 @@ __all__ = [
     "profile",
     "prune",
     "recover",
+    "report",
+    "sweep",
     "train",
 ]

@@ -32,6 +32,8 @@ from secateurs.pruning.walk import prune
 from secateurs.recovery.report import RecoveryReport
 from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
+from secateurs.report import ReportSettings, SweepSettings, report, sweep
+from secateurs.report.sweep import rich_table
 from secateurs.runtime.convert import compress, decompress
 from secateurs.runtime.generate import Pace, generate
 from secateurs.runtime.serve import serve
@@ -59,6 +61,13 @@ class Verb(NamedTuple):
     subject: str | None = "model"
     """What it works on, the command's positional argument."""
     about: str = MODEL
+    several: bool = False
+    """Whether there may be more than one subject."""
+
+    @property
+    def kind(self) -> Any:
+        """Of the subject, as it is typed."""
+        return tuple[str, ...] if self.several else str
 
 
 def _prune(model: str, settings: PruneSettings) -> None:
@@ -117,6 +126,17 @@ def _plot(folder: str, settings: PlotSettings) -> None:
         print(file)
 
 
+def _report(folders: tuple[str, ...], settings: ReportSettings) -> None:
+    print(report(folders, settings))
+
+
+def _sweep(model: str, settings: SweepSettings) -> None:
+    from rich.console import Console
+
+    Console().print(rich_table(sweep(model, settings, progress=True)))
+    print(Path(settings.output) / "report.html")
+
+
 def _compress(model: str, settings: CompressSettings) -> None:
     print(f"{settings.output}: {compress(model, settings)}")
 
@@ -161,6 +181,8 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(EvaluateSettings, _evaluate),
     "inspect": Verb(InspectSettings, _inspect),
     "plot": Verb(PlotSettings, _plot, "folder", "A folder that `secateurs prune` made."),
+    "sweep": Verb(SweepSettings, _sweep),
+    "report": Verb(ReportSettings, _report, "folders", "Folders that other verbs made.", several=True),
     "compress": Verb(CompressSettings, _compress),
     "decompress": Verb(DecompressSettings, _decompress),
     "generate": Verb(_GenerateSettings, _generate),
@@ -204,7 +226,7 @@ def _run(arguments: list[str]) -> None:
     commands: dict[str, Callable[..., Any]] = {known: _summary(known, verb) for known, verb in VERBS.items()}
     if name in VERBS:
         written = _from_config(VERBS[name], arguments)
-        if VERBS[name].subject and VERBS[name].subject not in written:
+        if VERBS[name].subject and not VERBS[name].several and VERBS[name].subject not in written:
             arguments = [name, *_subject_first(VERBS[name], arguments[1:])]
         commands[name] = _command(name, VERBS[name], written)
     said = io.StringIO()
@@ -263,7 +285,7 @@ def _from_config(verb: Verb, arguments: list[str]) -> dict[str, Any]:
         if flag == "--config" and (file or following):
             known: dict[str, Any] = {option.field: option.type for option in options(verb.settings)}
             if verb.subject:
-                known[verb.subject] = str
+                known[verb.subject] = verb.kind
             return read_config(Path(file or following), known)
     return {}
 
@@ -279,7 +301,7 @@ def _command(name: str, verb: Verb, written: dict[str, Any]) -> type[Any]:
     """A dataclass of what a verb takes, for tyro: its defaults are those that were written."""
     takes = [*options(verb.settings), CONFIG]
     if verb.subject:
-        text: Any = tyro.conf.Positional[str]
+        text: Any = tyro.conf.Positional[verb.kind]  # type: ignore[misc,name-defined]
         takes.insert(0, Option(verb.subject, verb.subject, text, dataclasses.MISSING, verb.about))
     fields = [
         (

@@ -7,7 +7,9 @@ from safetensors.torch import load_file, save_file
 
 import families
 from characters import characters
+from secateurs import Checkpoint
 from secateurs.evaluation import evaluate, load_model, perplexity
+from secateurs.evaluation.measured import read_measured
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +51,15 @@ def test_a_model_that_lacks_a_weight_is_not_given_a_random_one(folder: Path, tmp
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"holds no tensor 'model.layers.1.mlp.down_proj.weight'"):
         load_model(tmp_path / "broken", "cpu")
+
+
+def test_figures_go_into_a_folder_that_reports_are_made_of(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("abc abc " * 20)
+    found = list(evaluate(folder, text=[text], length=8, output=tmp_path / "deep" / "figures"))
+    [row] = read_measured(tmp_path / "deep" / "figures")
+    assert row.name == str(folder)
+    assert row.figures == {str(text): {"perplexity": found[0].value}}
+    assert row.bytes == Checkpoint(folder).tensor_bytes
+    with pytest.raises(ValueError, match="exists: give another output folder"):
+        list(evaluate(folder, text=[text], output=tmp_path / "deep" / "figures"))

@@ -58,6 +58,14 @@ def test_pre_training(model: Path, text: Path, tmp_path: Path) -> None:
     assert report.flops is not None
     assert report.dense_flops is not None
     assert 0.3 < report.flops / report.dense_flops < 1
+    assert report.history is not None
+    logged = [entry for entry in report.history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == sorted({entry["step"] for entry in logged})
+    recent = [entry["loss"] for entry in logged if entry["step"] > 18]
+    assert report.train_loss == pytest.approx(sum(recent) / len(recent))
+    assert logged[0]["omission_rate"] == 0.5
+    assert logged[-1]["omission_rate"] == 0
+    assert report.history[-1]["eval_loss"] == report.validation_loss
     assert TrainingReport.read(tmp_path / "out") == report
     blocks = packed_blocks(text, AutoTokenizer.from_pretrained(model), length=32)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

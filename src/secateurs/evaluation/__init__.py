@@ -1,5 +1,6 @@
 """What a model is worth: perplexity on text, accuracy on zero-shot tasks. And what became of its weights."""
 
+from secateurs.evaluation.divergence import divergence
 from secateurs.evaluation.inspect import inspect
 from secateurs.evaluation.inspection import Inspection, LayerInspection
 from secateurs.evaluation.measure import Measurement, evaluate
@@ -12,6 +13,7 @@ __all__ = [
     "Inspection",
     "LayerInspection",
     "Measurement",
+    "divergence",
     "evaluate",
     "evaluate_tasks",
     "inspect",

@@ -51,7 +51,7 @@ def inspect(model: str | Path, *, settings: InspectSettings) -> Inspection:
         ValueError: a folder is broken, of no supported family, quantised, or the two models differ in shape.
     """
     against, output = settings.against, settings.output
-    pruned, dense = _Weights(model), None if against is None else _Weights(against)
+    pruned, dense = Weights(model), None if against is None else Weights(against)
     for name, shape in pruned.shapes.items():
         if dense is not None and dense.shapes.get(name) != shape:
             raise ValueError(
@@ -70,7 +70,7 @@ def inspect(model: str | Path, *, settings: InspectSettings) -> Inspection:
     return inspection
 
 
-class _Weights:
+class Weights:
     """The linear layers of a model folder's blocks, read from its files one at a time."""
 
     def __init__(self, model: str | Path) -> None:

@@ -3,16 +3,20 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from secateurs import ranks
 from secateurs.checkpoint import resolve
 from secateurs.device import resolve_device
+from secateurs.evaluation.measured import Measured, write_measured
 from secateurs.evaluation.perplexity import perplexity
 from secateurs.evaluation.tasks import evaluate_tasks
+from secateurs.runtime.convert import compressed_bytes
 from secateurs.runtime.load import load_model
 from secateurs.settings import InWindows, OnDevice, takes
 from secateurs.text import bos_id, evaluation_tokens, load_tokenizer, wants_bos
+from secateurs.version import __version__
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class EvaluateSettings(InWindows, OnDevice):
     limit: int | None = None
     """Documents per task. By default all."""
 
+    output: str | Path | None = None
+    """A folder to make for the figures (`secateurs.json`), which `secateurs report` draws."""
+
     def __post_init__(self) -> None:
         """Raises ValueError for what does not suit."""
         if not self.text and not self.tasks:
@@ -63,13 +70,16 @@ class EvaluateSettings(InWindows, OnDevice):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, not {value}")
         resolve_device(self.device)
+        if self.output is not None and Path(self.output).exists():
+            raise ValueError(f"'{self.output}' exists: give another output folder")
 
 
 @takes(EvaluateSettings)
 def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measurement]:
     """Measure a model, dense or pruned; each figure comes as soon as it is known.
 
-    Where torchrun or accelerate has started several processes, they share the windows of a text.
+    Where torchrun or accelerate has started several processes, they share the windows of a text. With an
+    output, all figures are in its record once the last has come.
 
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub.
@@ -79,10 +89,24 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
         FloatingPointError: a loss is NaN or infinite.
     """
     with ranks.together():
-        yield from _measured(model, settings)
+        found = []
+        for measurement in _measurements(model, settings):
+            found.append(measurement)
+            yield measurement
+        if settings.output is not None:
+            ranks.from_main(partial(_write, model, found, Path(settings.output)))
 
 
-def _measured(model: str | Path, settings: EvaluateSettings) -> Iterator[Measurement]:
+def _write(model: str | Path, found: list[Measurement], output: Path) -> None:
+    figures: dict[str, dict[str, float]] = {}
+    for each in found:
+        figures.setdefault(each.on, {})[each.metric] = each.value
+    row = Measured(str(model), compressed_bytes(model), figures)
+    output.mkdir(parents=True, exist_ok=True)
+    write_measured(output, [row], {"versions": {"secateurs": __version__}})
+
+
+def _measurements(model: str | Path, settings: EvaluateSettings) -> Iterator[Measurement]:
     folder, shown = resolve(model), ranks.is_main()
     tokenizer = load_tokenizer(folder)
     texts = []

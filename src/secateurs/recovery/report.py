@@ -36,6 +36,8 @@ class RecoveryReport(TrainerReport):
     with the text's own loss if that was asked for."""
     after: float
     """The same of the trained weights, as they are stored."""
+    history: list[dict[str, float]] | None = None
+    """What was logged on the way, see `secateurs.training.loop.history`; older records have none."""
 
     @property
     def kept(self) -> bool:
@@ -68,7 +70,7 @@ class RecoveryReport(TrainerReport):
         if content is None:
             raise ValueError(f"'{folder / RECORD}' is not the record of a recovery")
         names = {field.name for field in dataclasses.fields(cls)} - {"output"}
-        return cls(output=folder, **{name: content[name] for name in names})
+        return cls(output=folder, **{name: content[name] for name in names & content.keys()})
 
     def __str__(self) -> str:
         lines = [

@@ -49,7 +49,14 @@ from secateurs.settings import takes
 from secateurs.text import TooShortError, check_tokens, load_tokenizer
 from secateurs.training.arguments import read_settings, trainer_arguments
 from secateurs.training.folder import STATELESS, TrainingFolder, bytes_at_once
-from secateurs.training.loop import for_training, make_steps, peak_memory_bytes, silent, with_adapters
+from secateurs.training.loop import (
+    for_training,
+    history,
+    make_steps,
+    peak_memory_bytes,
+    silent,
+    with_adapters,
+)
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.model import read_config, sequence_length
 from secateurs.training.watch import Watch
@@ -200,6 +207,7 @@ def recover_folder(
             "zeros": masks.count,
             "before": before,
             "after": after,
+            "history": history(steps.state),
         }
         work.finish({**_pruning_record(checkpoint), KEY: recovery}, checkpoint, RecoveryReport)
     steps.accelerator.wait_for_everyone()

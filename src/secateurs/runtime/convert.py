@@ -34,7 +34,7 @@ from secateurs.runtime.layout import VERSION, VERSION_WITH_CODES, VERSION_WITH_E
 from secateurs.runtime.parameters import Parameters
 from secateurs.runtime.quantizer import GUARD, METHOD
 from secateurs.runtime.settings import CompressSettings, DecompressSettings
-from secateurs.runtime.survey import survey
+from secateurs.runtime.survey import NothingWorthIt, survey
 from secateurs.settings import takes
 from secateurs.values import SCALES
 
@@ -109,6 +109,27 @@ def compress(model: str | Path, *, settings: CompressSettings) -> Compression:
     check_place(output, checkpoint)
     with output_lock(output):
         return _compress(str(model), checkpoint, output)
+
+
+def compressed_bytes(model: str | Path) -> int:
+    """Bytes of all a model's tensors as `compress` would store them; as they are, where it has nothing to do.
+
+    All weights are read, none written.
+
+    Args:
+        model: a model folder or a name on the Hugging Face hub, dense or compressed.
+    """
+    checkpoint = Checkpoint(resolve(model))
+    if is_compressed(checkpoint):
+        return checkpoint.tensor_bytes
+    skeleton = skeleton_of(checkpoint)
+    try:
+        found = survey(checkpoint, skeleton, Parameters(checkpoint, skeleton), read_scales(checkpoint.folder))
+    except NothingWorthIt:
+        return checkpoint.tensor_bytes
+    return checkpoint.tensor_bytes - sum(
+        layout.dense_bytes - layout.bytes for layout in found.layouts.values()
+    )
 
 
 def _compress(model: str, checkpoint: Checkpoint, output: Path) -> Compression:

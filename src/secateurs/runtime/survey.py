@@ -24,6 +24,10 @@ NOTABLE = 0.01
 """Of all bytes: less than that is not worth a word."""
 
 
+class NothingWorthIt(ValueError):  # noqa: N818 - of a dense model it is only a fact
+    """Nothing in a model has zeros enough, or was rounded."""
+
+
 class Survey(NamedTuple):
     """What is worth compressing, and what is not to be had."""
 
@@ -52,8 +56,8 @@ def survey(
         grids: that parameters, by the model's names, were rounded to.
 
     Raises:
-        ValueError: nothing is worth compressing (says what comes nearest), or there are scales of what the
-            model does not have.
+        NothingWorthIt: says what comes nearest.
+        ValueError: there are scales of what the model does not have.
     """
     for stranger in grids.keys() - parameters.pieces.keys():
         raise ValueError(
@@ -120,7 +124,7 @@ def survey(
             zeros = f"{others[largest].sparsity:.1%} zeros"
             has = f"has {zeros}" if others[largest].codes is None else "was rounded"
             found = f"'{largest}' {has}, but what {kind} keeps cannot be packed"
-        raise ValueError(f"nothing in '{checkpoint.folder}' is worth compressing: {found}")
+        raise NothingWorthIt(f"nothing in '{checkpoint.folder}' is worth compressing: {found}")
     return Survey(layouts, renamed, _outside(skeleton, parameters), unpacked, moved)
 
 

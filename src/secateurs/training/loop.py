@@ -65,6 +65,13 @@ def recent_loss(state: TrainerState) -> float:
     return sum(recent) / len(recent)
 
 
+def history(state: TrainerState) -> list[dict[str, float]]:
+    """What was logged on the way: of each step its loss, and its omission rate or share of zeros, if any."""
+    names = ("step", "loss", "eval_loss", "omission_rate", "sparsity")
+    entries = [{name: entry[name] for name in names if name in entry} for entry in state.log_history]
+    return [entry for entry in entries if "loss" in entry or "eval_loss" in entry]
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most that tensors took on a GPU, or this process of main memory."""
     if device.type == "cuda":

@@ -57,6 +57,8 @@ class TrainingReport(TrainerReport):
     """What cannot be cut and ran whole all the time."""
     pruning: dict[str, Any] | None = None
     """How the model was pruned on the way: pattern, schedule, and `sparsity`, of each matrix by name."""
+    history: list[dict[str, float]] | None = None
+    """What was logged on the way, see `secateurs.training.loop.history`; older records have none."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -85,7 +87,7 @@ class TrainingReport(TrainerReport):
         """The report of a trained model's folder; ValueError if it has none."""
         content = read_json(folder / RECORD)
         names = {field.name for field in dataclasses.fields(cls)} - {"output"}
-        if not names - {"validation", "whole", "pruning"} <= content.keys():
+        if not names - {"validation", "whole", "pruning", "history"} <= content.keys():
             raise ValueError(f"'{folder / RECORD}' is not the record of a training run")
         return cls(output=folder, **{name: content[name] for name in names & content.keys()})
 

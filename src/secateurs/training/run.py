@@ -46,6 +46,7 @@ from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conv
 from secateurs.training.folder import TrainingFolder, bytes_at_once, steps_in_all
 from secateurs.training.loop import (
     for_training,
+    history,
     make_steps,
     merge,
     peak_memory_bytes,
@@ -239,6 +240,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             "whole": proven.whole if proven else None,
             "pruning": pruning and {**pruning.record, "sparsity": shares_of(loaded)},
             "train_loss": recent_loss(run.state),
+            "history": history(run.state),
             "validation_loss": loss,
             "validation": validation,
         }

@@ -1,0 +1,6 @@
+"""What people look at: a page of everything that is recorded of some models, and tables of whole grids."""
+
+from secateurs.report.page import ReportSettings, report
+from secateurs.report.sweep import SweepSettings, sweep
+
+__all__ = ["ReportSettings", "SweepSettings", "report", "sweep"]

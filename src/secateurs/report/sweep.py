@@ -1,0 +1,414 @@
+"""A grid of methods, patterns and values: each pruned, measured, and put beside the dense model.
+
+The grid goes through `prune` and the measures of `evaluate`. A cell's figures are a file, written when it is
+done, so a run that is killed goes on with the next; what fails is a row that says why.
+"""
+
+import csv
+import dataclasses
+import gc
+import io
+import itertools
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateurs.calibration.sequences import CalibrationText, calibration_text
+from secateurs.calibration.sources import Calibration
+from secateurs.checkpoint import RECORD, Checkpoint, check_place, output_lock, read_json, resolve, write_json
+from secateurs.checkpoint.writing import write_text
+from secateurs.device import resolve_device
+from secateurs.evaluation.divergence import divergence
+from secateurs.evaluation.measure import EvaluateSettings
+from secateurs.evaluation.measured import Measured, write_measured
+from secateurs.evaluation.perplexity import perplexity
+from secateurs.evaluation.speed import bench
+from secateurs.evaluation.tasks import evaluate_tasks
+from secateurs.pruning.settings import PruneSettings
+from secateurs.pruning.walk import prune
+from secateurs.report.page import report
+from secateurs.report.quality import SHOWN, table_of
+from secateurs.report.sources import CELLS, with_names
+from secateurs.runtime.convert import compress, compressed_bytes
+from secateurs.runtime.load import load_model
+from secateurs.runtime.survey import NothingWorthIt
+from secateurs.settings import InWindows, OnDevice, takes
+from secateurs.text import bos_id, evaluation_tokens, load_tokenizer, wants_bos
+from secateurs.training.model import read_config
+from secateurs.version import __version__
+
+Keep = Literal["none", "best", "all"]
+
+WINDOWS = 16
+"""Of each text, for the divergence: both models run."""
+
+NONE = "none"
+"""Among values: what is left stays as precise as it was."""
+
+GRID = ("output", "methods", "patterns", "values", "keep")
+"""Settings that the figures of a cell do not depend on."""
+
+FAILURES = (ValueError, FloatingPointError, OSError, torch.OutOfMemoryError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings(InWindows, OnDevice):
+    """Prune a model in many ways, measure all of them, and lay the figures side by side.
+
+    Interrupt it whenever you like: the same command, also with more methods, patterns or values, goes on.
+
+    Example: secateurs sweep my-llama --methods sparsellm admm --patterns 50% 2:4 --calibration text.txt
+    --text novel.txt --output my-llama-sweep
+    """
+
+    output: str | Path
+    """The folder for table.csv, table.json, table.md, report.html and the cells' records."""
+
+    calibration: Calibration | None = None
+    """As `prune` takes it; it is read once for all. Only magnitude does without."""
+
+    methods: tuple[str, ...] = ("sparsellm", "admm", "sparsegpt")
+    """As `prune` takes them, with settings or without."""
+
+    patterns: tuple[str, ...] = ("50%", "60%", "70%", "2:4")
+    """As `prune` takes them."""
+
+    values: tuple[str, ...] = (NONE,)
+    """What is left may be rounded to, as `prune` takes it, such as int4; none leaves it."""
+
+    text: tuple[str | Path, ...] = ()
+    """Texts to measure perplexity on, and the divergence of the dense model's predictions on the first 16
+    windows."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of lm-eval's tasks."""
+
+    task_data: str | Path | None = None
+    """A folder with the tasks' data, where the hub is out of reach."""
+
+    limit: int | None = None
+    """Documents per task. By default all."""
+
+    samples: int = 128
+    """Calibration sequences."""
+
+    seed: int = 0
+    """Of the calibration sample."""
+
+    speed: bool = False
+    """Also measure tokens per second, of the compressed model."""
+
+    keep: Keep = "none"
+    """Which models stay in the output: none, all, or of each pattern the one that is nearest to the dense
+    model."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what does not suit, in any cell."""
+        if self.keep not in ("none", "best", "all"):
+            raise ValueError(f"keep is none, best or all, not '{self.keep}'")
+        EvaluateSettings(text=self.text, tasks=self.tasks, limit=self.limit, device=self.device)
+        if self.samples < 1:
+            raise ValueError(f"samples are at least 1, not {self.samples}")
+        if not self.cells:
+            raise ValueError("nothing to sweep: give methods and patterns")
+        for cell in self.cells:
+            self.of(cell, self.calibration)
+
+    @property
+    def cells(self) -> list["Cell"]:
+        """All that is to be pruned, pattern by pattern. Without zeros and rounding it is the dense model."""
+        grid = itertools.product(*(apart(each) for each in (self.patterns, self.values, self.methods)))
+        cells = [
+            Cell(method, pattern, None if values == NONE else values) for pattern, values, method in grid
+        ]
+        return [cell for cell in dict.fromkeys(cells) if cell.values or cell.pattern != "0%"]
+
+    def of(self, cell: "Cell", calibration: Any) -> PruneSettings:
+        """How a cell is pruned."""
+        return PruneSettings(
+            output=Path(self.output) / CELLS / cell.name,
+            calibration=calibration,
+            method=cell.method,
+            pattern=cell.pattern,
+            values=cell.values,
+            samples=self.samples,
+            length=self.length,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to prune."""
+
+    method: str
+    pattern: str
+    values: str | None = None
+
+    @property
+    def title(self) -> str:
+        return " ".join(part for part in (self.method, self.pattern, self.values) if part)
+
+    @property
+    def name(self) -> str:
+        """As a folder is called: without what file systems refuse."""
+        pattern = self.pattern.replace(":", "of").rstrip("%")
+        return re.sub(r"[^\w.=-]+", "_", "-".join(filter(None, (self.method, pattern, self.values))))
+
+
+def apart(given: Sequence[str]) -> list[str]:
+    """Items, of which several may be one text with commas; "x:a=1,b=2" stays together."""
+    items: list[str] = []
+    for part in ",".join([given] if isinstance(given, str) else map(str, given)).split(","):
+        if items and ":" in items[-1] and "=" in part and ":" not in part.partition("=")[0]:
+            items[-1] += f",{part}"
+        elif part.strip():
+            items.append(part.strip())
+    return items
+
+
+@takes(SweepSettings)
+def sweep(model: str | Path, *, settings: SweepSettings, progress: bool = False) -> list[Measured]:
+    """Prune a model in many ways and measure them all.
+
+    Args:
+        model: a Hugging Face model folder with safetensors, or a name on the hub. It is only read.
+        progress: say on standard error what is being done.
+
+    Returns:
+        The dense model's figures, then those of each cell. What could not be done has an `error`.
+
+    Raises:
+        ValueError: a mistake in the arguments, the model or a text; or the output was begun with others.
+        OSError: the disk is too small or fails.
+    """
+    output, folder = Path(settings.output), resolve(model)
+    check_place(output, Checkpoint(folder))
+    with output_lock(output):
+        return _sweep(folder, output, settings, Console(stderr=True, quiet=not progress))
+
+
+def _sweep(folder: Path, output: Path, settings: SweepSettings, console: Console) -> list[Measured]:
+    chosen = {
+        field.name: _plain(getattr(settings, field.name))
+        for field in dataclasses.fields(settings)
+        if field.name not in GRID
+    }
+    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file():
+        raise ValueError(f"'{output}' holds something else: give another output folder")
+    shared = _Shared(folder, settings, console)
+    read = None if shared.text is None else shared.text.record["sha256"]
+    identity = {"model": str(folder.resolve()), **chosen, "calibration_sha256": read}
+    if (output / RECORD).is_file() and read_json(output / RECORD).get("settings") != identity:
+        raise ValueError(f"'{output}' was begun with other settings: give another output folder")
+    about = {"settings": identity, "versions": {"secateurs": __version__, "torch": torch.__version__}}
+    (output / CELLS).mkdir(parents=True, exist_ok=True)
+    if not (output / RECORD).is_file():
+        write_measured(output, [], about)
+    cells = settings.cells
+    rows = [_known(output / CELLS / "dense.json") or shared.dense(output / CELLS / "dense.json")]
+    for number, cell in enumerate(cells, start=1):
+        file = output / CELLS / f"{cell.name}.json"
+        row = _known(file)
+        if row is None:
+            console.print(f"{number} of {len(cells)}: {cell.title}", highlight=False)
+            row = shared.cell(cell, file)
+            if row.error:
+                console.print(f"  failed: {row.error}", highlight=False, markup=False)
+        rows.append(row)
+        _tidy(output / CELLS, cells, rows[1:], settings.keep)
+        write_measured(output, rows, about)
+    _tables(output, rows)
+    report([output], output=output / "report.html", against=folder)
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON gives it back."""
+    if isinstance(value, Tensor):
+        return "token ids"
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _known(file: Path) -> Measured | None:
+    """A cell's figures, if it is done; what failed is tried again."""
+    row = Measured(**read_json(file)) if file.is_file() else None
+    return None if row is None or row.error else row
+
+
+class _Shared:
+    """What all cells share: tokens, read once, and the dense model."""
+
+    def __init__(self, folder: Path, settings: SweepSettings, console: Console) -> None:
+        self.folder, self.settings, self.console = folder, settings, console
+        self.device = resolve_device(settings.device)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
+        checkpoint = Checkpoint(folder)
+        config = read_config(checkpoint)
+        decoder = config.get_text_config(decoder=True)
+        self.bos = bos_id(self.tokenizer) if wants_bos(decoder.model_type, settings.asked_bos) else None
+        positions = getattr(decoder, "max_position_embeddings", None)
+        self.length = settings.length or min(positions or 2048, 2048)
+        self.texts = {
+            str(source): evaluation_tokens(source, self.tokenizer, field=settings.field)
+            for source in ([settings.text] if isinstance(settings.text, str | Path) else settings.text)
+        }
+        for source, tokens in self.texts.items():
+            if len(tokens) < self.length:
+                raise ValueError(
+                    f"'{source}' has {len(tokens)} tokens, one window needs {self.length}: give more, or a "
+                    "smaller length"
+                )
+        self.text: CalibrationText | None = None
+        if settings.calibration is not None:
+            self.text = calibration_text(
+                settings.calibration,
+                checkpoint,
+                config,
+                self.device,
+                samples=settings.samples,
+                length=settings.length,
+                seed=settings.seed,
+                field=settings.field,
+                bos=settings.asked_bos,
+            )
+
+    @cached_property
+    def tokens(self) -> Tensor | None:
+        """To calibrate on; what the model writes itself is kept for a sweep that goes on."""
+        if self.text is None:
+            return None
+        written = Path(self.settings.output) / "written"
+        if self.text.form:
+            written.mkdir(exist_ok=True)
+        return self.text.tokens(written if self.text.form else None, progress=not self.console.quiet)
+
+    @cached_property
+    def reference(self) -> PreTrainedModel:
+        """The dense model, in memory from when it is first needed."""
+        return load_model(self.folder, self.settings.device)
+
+    def dense(self, file: Path) -> Measured:
+        self.console.print("the dense model", highlight=False)
+        row = Measured("dense", compressed_bytes(self.folder), self._figures(self.reference))
+        row = replace(row, tokens_per_second=self._pace(self.folder, file))
+        write_json(file, dataclasses.asdict(row))
+        return row
+
+    def cell(self, cell: Cell, file: Path) -> Measured:
+        row = Measured(cell.title, method=cell.method, pattern=cell.pattern, values=cell.values)
+        try:
+            done = prune(self.folder, self.settings.of(cell, self.tokens), progress=not self.console.quiet)
+            model = load_model(done.output, self.settings.device)
+            row = replace(
+                row,
+                bytes=compressed_bytes(done.output),
+                figures=self._figures(model, dense=self.reference),
+                sparsity=done.sparsity,
+                seconds=round(done.seconds, 3),
+            )
+            del model
+            row = replace(row, tokens_per_second=self._pace(done.output, file))
+        except FAILURES as error:
+            row = replace(row, bytes=None, figures={}, error=" ".join(str(error).split()))
+        gc.collect()
+        write_json(file, dataclasses.asdict(row))
+        return row
+
+    def _figures(
+        self, model: PreTrainedModel, dense: PreTrainedModel | None = None
+    ) -> dict[str, dict[str, float]]:
+        figures: dict[str, dict[str, float]] = {}
+        for source, tokens in self.texts.items():
+            figures[source] = {"perplexity": perplexity(model, tokens, length=self.length, bos=self.bos)}
+            if dense is not None:
+                figures[source]["divergence"] = divergence(
+                    dense, model, tokens, length=self.length, windows=WINDOWS, bos=self.bos
+                )
+        if self.settings.tasks:
+            figures |= evaluate_tasks(
+                model,
+                self.tokenizer,
+                list(self.settings.tasks),
+                task_data=self.settings.task_data,
+                limit=self.settings.limit,
+            )
+        return figures
+
+    def _pace(self, folder: Path, file: Path) -> float | None:
+        """Tokens per second of a model, compressed if that pays."""
+        if not self.settings.speed:
+            return None
+        packed = file.with_suffix(".packed")
+        shutil.rmtree(packed, ignore_errors=True)
+        try:
+            compress(folder, packed)
+            folder = packed
+        except NothingWorthIt:
+            pass
+        try:
+            return bench(folder, device=self.settings.device)[0].tokens_per_second
+        finally:
+            shutil.rmtree(packed, ignore_errors=True)
+
+
+def _tidy(folder: Path, cells: Sequence[Cell], rows: Sequence[Measured], keep: Keep) -> None:
+    """Delete the models that are not to stay: of each all but its record."""
+    if keep == "all":
+        return
+    best: dict[str, int] = {}
+    for place, row in enumerate(rows):
+        if row.figures and (row.form not in best or _loss(row) < _loss(rows[best[row.form]])):
+            best[row.form] = place
+    for place, (cell, row) in enumerate(zip(cells, rows, strict=False)):
+        stays = keep == "best" and best.get(row.form) == place
+        if row.figures and not stays and (folder / cell.name).is_dir():
+            for path in (folder / cell.name).iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != RECORD:
+                    path.unlink()
+
+
+def _loss(row: Measured) -> float:
+    """How far a model is from the dense one; without texts, how often it is wrong."""
+    found = [figures["divergence"] for figures in row.figures.values() if "divergence" in figures]
+    if found:
+        return sum(found) / len(found)
+    scores = [next(m[name] for name in (*SHOWN, *m) if name in m) for m in row.figures.values()]
+    return -sum(scores) / len(scores)
+
+
+def _tables(output: Path, rows: list[Measured]) -> None:
+    """table.csv and .md as people read them, .json with all digits."""
+    table = table_of(with_names(rows))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([table.head, *table.rows])
+    write_text(output / "table.csv", text.getvalue())
+    write_json(output / "table.json", [dataclasses.asdict(row) for row in rows])
+    lines = [table.head, ("---",) * len(table.head), *table.rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    write_text(output / "table.md", "".join(f"| {' | '.join(line)} |\n" for line in cells))
+
+
+def rich_table(rows: list[Measured]) -> RichTable:
+    """The figures as text."""
+    table = table_of(with_names(rows))
+    shown = RichTable()
+    for place, name in enumerate(table.head):
+        shown.add_column(name, justify="right" if place else "left")
+    for line in table.rows:
+        shown.add_row(*line)
+    return shown

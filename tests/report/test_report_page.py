@@ -1,0 +1,127 @@
+"""The page about output folders: what is in it, what is not, and that nothing in it is taken for HTML."""
+
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateurs import report
+from secateurs.report.charts import Axis, Point, Series, xy
+from secateurs.report.texts import differences
+from secateurs.report.weights import agreement, zeros_by_size
+
+
+class Page(HTMLParser):
+    """Sections by id, all text, tags in use."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.source = file.read_text(encoding="utf-8")
+        self.sections: list[str] = []
+        self.words: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        told = dict(attrs)
+        if tag == "section" and told.get("id"):
+            self.sections.append(str(told["id"]))
+        self.addresses += [str(told[name]) for name in ("src", "href", "action") if told.get(name)]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def test_each_record_has_its_sections_and_what_is_not_recorded_has_none(
+    outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    expected = {
+        "magnitude": ["layers", "weights", "settings"],
+        "sparsellm": ["layers", "convergence", "weights", "settings"],
+        "trained": ["training", "settings"],
+        "measured": ["quality", "settings"],
+        "profile": ["activity"],
+    }
+    for name, sections in expected.items():
+        page = Page(report([outputs[name]], output=tmp_path / "deep" / f"{name}.html"))
+        assert page.sections == ["summary", *sections], name
+        assert all(address.startswith(("#", "data:")) for address in page.addresses)
+        assert not re.search(r"@import|url\(", page.source)
+        assert len(page.source) < 5_000_000
+    assert (
+        "masks" in Page(report([outputs["magnitude"], outputs["wanda"]], output=tmp_path / "a.html")).sections
+    )
+
+
+def test_what_comes_from_files_and_prompts_is_no_html(outputs: dict[str, Path], tmp_path: Path) -> None:
+    folders = [outputs[name] for name in ("sparsellm", "measured", "trained")]
+    plain = Page(report([outputs["wanda"]], output=tmp_path / "plain.html", prompt=("ab",), tokens=2))
+    page = Page(report(folders, output=tmp_path / "page.html", prompt=("<script>ab</script>",), tokens=2))
+    assert not {"b", "i"} & page.tags
+    assert page.source.count("<script") == plain.source.count("<script") == 1
+    assert {"x<b>&\"'", "it <i>failed</i>", "<script>ab</script>"} <= {word.strip() for word in page.words}
+
+
+def test_figures_are_those_of_the_records(outputs: dict[str, Path], tmp_path: Path) -> None:
+    text = Page(report([outputs["measured"], outputs["trained"]], output=tmp_path / "page.html")).text
+    assert "4 pruned models measured; nearest to the dense one on novel is admm 50%, perplexity 33.3" in text
+    assert "wanda 2:4 5.0 40 0.5" in text
+    assert "Trained for 4 steps, 400 tokens, in 2 seconds, with 80% of the FLOPs" in text
+    assert "the validation loss is 2.750" in text
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"), [("nowhere", "no folder at"), ("source", "holds no record"), ("empty", "no record")]
+)
+def test_folders_without_a_record_are_one_line(
+    outputs: dict[str, Path], tmp_path: Path, folder: str, said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    place = outputs.get(folder, tmp_path / folder)
+    with pytest.raises(ValueError, match=said) as caught:
+        report([outputs["wanda"], place], output=tmp_path / "page.html")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "page.html").exists()
+    with pytest.raises(ValueError, match="nothing to report on"):
+        report([], output=tmp_path / "page.html")
+
+
+def test_zeros_by_size_and_agreement_count() -> None:
+    dense = torch.arange(1.0, 41.0).view(4, 10) * torch.tensor([1.0, -1.0]).repeat(5)
+    pruned = torch.where(dense.abs() <= 10, 0.0, dense)
+    assert zeros_by_size(pruned, dense) == (1, 1, 0.5, 0, 0, 0, 0, 0, 0, 0)
+    other = torch.where((dense.abs() > 5) & (dense.abs() <= 15), 0.0, dense)
+    assert agreement(pruned, other) == 5 / 15
+    assert agreement(pruned, pruned) == 1
+    assert agreement(dense, dense) == 1
+
+
+def test_differences_make_up_the_text() -> None:
+    text, reference = "the cat  sat on\na mat.", "the dog sat on a mat."
+    parts = differences(text, reference)
+    assert "".join(part for _, part in parts) == text
+    assert next(part for kind, part in parts if kind == "other") == "cat  sat"
+    assert differences(text, text) == [("same", text)]
+    assert differences("", reference) == []
+
+
+def test_points_are_where_their_values_are() -> None:
+    """On a logarithmic axis equal ratios are equal lengths; what cannot be drawn is left out."""
+    points = [Point(x, y, f"{x}") for x, y in ((1, 1.0), (2, 10.0), (3, 100.0), (4, 0.0), (5, float("nan")))]
+    svg = xy([Series("a", points, 0)], Axis("x"), Axis("y", log=True), about="<about>")
+    (path,) = re.findall(r'class="line s0" d="([^"]*)"', svg)
+    places = [tuple(map(float, pair.split())) for pair in re.split("[ML]", path)[1:]]
+    assert len(places) == 3
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(places)]
+    assert steps[0] == pytest.approx(steps[1], abs=0.2)
+    assert steps[0][0] > 0 > steps[0][1]
+    assert "&lt;about&gt;" in svg
