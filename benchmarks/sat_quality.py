@@ -5,7 +5,8 @@ Continual pre-training of the bundled model, which saw novels only, on GSM8K's q
 train in turns, step by step in one process; times are processor seconds of its one thread. Both make logits
 where there are labels only.
 `dense, same time` is plain training for as many steps as `sat` leaves time for, with a learning rate schedule
-of its own. The others change one thing in `sat`. A row in the results is not repeated: interrupt at will, and
+of its own. With --contender auto that is `auto`, which spends as many multiplications by measured rates. The
+others change one thing in `sat`. A row in the results is not repeated: interrupt at will, and
 run the same command again. With --tuning the loss is that on the end of the training split, on which the
 settings below were chosen.
 
@@ -50,6 +51,7 @@ def settings(cell: str, steps: int, seed: int) -> Record | None:
         "dense": None,
         "dense, same time": None,
         "sat": sat,
+        "auto": {**sat, "rate": "auto"},
         "activation": {**sat, "importance": "activation"},
         "uniform": {**sat, "importance": "uniform"},
         "sample": {**sat, "select": "sample"},
@@ -231,6 +233,7 @@ def main(
     data: Path,
     tasks: tuple[Task, ...] = ("cpt", "sft"),
     seeds: tuple[int, ...] = (0, 1, 2),
+    contender: Literal["sat", "auto"] = "sat",
     ablation: tuple[str, ...] = ABLATION,
     ablation_seeds: tuple[int, ...] = (0,),
     ablation_tasks: tuple[Task, ...] = ("cpt",),
@@ -245,7 +248,7 @@ def main(
     experiments = {task: Experiment(task, data, about, results, tuning) for task in tasks}
     for seed in seeds:
         for experiment in experiments.values():
-            dense, sat = experiment.rows(["dense", "sat"], seed, steps)
+            dense, sat = experiment.rows(["dense", contender], seed, steps)
             experiment.rows(["dense, same time"], seed, round(steps * sat["seconds"] / dense["seconds"]))
     for seed in ablation_seeds:
         for cell in ablation:
