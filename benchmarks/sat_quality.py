@@ -3,12 +3,11 @@
 Continual pre-training of the bundled model, which saw novels only, on GSM8K's questions and answers as text
 (`cpt`), and supervised fine-tuning on its answers (`sft`); the loss on its test split. `dense` and `sat`
 train in turns, step by step in one process; times are processor seconds of its one thread. Both make logits
-where there are labels only.
-`dense, same time` is plain training for as many steps as `sat` leaves time for, with a learning rate schedule
-of its own. With --contender auto that is `auto`, which spends as many multiplications by measured rates. The
-others change one thing in `sat`. A row in the results is not repeated: interrupt at will, and
-run the same command again. With --tuning the loss is that on the end of the training split, on which the
-settings below were chosen.
+only where there are labels. `dense, same time` is plain training for as many steps as `sat` leaves time for,
+with a learning rate schedule of its own. With --contender auto all that is of `auto`, which spends as many
+multiplications by measured rates. The others change one thing in `sat`. A row in the results is not repeated:
+interrupt at will, and run the same command again. With --tuning the loss is that on the end of the training
+split, on which the settings below were chosen.
 
     taskset -c 0 python benchmarks/sat_quality.py --data ../data/gsm8k
 """
