@@ -2,9 +2,9 @@
 
 Continual pre-training of the bundled model, which saw novels only, on GSM8K's questions and answers as text
 (`cpt`), and supervised fine-tuning on its answers (`sft`); the loss on its test split. `dense` and `sat`
-train in turns, step by step in one process, so that their times compare however busy the machine is.
-`dense, same time` is plain training for as many steps as `sat` leaves time for, with a learning rate schedule
-of its own. The others change one thing in `sat`. A row in the results is not repeated: interrupt at will, and
+train in turns, step by step in one process, both with `lean_loss`; times are processor seconds of its one
+thread. `dense, same time` is plain training for as many steps as `sat` leaves time for, with a learning rate
+schedule of its own. The others change one thing in `sat`. A row in the results is not repeated: interrupt at will, and
 run the same command again. With --tuning the loss is that on the end of the training split, on which the
 settings below were chosen.
 
@@ -28,6 +28,7 @@ from common import RESULTS, Record, environment, load, print_table, save
 from secateurs.demo import MODEL
 from secateurs.text import load_tokenizer
 from secateurs.training.data import CHAT_TEMPLATE
+from secateurs.training.head import lean_loss
 from secateurs.training.ladder import Ladder
 from secateurs.training.sparse import SparseTraining
 from timing import in_turns
@@ -128,19 +129,20 @@ def steps_of(
         sparse = SparseTraining(**arguments)
         sparse.attach(model, optimizer, total_steps=steps)
     seconds, losses = [], []
-    for batch in batches:
-        start = time.perf_counter()
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if sparse is not None:
-            sparse.step()
-        warmup.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - start)
-        yield {}
+    with lean_loss(model):
+        for batch in batches:
+            start = time.process_time()
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if sparse is not None:
+                sparse.step()
+            warmup.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            seconds.append(time.process_time() - start)
+            yield {}
     if sparse is not None:
         sparse.detach()
     yield {
