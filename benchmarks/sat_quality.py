@@ -4,9 +4,9 @@ Continual pre-training of the bundled model, which saw novels only, on GSM8K's q
 (`cpt`), and supervised fine-tuning on its answers (`sft`); the loss on its test split. `dense` and `sat`
 train in turns, step by step in one process, both with `lean_loss`; times are processor seconds of its one
 thread. `dense, same time` is plain training for as many steps as `sat` leaves time for, with a learning rate
-schedule of its own. The others change one thing in `sat`. A row in the results is not repeated: interrupt at will, and
-run the same command again. With --tuning the loss is that on the end of the training split, on which the
-settings below were chosen.
+schedule of its own. The others change one thing in `sat`. A row in the results is not repeated: interrupt at
+will, and run the same command again. With --tuning the loss is that on the end of the training split, on
+which the settings below were chosen.
 
     taskset -c 0 python benchmarks/sat_quality.py --data ../data/gsm8k
 """
