@@ -52,7 +52,10 @@ def test_forward_scores_are_what_they_say(metric: str, kind: Kind) -> None:
     else:
         expected = (states * gradient).sum(-1).square().mean((0, 1))
     torch.testing.assert_close(
-        call(model, metric)[1][kind].flatten().double(), expected, rtol=1e-4, atol=1e-9 * float(expected.max())
+        call(model, metric)[1][kind].flatten().double(),
+        expected,
+        rtol=1e-4,
+        atol=1e-9 * float(expected.max()),
     )
 
 

@@ -87,6 +87,7 @@ class _Lean:
         self.attached = False
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.leave()
         labels, following = kwargs.get("labels"), kwargs.get("shift_labels")
         if isinstance(labels, Tensor) and (module.training or self.proving):
             if following is None:
