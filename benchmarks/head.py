@@ -1,4 +1,4 @@
-"""The head and the loss of a training step: the model's own code, TRL's fused head, and `lean_loss`.
+"""The head and the loss of a training step: the model's own code, TRL's fused head, and ours.
 
 Forward and backward of a Llama without blocks (embedding, norm, head, loss), random weights, float32, where
 all positions have labels and where half of them do, as in fine-tuning. Processor seconds of one thread, in
@@ -23,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from common import RESULTS, Record, arguments, environment, print_table, save
 from secateurs.training import head
-from secateurs.training.head import lean_loss
+from secateurs.training.head import logits_where_labels
 from timing import in_turns, medians, speedup
 
 SHAPES = {"SmolLM2-135M": (576, 49152), "width 768": (768, 8192)}
@@ -88,7 +88,7 @@ def compare(
         return time.process_time() - start, held("VmHWM") - before, loss.item()
 
     def within(loss_of: Callable[[Any, Any], Any]) -> tuple[float, int, float]:
-        with lean_loss(model) as does:
+        with logits_where_labels(model) as does:
             assert does
             return run(loss_of)
 

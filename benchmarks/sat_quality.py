@@ -2,11 +2,12 @@
 
 Continual pre-training of the bundled model, which saw novels only, on GSM8K's questions and answers as text
 (`cpt`), and supervised fine-tuning on its answers (`sft`); the loss on its test split. `dense` and `sat`
-train in turns, step by step in one process, both with `lean_loss`; times are processor seconds of its one
-thread. `dense, same time` is plain training for as many steps as `sat` leaves time for, with a learning rate
-schedule of its own. The others change one thing in `sat`. A row in the results is not repeated: interrupt at
-will, and run the same command again. With --tuning the loss is that on the end of the training split, on
-which the settings below were chosen.
+train in turns, step by step in one process; times are processor seconds of its one thread. Both make logits
+only where there are labels. `dense, same time` is plain training for as many steps as `sat` leaves time for,
+with a learning rate schedule of its own. With --contender auto all that is of `auto`, which spends as many
+multiplications by measured rates. The others change one thing in `sat`. A row in the results is not repeated:
+interrupt at will, and run the same command again. With --tuning the loss is that on the end of the training
+split, on which the settings below were chosen.
 
     taskset -c 0 python benchmarks/sat_quality.py --data ../data/gsm8k
 """
@@ -28,7 +29,7 @@ from common import RESULTS, Record, environment, load, print_table, save
 from secateurs.demo import MODEL
 from secateurs.text import load_tokenizer
 from secateurs.training.data import CHAT_TEMPLATE
-from secateurs.training.head import lean_loss
+from secateurs.training.head import logits_where_labels
 from secateurs.training.ladder import Ladder
 from secateurs.training.sparse import SparseTraining
 from timing import in_turns
@@ -49,6 +50,7 @@ def settings(cell: str, steps: int, seed: int) -> Record | None:
         "dense": None,
         "dense, same time": None,
         "sat": sat,
+        "auto": {**sat, "rate": "auto"},
         "activation": {**sat, "importance": "activation"},
         "uniform": {**sat, "importance": "uniform"},
         "sample": {**sat, "select": "sample"},
@@ -129,7 +131,7 @@ def steps_of(
         sparse = SparseTraining(**arguments)
         sparse.attach(model, optimizer, total_steps=steps)
     seconds, losses = [], []
-    with lean_loss(model):
+    with logits_where_labels(model):
         for batch in batches:
             start = time.process_time()
             loss = model(**batch).loss
@@ -230,6 +232,7 @@ def main(
     data: Path,
     tasks: tuple[Task, ...] = ("cpt", "sft"),
     seeds: tuple[int, ...] = (0, 1, 2),
+    contender: Literal["sat", "auto"] = "sat",
     ablation: tuple[str, ...] = ABLATION,
     ablation_seeds: tuple[int, ...] = (0,),
     ablation_tasks: tuple[Task, ...] = ("cpt",),
@@ -244,7 +247,7 @@ def main(
     experiments = {task: Experiment(task, data, about, results, tuning) for task in tasks}
     for seed in seeds:
         for experiment in experiments.values():
-            dense, sat = experiment.rows(["dense", "sat"], seed, steps)
+            dense, sat = experiment.rows(["dense", contender], seed, steps)
             experiment.rows(["dense, same time"], seed, round(steps * sat["seconds"] / dense["seconds"]))
     for seed in ablation_seeds:
         for cell in ablation:

@@ -1,4 +1,4 @@
-"""The lean loss of a training step: loss and gradients against the model's own, family by family."""
+"""Logits of labelled positions, a few at a time: loss and gradients are the model's own, family by family."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, Mixt
 from families import FAMILIES, build, tokens
 from secateurs.training import head
 from secateurs.training.data import ChatData, Lesson
-from secateurs.training.head import lean_loss
+from secateurs.training.head import logits_where_labels
 from secateurs.training.sparse import SparseTraining
 
 _SMALL: dict[str, Any] = {
@@ -61,7 +61,7 @@ def compare(model: nn.Module, *, width: int, rows: int = LABELS, **more: Any) ->
     inputs = {**batch(), **more}
     model.train()
     loss, gradients, _ = loss_and_gradients(model, inputs)
-    with lean_loss(model) as does:
+    with logits_where_labels(model) as does:
         assert does
         assert model.training
         found, others, output = loss_and_gradients(model, inputs)
@@ -98,7 +98,7 @@ def test_calls_of_other_kinds(name: str) -> None:
 def test_without_any_label_it_is_the_models_own_loss() -> None:
     model = build("llama").train()
     inputs = {**batch(), "labels": torch.full((3, 16), -100), "num_items_in_batch": torch.tensor(5)}
-    with lean_loss(model):
+    with logits_where_labels(model):
         loss, gradients, output = loss_and_gradients(model, inputs)
     assert loss == 0
     assert output.logits.shape == (3, 16, 128)
@@ -109,6 +109,19 @@ def test_other_dtypes_and_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(build("llama", torch.float64), width=128)
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
     compare(build("llama"), width=128)
+
+
+def test_under_autocast() -> None:
+    model = build("llama").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients, _ = loss_and_gradients(model, batch())
+        with logits_where_labels(model) as does:
+            assert does
+            found, others, output = loss_and_gradients(model, batch())
+    assert output.logits.shape == (1, LABELS, 128)
+    torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+    for one, other in zip(gradients, others, strict=True):
+        assert (one - other).norm() <= 2**-7 * one.norm()  # the rounding of bfloat16
 
 
 def test_with_lora_and_sparse_steps() -> None:
@@ -128,7 +141,7 @@ def test_a_model_with_another_loss_keeps_it() -> None:
 
     model.loss_function = loss
     own = model(**batch()).loss
-    with lean_loss(model) as does:
+    with logits_where_labels(model) as does:
         assert not does
         assert model(**batch()).loss == own
     assert model.loss_function is loss
@@ -138,7 +151,7 @@ def test_a_head_whose_product_is_changed_on_the_way_keeps_the_models_own_loss() 
     model = build("llama").train()
     model.lm_head.register_forward_hook(lambda _, __, logits: logits.mul_(2))
     own, gradients, _ = loss_and_gradients(model, batch())
-    with lean_loss(model) as does:
+    with logits_where_labels(model) as does:
         assert not does
         found, others, output = loss_and_gradients(model, batch())
     assert output.logits.shape == (3, 16, 128)
@@ -187,7 +200,7 @@ def test_a_run_on_conversations_has_the_losses_of_trls_own(name: str, tmp_path: 
         for row in rows
     ]
     model = build(name)
-    with lean_loss(model) as does:
+    with logits_where_labels(model) as does:
         assert does
         ours = losses(data.trainer(model=model, args=arguments(), processing_class=tokenizer()))
     assert len(ours) == 2

@@ -51,12 +51,8 @@ def test_forward_scores_are_what_they_say(metric: str, kind: Kind) -> None:
         expected = (states * gradient).sum(-1).abs().mean((0, 1))
     else:
         expected = (states * gradient).sum(-1).square().mean((0, 1))
-    torch.testing.assert_close(
-        call(model, metric)[1][kind].flatten().double(),
-        expected,
-        rtol=1e-4,
-        atol=1e-9 * float(expected.max()),
-    )
+    found = call(model, metric)[1][kind].flatten().double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9 * float(expected.max()))
 
 
 def test_magnitude_is_the_norm_of_all_of_a_units_weights() -> None:

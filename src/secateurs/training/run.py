@@ -44,7 +44,7 @@ from secateurs.training.arguments import (
 )
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
 from secateurs.training.folder import TrainingFolder, bytes_at_once, steps_in_all
-from secateurs.training.head import lean_loss
+from secateurs.training.head import logits_where_labels
 from secateurs.training.loop import (
     for_training,
     make_steps,
@@ -208,7 +208,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         if arguments.should_save:
             work.begin()
     # Compiled, the head would be compiled anew for every number of labels.
-    lean = nullcontext() if arguments.torch_compile else lean_loss(loaded)
+    lean = nullcontext() if arguments.torch_compile else logits_where_labels(loaded)
     with silent(), for_training(loaded), lean:
         run = data.trainer(
             model=adapted,
