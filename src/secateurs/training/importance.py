@@ -57,12 +57,10 @@ def probed(args: tuple[Any, ...], kwargs: dict[str, Any], metric: Importance) ->
     size, length = batch_of(args, kwargs).shape[:2]
     few = min(size, max(1, PROBE_TOKENS // length))
     inputs = [value for key, value in kwargs.items() if key in _INPUTS and isinstance(value, Tensor)]
+    even = all(value.shape[:2] == (size, length) for value in inputs)
     mask = kwargs.get("attention_mask")
-    if metric in WITH_LOSS or any(value.shape[:2] != (size, length) for value in inputs):
-        return few, length
-    if isinstance(mask, Tensor) and not (mask.dim() == 2 and bool(mask[:few, :PROBE_TOKENS].any())):
-        return few, length
-    return few, min(length, PROBE_TOKENS)
+    some = mask is None or (isinstance(mask, Tensor) and bool(mask[:few, :PROBE_TOKENS].any()))
+    return few, length if metric in WITH_LOSS or not (even and some) else min(length, PROBE_TOKENS)
 
 
 def measure(

@@ -29,7 +29,7 @@ def given_rates(cutting: Cutting, rates: dict[Kind, float], exempt: Collection[i
     Raises:
         ValueError: a block to exempt does not exist.
     """
-    whole = block_indices(exempt, len(cutting.blocks))
+    whole = _block_indices(exempt, len(cutting.blocks))
     return [
         {kind: 0.0 if number in whole else rates[kind] for kind in block.units}
         for number, block in enumerate(cutting.blocks)
@@ -49,7 +49,7 @@ def measured_rates(cutting: Cutting, costs: Scores, budget: float, exempt: Colle
     Raises:
         ValueError: a block to exempt does not exist, or costs are not finite.
     """
-    whole = block_indices(exempt, len(cutting.blocks))
+    whole = _block_indices(exempt, len(cutting.blocks))
     cells = [(number, kind) for number, block in enumerate(cutting.blocks) for kind in block.units]
     prices: list[Tensor] = []
     weights: list[Tensor] = []
@@ -91,8 +91,7 @@ def described(rates: Rates) -> dict[Kind, list[float | None]]:
     }
 
 
-def block_indices(exempt: Collection[int], blocks: int) -> set[int]:
-    """Which blocks these are; negative ones count from the end."""
+def _block_indices(exempt: Collection[int], blocks: int) -> set[int]:
     for index in exempt:
         if not -blocks <= index < blocks:
             raise ValueError(f"cannot exempt block {index}: the model has blocks 0 to {blocks - 1}")

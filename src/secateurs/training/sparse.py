@@ -28,8 +28,8 @@ PROBE_EVERY = 20
 that old still keeps, in the worst block, 97 % of the heads' and 94 % of the channels' importance that a new
 one would. Measuring a whole batch costs two or three per cent of the time (benchmarks/sat_step_time.py)."""
 
-AUTO = 0.5
-"""The share of the blocks' multiplications that measured rates omit at the schedule's peak by default."""
+RATE = 0.5
+"""The highest rate by default."""
 
 
 class SparseTraining:
@@ -90,7 +90,7 @@ class SparseTraining:
         if isinstance(rate, str) and not self.auto:
             raise ValueError(f"rate is a number or 'auto', not '{rate}'")
         if rate is None or isinstance(rate, str):
-            rate = AUTO if own is None else own
+            rate = RATE if own is None else own
         elif own not in (None, rate):
             raise ValueError(f"rate {rate} and a schedule with a peak of {own}: give one of them")
         self._given: dict[Kind, float] = {
