@@ -207,9 +207,9 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     with arguments.main_process_first(local=False):
         if arguments.should_save:
             work.begin()
-    # Running text has labels everywhere. Compiled, a head is compiled anew for every number of them.
-    lean = chat and not arguments.torch_compile
-    with silent(), for_training(loaded), logits_where_labels(adapted) if lean else nullcontext():
+    # Compiled, the head would be compiled anew for every number of labels.
+    lean = nullcontext() if arguments.torch_compile else logits_where_labels(loaded)
+    with silent(), for_training(loaded), lean:
         run = data.trainer(
             model=adapted,
             args=arguments,
