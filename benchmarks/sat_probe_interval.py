@@ -1,8 +1,10 @@
-"""How long a measurement of importance stays good: what the default of `probe_every` rests on.
+"""How long a measurement of importance stays good, and of how few tokens: what `probe_every` and
+`PROBE_TOKENS` rest on.
 
 Plain continual pre-training of the bundled model on GSM8K's text, measured densely after every step. What a
-set chosen some steps ago (of averaged scores, as training does) still keeps of the importance that the best
-set of now keeps, 1 if nothing is lost. The worst block counts; each row is a mean over many steps.
+set chosen some steps ago (of averaged scores, as training does, of some tokens of each batch) still keeps of
+the importance on the whole batch that the best set of now keeps, 1 if nothing is lost. The worst block
+counts; each row is a mean over many steps.
 
     taskset -c 0 python benchmarks/sat_probe_interval.py --data ../data/gsm8k
 """
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from common import RESULTS, environment, print_table, save
 from secateurs.demo import MODEL
 from secateurs.text import load_tokenizer
+from secateurs.training import importance as importances
 from secateurs.training.importance import Importance, Scores, measure
 from secateurs.training.omission import Omission
 from secateurs.training.sparse import SMOOTHING
@@ -53,6 +56,8 @@ def main(
     length: int = 128,
     learning_rate: float = 4e-3,
     importance: Importance = "weighted",
+    tokens: tuple[int, ...] = (1024, 512, 256, 128),
+    lags: tuple[int, ...] = LAGS,
 ) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -64,23 +69,30 @@ def main(
     batches = ids[0, : steps * batch_size * length].view(steps, batch_size, length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     omission = Omission(model, in_place=True)
-    history: list[Scores] = []
+    whole = batch_size * length
+    history: dict[int, list[Scores]] = {count: [] for count in (whole, *tokens)}
     for batch in batches:
-        history.append(measure(model, omission, importance, (), {"input_ids": batch}))
+        for count, scores in history.items():
+            importances.PROBE_TOKENS = count
+            scores.append(measure(model, omission, importance, (), {"input_ids": batch}))
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def worst(kind: Kind, lag: int, step: int) -> float:
-        held = averaged(history, step - lag, max(lag, 1))
-        return min(kept_importance(held[b][kind], history[step][b][kind]) for b in range(len(held)))
+    def worst(kind: Kind, count: int, lag: int, step: int) -> float:
+        held, now = averaged(history[count], step - lag, max(lag, 1)), history[whole][step]
+        return min(kept_importance(held[b][kind], now[b][kind]) for b in range(len(held)))
 
-    records = []
-    for lag in LAGS:
-        moments = range(max(LAGS), steps)
-        records.append(
-            {"lag": lag, **{kind: mean(worst(kind, lag, step) for step in moments) for kind in KINDS}}
-        )
+    moments = range(max(lags), steps)
+    records = [
+        {
+            "tokens": count,
+            "lag": lag,
+            **{kind: mean(worst(kind, count, lag, step) for step in moments) for kind in KINDS},
+        }
+        for count in tokens
+        for lag in lags
+    ]
     about = environment() | {
         "steps": steps,
         "tokens_per_batch": batch_size * length,
@@ -88,7 +100,8 @@ def main(
     }
     save(RESULTS / "sat_probe_interval.json", about, records)
     print_table(
-        ["measured so many steps ago", *KINDS], [[r["lag"], *(r[kind] for kind in KINDS)] for r in records]
+        ["tokens measured", "steps ago", *KINDS],
+        [[r["tokens"], r["lag"], *(r[kind] for kind in KINDS)] for r in records],
     )
 
 

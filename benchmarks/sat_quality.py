@@ -2,11 +2,12 @@
 
 Continual pre-training of the bundled model, which saw novels only, on GSM8K's questions and answers as text
 (`cpt`), and supervised fine-tuning on its answers (`sft`); the loss on its test split. `dense` and `sat`
-train in turns, step by step in one process, so that their times compare however busy the machine is.
-`dense, same time` is plain training for as many steps as `sat` leaves time for, with a learning rate schedule
-of its own. The others change one thing in `sat`. A row in the results is not repeated: interrupt at will, and
-run the same command again. With --tuning the loss is that on the end of the training split, on which the
-settings below were chosen.
+train in turns, step by step in one process; times are processor seconds of its one thread. Both make logits
+only where there are labels. `dense, same time` is plain training for as many steps as `sat` leaves time for,
+with a learning rate schedule of its own. With --contender auto all that is of `auto`, which spends as many
+multiplications by measured rates. The others change one thing in `sat`. A row in the results is not repeated:
+interrupt at will, and run the same command again. With --tuning the loss is that on the end of the training
+split, on which the settings below were chosen.
 
     taskset -c 0 python benchmarks/sat_quality.py --data ../data/gsm8k
 """
@@ -28,7 +29,9 @@ from common import RESULTS, Record, environment, load, print_table, save
 from secateurs.demo import MODEL
 from secateurs.text import load_tokenizer
 from secateurs.training.data import CHAT_TEMPLATE
+from secateurs.training.head import logits_where_labels
 from secateurs.training.ladder import Ladder
+from secateurs.training.rates import described
 from secateurs.training.sparse import SparseTraining
 from timing import in_turns
 
@@ -48,6 +51,7 @@ def settings(cell: str, steps: int, seed: int) -> Record | None:
         "dense": None,
         "dense, same time": None,
         "sat": sat,
+        "auto": {**sat, "rate": "auto"},
         "activation": {**sat, "importance": "activation"},
         "uniform": {**sat, "importance": "uniform"},
         "sample": {**sat, "select": "sample"},
@@ -128,19 +132,20 @@ def steps_of(
         sparse = SparseTraining(**arguments)
         sparse.attach(model, optimizer, total_steps=steps)
     seconds, losses = [], []
-    for batch in batches:
-        start = time.perf_counter()
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if sparse is not None:
-            sparse.step()
-        warmup.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - start)
-        yield {}
+    with logits_where_labels(model):
+        for batch in batches:
+            start = time.process_time()
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if sparse is not None:
+                sparse.step()
+            warmup.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            seconds.append(time.process_time() - start)
+            yield {}
     if sparse is not None:
         sparse.detach()
     yield {
@@ -152,6 +157,7 @@ def steps_of(
         "validation_loss": loss_on(model, held_out, batch_size),
         "train_loss": mean(losses[-steps // 10 :]),
         "seconds": sum(seconds),
+        "rates": described(sparse.peaks or []) if sparse else None,
         "flops_of_dense": sparse.flops_done / sparse.flops_dense if sparse else 1.0,
         "step_seconds": [round(value, 4) for value in seconds],
     }
@@ -165,7 +171,8 @@ def print_tables(rows: list[Record]) -> None:
         table = []
         for cell in dict.fromkeys(row["cell"] for row in own):
             found = [row for row in own if row["cell"] == cell]
-            margins = [row["validation_loss"] / dense[row["seed"]] - 1 for row in found]
+            pairs = [(row["validation_loss"], dense[row["seed"]]) for row in found if row["seed"] in dense]
+            margins = [loss / plain - 1 for loss, plain in pairs]
             table.append(
                 [
                     cell,
@@ -173,7 +180,7 @@ def print_tables(rows: list[Record]) -> None:
                     mean(row["steps"] for row in found),
                     mean(row["flops_of_dense"] for row in found),
                     mean(row["validation_loss"] for row in found),
-                    f"{mean(margins):+.2%} ({min(margins):+.2%} to {max(margins):+.2%})",
+                    f"{mean(margins):+.2%} ({min(margins):+.2%} to {max(margins):+.2%})" if margins else "",
                     mean(row["train_loss"] for row in found),
                 ]
             )
@@ -220,7 +227,9 @@ class Experiment:
             found = {cell: made[-1] for cell, made in in_turns(runs, steps + 1, warm_up=0).items()}
             save(self.results, self.about, rows + list(found.values()))
             for row in found.values():
-                print(*(value for key, value in row.items() if key != "step_seconds"), flush=True)
+                print(
+                    *(value for key, value in row.items() if key not in ("step_seconds", "rates")), flush=True
+                )
         return [found[cell] for cell in cells]
 
 
@@ -228,6 +237,7 @@ def main(
     data: Path,
     tasks: tuple[Task, ...] = ("cpt", "sft"),
     seeds: tuple[int, ...] = (0, 1, 2),
+    contender: Literal["sat", "auto"] = "sat",
     ablation: tuple[str, ...] = ABLATION,
     ablation_seeds: tuple[int, ...] = (0,),
     ablation_tasks: tuple[Task, ...] = ("cpt",),
@@ -242,7 +252,7 @@ def main(
     experiments = {task: Experiment(task, data, about, results, tuning) for task in tasks}
     for seed in seeds:
         for experiment in experiments.values():
-            dense, sat = experiment.rows(["dense", "sat"], seed, steps)
+            dense, sat = experiment.rows(["dense", contender], seed, steps)
             experiment.rows(["dense, same time"], seed, round(steps * sat["seconds"] / dense["seconds"]))
     for seed in ablation_seeds:
         for cell in ablation:

@@ -1,113 +1,101 @@
-"""What a sparse training step takes beside a plain one, whole and in parts, on a Llama of random weights.
+"""Where the time of a training step goes, plain and sparse: of a model folder, or a Llama of random weights.
 
 Two copies of one model train in turns, one plainly and one at a constant omission rate, so that a busy
-machine slows both alike; figures are medians, speed-ups medians of the paired ratios. On a GPU products are
-bfloat16 by autocast, and AdamW is the fused one. The parts:
+machine slows both alike; figures are medians, speed-ups medians of the paired ratios. With one thread on a
+CPU seconds are the processor's. On a GPU products are bfloat16 by autocast, and AdamW is the fused one. The
+phases of a step, which make up the whole:
 
-- forward, backward and optimiser are those of a step; the last is clipping and AdamW's step, of the sparse
-  model only on what runs.
-- blocks: forward and backward of all blocks. What their FLOPs allow is 1 / (1 - rate).
-- head: embedding, final norm, logits and loss, forward and backward; never omitted.
-- probe: measuring importance on a dense pass, every `probe_every` steps.
-- gather: changing what runs: putting the kept rows first and taking the state along; as often.
+- forward, backward: of all blocks. What their FLOPs allow is 1 / (1 - rate).
+- head: all between the end of the blocks' forward and the start of their backward pass: final norm, logits
+  and loss, forward and backward; never omitted.
+- optimiser: clipping, AdamW's step and zeroing; of the sparse model only of what runs.
+- rest: the embedding, forward and backward.
+
+And what comes once in `probe_every` steps:
+
+- probe: measuring importance on a dense pass.
+- gather: changing what runs: putting the kept rows first and taking the state along.
 
     taskset -c 0 python benchmarks/sat_step_time.py
+    taskset -c 0 python benchmarks/sat_step_time.py --model SmolLM2-135M-Instruct --rates 0.5 0.75
 """
 
 import gc
-from functools import partial
+import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from common import RESULTS, Record, arguments, environment, print_table, save
 from secateurs.training.importance import measure
 from secateurs.training.ladder import Constant
-from secateurs.training.sparse import SparseTraining
+from secateurs.training.omission import Omission
+from secateurs.training.sparse import PROBE_EVERY, SparseTraining
 from timing import in_turns, medians, speedup, timed
 
-PROBE_EVERY = 20
+PHASES = ("forward", "backward", "head", "optimiser", "rest")
 
 
 class Side:
-    """One of the two models, and its step in parts."""
+    """One of the two models, and its step by phases."""
 
-    def __init__(self, config: LlamaConfig, rate: float, tokens: Tensor) -> None:
-        torch.manual_seed(0)
+    def __init__(self, model: PreTrainedModel, rate: float, tokens: Tensor) -> None:
         self.device = tokens.device
-        with self.device:
-            self.model = LlamaForCausalLM(config).train()
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=fused)
+        self.model: Any = model.to(self.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=self.device.type == "cuda")
         self.tokens = tokens
         self.sparse = None
         if rate:
-            self.sparse = SparseTraining(
-                schedule=Constant(rate, 10**6), importance="weighted", probe_every=10**6
-            )
+            self.sparse = SparseTraining(schedule=Constant(rate, 10**6), probe_every=10**6)
             self.sparse.attach(self.model, self.optimizer, total_steps=10**6)
-        self.hidden = torch.randn(*tokens.shape, config.hidden_size, device=self.device)
-        self.loss: Tensor | None = None
+        self.seconds: Record = {}
+        self._last = 0.0
+        blocks = (self.sparse.omission if self.sparse else Omission(self.model, in_place=True)).blocks
+        blocks[0].module.register_forward_pre_hook(self._enter)
+        blocks[-1].module.register_forward_hook(self._leave)
+
+    def _note(self, phase: str) -> None:
+        """What has run since the last note belongs to a phase."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def _enter(self, _: Any, args: tuple[Any, ...]) -> None:
+        if args[0].requires_grad:
+            self._note("rest")
+            args[0].register_hook(lambda _: self._note("backward"))
+
+    def _leave(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
+        if output.requires_grad:
+            self._note("forward")
+            output.register_hook(lambda _: self._note("head"))
 
     def autocast(self) -> torch.autocast:
         """As training does on a GPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def step(self) -> None:
-        """A whole step, without probe and gather."""
-        self.forward()
-        self.backward()
-        self.optimise()
-
-    def forward(self) -> None:
+    def step(self) -> Record:
+        """Seconds of each phase of a step, without probe and gather."""
+        self._note("rest")
+        self.seconds = {}
         with self.autocast():
-            self.loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
-
-    def backward(self) -> None:
-        assert self.loss is not None
-        self.loss.backward()
-
-    def optimise(self) -> None:
+            loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
+        loss.backward()
+        self._note("rest")
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         if self.sparse is not None:
             self.sparse.step()
-
-    def clear(self) -> None:
-        self.loss = None
-        self.optimizer.zero_grad()
-
-    def until_backward(self) -> None:
-        self.clear()
-        self.forward()
-
-    def until_optimise(self) -> None:
-        self.until_backward()
-        self.backward()
-
-    def blocks(self) -> None:
-        """All blocks, forward and backward, on a given input and towards a given gradient."""
-        states = self.hidden.clone().requires_grad_()
-        positions = torch.arange(states.shape[1], device=self.device)[None]
-        with self.autocast():
-            rotary = self.model.model.rotary_emb(states, positions)
-            output: Tensor = states
-            for block in self.model.model.layers:
-                output = block(
-                    output, position_embeddings=rotary, attention_mask=None, position_ids=positions
-                )
-        output.backward(self.hidden)
-
-    def head(self) -> None:
-        """All but the blocks, forward and backward."""
-        with self.autocast():
-            states = self.model.model.norm(self.model.model.embed_tokens(self.tokens))
-            logits = self.model.lm_head(states)
-            loss = self.model.loss_function(logits, self.tokens, vocab_size=self.model.config.vocab_size)
-        loss.backward()
+        self._note("optimiser")
+        return {**self.seconds, "step": sum(self.seconds.values())}
 
     def probe(self) -> None:
         assert self.sparse is not None
@@ -115,45 +103,26 @@ class Side:
             measure(self.model, self.sparse.omission, "weighted", (), {"input_ids": self.tokens})
 
 
-PARTS = {
-    "step": (Side.step, Side.clear),
-    "forward": (Side.forward, Side.clear),
-    "backward": (Side.backward, Side.until_backward),
-    "optimiser": (Side.optimise, Side.until_optimise),
-    "blocks": (Side.blocks, Side.clear),
-    "head": (Side.head, Side.clear),
-}
-"""Each with what has to be done before it."""
-
-
 def memory_of_a_step(side: Side) -> int | None:
     """What a step takes on a GPU at its peak, beside weights and optimiser state."""
     if side.device.type != "cuda":
         return None
-    side.clear()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     side.step()
     return torch.cuda.max_memory_allocated() - before
 
 
-def compare(config: LlamaConfig, rate: float, tokens: Tensor, repetitions: int) -> Record:
-    """Both sides of every part, in turns."""
+def compare(make: Callable[[], PreTrainedModel], rate: float, tokens: Tensor, repetitions: int) -> Record:
+    """Both sides of every phase, in turns."""
     on_gpu = tokens.is_cuda
-    sides = {"plain": Side(config, 0.0, tokens), "sparse": Side(config, rate, tokens)}
+    sides = {"plain": Side(make(), 0.0, tokens), "sparse": Side(make(), rate, tokens)}
     for side in sides.values():  # make the optimiser's state, and choose what is omitted
         side.step()
-        side.clear()
     sparse = sides["sparse"]
     sat = sparse.sparse
     assert sat is not None
-    times = {}
-    for part, (run, before) in PARTS.items():
-        runs = {
-            name: timed(partial(run, side), on_gpu=on_gpu, before=partial(before, side))
-            for name, side in sides.items()
-        }
-        times[part] = in_turns(runs, repetitions)
+    steps = in_turns({name: side.step for name, side in sides.items()}, repetitions)
     memory = {name: memory_of_a_step(side) for name, side in sides.items()}
     probes, gathers = [], []
     for _ in range(repetitions):
@@ -170,18 +139,20 @@ def compare(config: LlamaConfig, rate: float, tokens: Tensor, repetitions: int) 
         )
         gathers.append(undo + choose())
         sat._ready = True
-        sparse.clear()
         sparse.step()
-    sparse.clear()
     record: Record = {"rate": rate, "kept_channels": int(sat.kept[0]["mlp"].sum())}  # type: ignore[union-attr]
-    for part, pairs in times.items():
-        record[part] = {
+    for phase in ("step", *PHASES):
+        pairs = {name: [seconds[phase] for seconds in found] for name, found in steps.items()}
+        record[phase] = {
             **{f"{name}_seconds": value for name, value in medians(pairs).items()},
             "speed_up": speedup(pairs, "sparse", "plain"),
         }
     if on_gpu:
         record["step"] |= {f"{name}_bytes": held for name, held in memory.items()}
-    record["blocks"]["allowed"] = 1 / (1 - rate)
+    both = {
+        name: [seconds["forward"] + seconds["backward"] for seconds in found] for name, found in steps.items()
+    }
+    record["blocks"] = {"allowed": 1 / (1 - rate), "speed_up": speedup(both, "sparse", "plain")}
     record["blocks"]["share_of_allowed"] = record["blocks"]["speed_up"] * (1 - rate)
     record["probe_seconds"], record["gather_seconds"] = median(probes), median(gathers)
     extra = (record["probe_seconds"] + record["gather_seconds"]) / PROBE_EVERY
@@ -194,6 +165,7 @@ def compare(config: LlamaConfig, rate: float, tokens: Tensor, repetitions: int) 
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--model", type=Path, help="a folder, instead of random weights")
     parser.add_argument("--rates", type=float, nargs="*", default=[0.25, 0.5, 0.75])
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--blocks", type=int, default=4)
@@ -209,7 +181,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "sat_step_time.json")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
-    config = LlamaConfig(
+
+    def make() -> PreTrainedModel:
+        torch.manual_seed(0)
+        if settings.model is None:
+            return LlamaForCausalLM(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+        return model
+
+    config: Any = LlamaConfig(
         vocab_size=settings.vocabulary,
         hidden_size=settings.width,
         intermediate_size=settings.channels,
@@ -218,17 +198,23 @@ def main() -> None:
         num_key_value_heads=settings.kv_heads,
         max_position_embeddings=settings.length,
     )
+    if settings.model is not None:
+        config = AutoConfig.from_pretrained(settings.model)
     torch.manual_seed(1)
-    tokens = torch.randint(settings.vocabulary, (settings.batch_size, settings.length)).to(settings.device)
+    tokens = torch.randint(config.vocab_size, (settings.batch_size, settings.length)).to(settings.device)
     about = {
         **environment(),
         "device": settings.device,
         "threads": settings.threads,
         "model": {
-            key: getattr(config, key)
-            for key in ("hidden_size", "intermediate_size", "vocab_size", "num_key_value_heads")
-        }
-        | {"blocks": settings.blocks, "heads": settings.heads},
+            "folder": settings.model and settings.model.name,
+            **{
+                key: getattr(config, key)
+                for key in ("hidden_size", "intermediate_size", "vocab_size", "num_key_value_heads")
+            },
+            "blocks": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+        },
         "batch_size": settings.batch_size,
         "length": settings.length,
         "probe_every": PROBE_EVERY,
@@ -236,13 +222,13 @@ def main() -> None:
     }
     rows = []
     for rate in settings.rates:
-        rows.append(compare(config, rate, tokens, settings.repetitions))
+        rows.append(compare(make, rate, tokens, settings.repetitions))
         save(settings.results, about, rows)
         gc.collect()
     print_table(
         [
             "rate",
-            *(f"{part}: plain, sparse (ms), speed-up" for part in PARTS),
+            *(f"{phase}: plain, sparse (ms), speed-up" for phase in ("step", *PHASES)),
             "blocks: of allowed",
             "probe (ms)",
             "gather (ms)",
@@ -252,9 +238,9 @@ def main() -> None:
             [
                 row["rate"],
                 *(
-                    f"{1e3 * row[part]['plain_seconds']:.0f}, {1e3 * row[part]['sparse_seconds']:.0f}, "
-                    f"{row[part]['speed_up']:.2f}"
-                    for part in PARTS
+                    f"{1e3 * row[phase]['plain_seconds']:.0f}, {1e3 * row[phase]['sparse_seconds']:.0f}, "
+                    f"{row[phase]['speed_up']:.2f}"
+                    for phase in ("step", *PHASES)
                 ),
                 row["blocks"]["share_of_allowed"],
                 1e3 * row["probe_seconds"],

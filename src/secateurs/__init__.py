@@ -42,6 +42,7 @@ from secateurs.runtime import compress, decompress  # also teaches transformers 
 from secateurs.text import calibration_blocks, evaluation_tokens
 from secateurs.training.adaptive import AdaptivePruning
 from secateurs.training.callback import SparsityAcceleratedTraining
+from secateurs.training.head import logits_where_labels
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.profile import profile
 from secateurs.training.report import TrainingReport
@@ -93,6 +94,7 @@ __all__ = [
     "evaluate_tasks",
     "evaluation_tokens",
     "inspect",
+    "logits_where_labels",
     "parse_pattern",
     "perplexity",
     "plot",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from families import build, tokens
+from secateurs.training import importance
 from secateurs.training.importance import METRICS, measure
 from secateurs.training.omission import Omission
 from secateurs.training.units import KINDS, Kind
@@ -38,7 +39,7 @@ def reader_inputs(model: PreTrainedModel, kind: Kind, loss: Any) -> tuple[Tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("metric", ["activation", "weighted", "taylor"])
+@pytest.mark.parametrize("metric", ["activation", "weighted", "taylor", "fisher"])
 def test_forward_scores_are_what_they_say(metric: str, kind: Kind) -> None:
     model = build("llama", torch.float64)
     states, gradient, weight = reader_inputs(model, kind, loss_of)
@@ -46,11 +47,12 @@ def test_forward_scores_are_what_they_say(metric: str, kind: Kind) -> None:
         expected = states.square().sum(-1).mean((0, 1)).sqrt()
     elif metric == "weighted":
         expected = (states * weight.norm(dim=0)).square().sum(-1).mean((0, 1)).sqrt()
-    else:
+    elif metric == "taylor":
         expected = (states * gradient).sum(-1).abs().mean((0, 1))
-    torch.testing.assert_close(
-        call(model, metric)[1][kind].flatten().double(), expected, rtol=1e-4, atol=1e-9
-    )
+    else:
+        expected = (states * gradient).sum(-1).square().mean((0, 1))
+    found = call(model, metric)[1][kind].flatten().double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9 * float(expected.max()))
 
 
 def test_magnitude_is_the_norm_of_all_of_a_units_weights() -> None:
@@ -94,3 +96,15 @@ def test_padding_does_not_count(metric: Any) -> None:
     for one, other in zip(expected, found, strict=True):
         for kind in KINDS:
             torch.testing.assert_close(one[kind], other[kind], rtol=1e-4, atol=1e-6)
+
+
+def test_of_a_long_sequence_the_first_tokens_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "PROBE_TOKENS", 10)
+    model = build("llama")
+    ids = tokens(2, 24)
+    found = call(model, "weighted", input_ids=ids, attention_mask=torch.ones_like(ids))
+    monkeypatch.setattr(importance, "PROBE_TOKENS", 100)
+    expected = call(model, "weighted", input_ids=ids[:1, :10])
+    for one, other in zip(expected, found, strict=True):
+        for kind in KINDS:
+            torch.testing.assert_close(one[kind], other[kind])

@@ -118,6 +118,22 @@ def test_train_on_text(place: Place) -> None:
     assert bytes_of(place.folder / "model") == before
 
 
+def test_rates_that_are_measured_are_told(place: Place) -> None:
+    (place.folder / "run.yaml").write_text("omission: auto\n")
+    text, config = str(place.folder / "text.txt"), str(place.folder / "run.yaml")
+    status, shown, _ = place.train("--text", text, "--config", config)
+    assert status == 0
+    assert "highest omission of heads by block: " in shown
+    assert "highest omission of channels by block: " in shown
+    record = json.loads((place.folder / "out" / "secateurs.json").read_text())
+    assert record["settings"]["omission"] == "auto"
+    layers = len(record["rates"]["mlp"])
+    assert {len(rates) for rates in record["rates"].values()} == {layers}
+    assert max(record["rates"]["mlp"]) > 0
+    card = (place.folder / "out" / "README.md").read_text()
+    assert "up to half of the blocks' work, by measured rates (ladder)" in card
+
+
 def test_trained_it_can_be_evaluated(place: Place) -> None:
     assert place.train("--chat", str(place.folder / "chat.jsonl"), "--omission", "0.25")[0] == 0
     status, shown, _ = place.run(

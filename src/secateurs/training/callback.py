@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import safetensors.torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,9 +24,11 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
         Trainer(model, args, train_dataset=data, callbacks=[SparsityAcceleratedTraining(rate=0.5)]).train()
 
     Args:
-        rate: highest share of heads and channels that a step omits, in [0, 1); 0.5 if left out.
+        rate: highest share of heads and channels that a step omits, in [0, 1); 0.5 if left out. "auto" omits
+            that share (or the schedule's peak) of the blocks' multiplications, spread over blocks, heads and
+            channels by what the first batch shows (see `secateurs.training.rates`).
         schedule: "ladder" (LORS), "constant", "linear", "cubic", or a schedule, which brings its own rate.
-        importance: "activation", "weighted", "taylor", "magnitude" or "uniform" (see
+        importance: "activation", "weighted", "taylor", "fisher", "magnitude" or "uniform" (see
             `secateurs.training.importance.measure`).
         select: "topk", or "sample" without replacement in proportion to importance.
         attention_rate: the highest rate of the heads, if not `rate`.
@@ -42,7 +44,7 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        rate: float | None = None,
+        rate: float | Literal["auto"] | None = None,
         *,
         schedule: str | Schedule = "ladder",
         importance: Importance = "weighted",

@@ -289,10 +289,20 @@ class ChatData:
                 }
             )
 
+        class OwnLoss(SFTTrainer):
+            """On a CPU TRL's fused head makes the logits of all positions, twice (benchmarks/head.py): there
+            a training step takes the model's own loss."""
+
+            def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+                usual = getattr(self.args, "loss_type", "nll") != "dft"
+                if usual and model.training and self.args.device.type == "cpu":
+                    return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
         held_out = None if self.validation is None else rows(self.lessons["validation"])
         disable_progress_bars()
         try:
-            trainer = SFTTrainer(train_dataset=rows(self.lessons["train"]), eval_dataset=held_out, **parts)
+            trainer = OwnLoss(train_dataset=rows(self.lessons["train"]), eval_dataset=held_out, **parts)
         finally:
             enable_progress_bars()
         kept, all_of_them = len(trainer.train_dataset), len(self.lessons["train"])  # type: ignore[arg-type]

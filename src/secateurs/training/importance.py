@@ -18,14 +18,16 @@ from transformers.pytorch_utils import Conv1D
 from secateurs.training.omission import Omission, decoder_of
 from secateurs.training.units import Kind
 
-Importance = Literal["activation", "weighted", "taylor", "magnitude", "uniform"]
+Importance = Literal["activation", "weighted", "taylor", "fisher", "magnitude", "uniform"]
 METRICS: tuple[Importance, ...] = get_args(Importance)
+WITH_LOSS: tuple[Importance, ...] = ("taylor", "fisher")
+"""Those that take a backward pass."""
 
 Scores = list[dict[Kind, Tensor]]
 """For each block, and kind that it has units of, their importance (groups, size), not negative, on the
 CPU."""
 
-PROBE_TOKENS = 2048
+PROBE_TOKENS = 512
 """About as many tokens are read by a probe."""
 
 
@@ -34,11 +36,6 @@ _INPUTS = {
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # of packed sequences
 }
 """What of a call's keyword arguments a pass without a loss needs."""
-
-
-def few_sequences(length: int) -> int:
-    """How many sequences of a batch a probe runs at most."""
-    return max(1, PROBE_TOKENS // length)
 
 
 def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -51,6 +48,21 @@ def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     )
 
 
+def probed(args: tuple[Any, ...], kwargs: dict[str, Any], metric: Importance) -> tuple[int, int]:
+    """How many sequences of a call's batch a probe runs, and how many tokens of each: the first.
+
+    All tokens where it takes the loss, for which a sequence may have no label but at its end; and where masks
+    or positions are not (sequences, length), or those tokens would be padding.
+    """
+    size, length = batch_of(args, kwargs).shape[:2]
+    few = min(size, max(1, PROBE_TOKENS // length))
+    inputs = [value for key, value in kwargs.items() if key in _INPUTS and isinstance(value, Tensor)]
+    even = all(value.shape[:2] == (size, length) for value in inputs)
+    mask = kwargs.get("attention_mask")
+    some = mask is None or (isinstance(mask, Tensor) and bool(mask[:few, :PROBE_TOKENS].any()))
+    return few, length if metric in WITH_LOSS or not (even and some) else min(length, PROBE_TOKENS)
+
+
 def measure(
     model: nn.Module, omission: Omission, metric: Importance, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Scores:
@@ -61,6 +73,8 @@ def measure(
       2306.11695, summed over a unit): about what the unit adds to the residual stream.
     - "taylor": mean |activation * gradient|: to first order what the loss would change by without the unit
       (arXiv 1905.10650, equation 1). Costs a backward pass.
+    - "fisher": mean (activation * gradient)^2: to second order, by the diagonal of the empirical Fisher
+      matrix. Costs a backward pass.
     - "magnitude": norm of all the unit's weights. No forward pass.
     - "uniform": 1 for each.
 
@@ -75,11 +89,11 @@ def measure(
         return [{k: torch.ones(u.groups, u.size) for k, u in b.units.items()} for b in omission.blocks]
     if metric == "magnitude":
         return _shape(omission, [_magnitudes(omission, block, kind) for block, kind in _cells(omission)])
-    args, kwargs, token_mask = _few_sequences(model, args, kwargs, with_loss=metric == "taylor")
+    args, kwargs, token_mask = _few_tokens(model, args, kwargs, metric)
     sums = _Sums(omission, metric, token_mask)
-    with _evaluating(model), sums.recording(), torch.set_grad_enabled(metric == "taylor"):
+    with _evaluating(model), sums.recording(), torch.set_grad_enabled(metric in WITH_LOSS):
         output = model(*args, **kwargs)
-        if metric == "taylor":
+        if metric in WITH_LOSS:
             sums.add_gradients(output.loss)
     return _shape(omission, sums.means())
 
@@ -145,7 +159,7 @@ class _Sums:
     def _recorder(self, block: int, kind: Kind) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def record(_: nn.Module, args: tuple[Any, ...]) -> Any:
             states = args[0]
-            if self.metric == "taylor":
+            if self.metric in WITH_LOSS:
                 if not states.requires_grad:  # everything up to here is frozen
                     states = states.detach().requires_grad_()
                 self.inputs[block, kind] = states
@@ -175,7 +189,8 @@ class _Sums:
         gradients = torch.autograd.grad(loss, list(self.inputs.values()))
         for (cell, states), gradient in zip(self.inputs.items(), gradients, strict=True):
             change = self._select(states.detach() * gradient).float()
-            self.sums[cell] = self._by_unit(change, *cell).abs().sum(0)
+            by_unit = self._by_unit(change, *cell)
+            self.sums[cell] = (by_unit.abs() if self.metric == "taylor" else by_unit.square()).sum(0)
 
     def means(self) -> Sequence[Tensor]:
         """Over the tokens of all processes."""
@@ -184,21 +199,23 @@ class _Sums:
         if dist.is_initialized():
             dist.all_reduce(flat)
         means = flat[:-1] / flat[-1]
-        return (means if self.metric == "taylor" else means.sqrt()).split([len(cell) for cell in cells])
+        return (means if self.metric in WITH_LOSS else means.sqrt()).split([len(cell) for cell in cells])
 
 
-def _few_sequences(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_loss: bool
+def _few_tokens(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], metric: Importance
 ) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
     """Arguments of a call with the first sequences of a batch; which of their tokens are no padding."""
     ids = batch_of(args, kwargs)
     size, length = ids.shape[:2]
-    few = few_sequences(length)
+    few, most = probed(args, kwargs, metric)
 
     def cut(value: Any) -> Any:
-        return value[:few] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
+            return value
+        return value[:few, :most] if value.shape[:2] == (size, length) else value[:few]
 
-    if with_loss:
+    if metric in WITH_LOSS:
         # The training's own call, but with the mean of these sequences for a loss.
         batch = {key: cut(value) for key, value in kwargs.items() if key != "num_items_in_batch"}
         batch.setdefault("labels", cut(ids))

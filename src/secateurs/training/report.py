@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from secateurs.checkpoint import RECORD, read_json
+from secateurs.training.units import NAMES, Kind
 
 
 class TrainerReport(ABC):
@@ -53,6 +54,8 @@ class TrainingReport(TrainerReport):
     validation_loss: float | None
     validation: dict[str, str] | None = None
     """Where the data for it came from, and its SHA-256."""
+    rates: dict[Kind, list[float | None]] | None = None
+    """By kind of unit the highest omission rate of each block, where these were measured."""
     whole: str | None = None
     """What cannot be cut and ran whole all the time."""
     pruning: dict[str, Any] | None = None
@@ -68,10 +71,15 @@ class TrainingReport(TrainerReport):
     def facts(self) -> list[tuple[str, str]]:
         """What a model card says of the run."""
         settings = self.settings
+        omission = (
+            "up to half of the blocks' work, by measured rates"
+            if settings["omission"] == "auto"
+            else f"up to {settings['omission']:.0%} of heads and channels"
+        )
         facts = [
             ("Trained on", Path(settings["text"] or settings["chat"]).name),
             ("Steps", f"{self.steps}, {self.tokens} tokens"),
-            ("Omission", f"up to {settings['omission']:.0%} of heads and channels ({settings['schedule']})"),
+            ("Omission", f"{omission} ({settings['schedule']})"),
             ("Training loss", f"{self.train_loss:.4f}"),
         ]
         if self.pruning:
@@ -87,7 +95,7 @@ class TrainingReport(TrainerReport):
         """The report of a trained model's folder; ValueError if it has none."""
         content = read_json(folder / RECORD)
         names = {field.name for field in dataclasses.fields(cls)} - {"output"}
-        if not names - {"validation", "whole", "pruning", "history"} <= content.keys():
+        if not names - {"validation", "rates", "whole", "pruning", "history"} <= content.keys():
             raise ValueError(f"'{folder / RECORD}' is not the record of a training run")
         return cls(output=folder, **{name: content[name] for name in names & content.keys()})
 
@@ -100,6 +108,9 @@ class TrainingReport(TrainerReport):
         if self.flops is not None and self.dense_flops:
             share = self.flops / self.dense_flops
             lines.append(f"FLOPs: {self.flops:.3g}, {share:.1%} of what dense steps take")
+        for kind, rates in (self.rates or {}).items():
+            shown = ", ".join("-" if rate is None else f"{rate:.0%}" for rate in rates)
+            lines.append(f"highest omission of {NAMES[kind]} by block: {shown}")
         if self.whole:
             lines.append(self.whole)
         if self.pruning:

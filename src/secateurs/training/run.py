@@ -44,6 +44,7 @@ from secateurs.training.arguments import (
 )
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
 from secateurs.training.folder import TrainingFolder, bytes_at_once, steps_in_all
+from secateurs.training.head import logits_where_labels
 from secateurs.training.loop import (
     for_training,
     history,
@@ -57,9 +58,10 @@ from secateurs.training.loop import (
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.model import read_config, sequence_length
 from secateurs.training.proof import proven_cuts
+from secateurs.training.rates import described
 from secateurs.training.report import TrainingReport
 from secateurs.training.settings import TrainSettings
-from secateurs.training.sparse import units_kept
+from secateurs.training.units import units_kept
 from secateurs.training.watch import Watch
 from secateurs.training.weights import StoredWeights
 from secateurs.version import __version__
@@ -124,9 +126,10 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         pruning.check_shapes(config)
         if trainer.get("load_best_model_at_end"):
             raise ValueError(BEST)
-    for cuts in proven.blocks if proven else ():
-        for unit, cut in cuts.items():
-            units_kept(unit, cut.units, settings.omission)
+    if settings.omission != "auto":
+        for cuts in proven.blocks if proven else ():
+            for unit, cut in cuts.items():
+                units_kept(unit, cut.units, settings.omission)
     length = sequence_length(settings.length, config)
     tokenizer = load_tokenizer(checkpoint.folder)
     has_template = tokenizer.chat_template is not None
@@ -205,7 +208,9 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     with arguments.main_process_first(local=False):
         if arguments.should_save:
             work.begin()
-    with silent(), for_training(loaded):
+    # Compiled, the head would be compiled anew for every number of labels.
+    lean = nullcontext() if arguments.torch_compile else logits_where_labels(loaded)
+    with silent(), for_training(loaded), lean:
         run = data.trainer(
             model=adapted,
             args=arguments,
@@ -237,6 +242,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             "peak_memory_bytes": peak_memory_bytes(arguments.device),
             "flops": sparse.training.flops_done if settings.omission else None,
             "dense_flops": sparse.training.flops_dense if settings.omission else None,
+            "rates": described(sparse.training.peaks or []) if settings.omission == "auto" else None,
             "whole": proven.whole if proven else None,
             "pruning": pruning and {**pruning.record, "sparsity": shares_of(loaded)},
             "train_loss": recent_loss(run.state),

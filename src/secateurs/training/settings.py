@@ -39,8 +39,9 @@ class TrainSettings(OfText):
     """The same kind of data, for the loss on text that was not trained on. Once the output is there, the same
     command with other data measures it on those."""
 
-    omission: float = 0.5
-    """Highest share of heads and channels that a step skips, in [0, 1). 0 is plain training."""
+    omission: float | Literal["auto"] = 0.5
+    """Highest share of heads and channels that a step skips, in [0, 1). 0 is plain training; auto skips half
+    of the blocks' work, most of it where the first batch shows that it matters least."""
 
     importance: Importance = "weighted"
     """What decides which."""

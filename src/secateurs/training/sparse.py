@@ -1,9 +1,8 @@
 """A training run on subsets of the model that change between optimiser steps."""
 
-import math
 import warnings
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,12 @@ from torch.optim import Optimizer
 
 from secateurs.training.cutting import local
 from secateurs.training.frozen import FrozenOptimizer
-from secateurs.training.importance import METRICS, Importance, Scores, batch_of, few_sequences, measure
+from secateurs.training.importance import METRICS, WITH_LOSS, Importance, Scores, batch_of, measure, probed
 from secateurs.training.ladder import SCHEDULES, Schedule, check_rate, named_schedule
 from secateurs.training.omission import Omission, unwrapped
+from secateurs.training.rates import Rates, given_rates, measured_rates
 from secateurs.training.selection import SELECTIONS, Select, select, share_out
-from secateurs.training.units import KINDS, NAMES, Kind, Units
+from secateurs.training.units import KINDS, Kind, Units, multiple_of, units_kept
 from secateurs.training.work import Work
 
 SMOOTHING = 0.7
@@ -28,8 +28,8 @@ PROBE_EVERY = 20
 that old still keeps, in the worst block, 97 % of the heads' and 94 % of the channels' importance that a new
 one would. Measuring a whole batch costs two or three per cent of the time (benchmarks/sat_step_time.py)."""
 
-MULTIPLE = 8
-"""Channels are kept in multiples of this, where the MLP's width is one: matrix units want aligned rows."""
+RATE = 0.5
+"""The highest rate by default."""
 
 
 class SparseTraining:
@@ -50,7 +50,9 @@ class SparseTraining:
         sat.detach()  # the plain model again
 
     Args:
-        rate: highest share of heads and channels that a step omits, in [0, 1); 0.5 if left out.
+        rate: highest share of heads and channels that a step omits, in [0, 1); 0.5 if left out. "auto" omits
+            that share (or the schedule's peak) of the blocks' multiplications, spread over blocks, heads and
+            channels by what the first batch shows (see `secateurs.training.rates`).
         schedule: "ladder" (LORS), "constant", "linear", "cubic", or a schedule, which brings its own rate.
         importance: which units matter (see `secateurs.training.importance.measure`).
         select: "topk", or "sample" without replacement in proportion to importance.
@@ -67,7 +69,7 @@ class SparseTraining:
 
     def __init__(
         self,
-        rate: float | None = None,
+        rate: float | Literal["auto"] | None = None,
         *,
         schedule: str | Schedule = "ladder",
         importance: Importance = "weighted",
@@ -79,15 +81,19 @@ class SparseTraining:
         across_layers: bool = False,
         seed: int = 0,
     ) -> None:
-        if isinstance(schedule, str):
-            if schedule not in SCHEDULES:
-                raise ValueError(f"unknown schedule '{schedule}': choose from {', '.join(SCHEDULES)}")
-            rate = 0.5 if rate is None else rate
-        elif rate is not None and rate != schedule.peak:
-            raise ValueError(f"rate {rate} and a schedule with a peak of {schedule.peak}: give one of them")
-        else:
-            rate = schedule.peak
-        self.peaks: dict[Kind, float] = {
+        if isinstance(schedule, str) and schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule '{schedule}': choose from {', '.join(SCHEDULES)}")
+        self.auto = rate == "auto"
+        if self.auto and (attention_rate, mlp_rate) != (None, None):
+            raise ValueError("rate 'auto' finds the rates of heads and channels: leave out their own")
+        own = None if isinstance(schedule, str) else schedule.peak
+        if isinstance(rate, str) and not self.auto:
+            raise ValueError(f"rate is a number or 'auto', not '{rate}'")
+        if rate is None or isinstance(rate, str):
+            rate = RATE if own is None else own
+        elif own not in (None, rate):
+            raise ValueError(f"rate {rate} and a schedule with a peak of {own}: give one of them")
+        self._given: dict[Kind, float] = {
             "attention": rate if attention_rate is None else attention_rate,
             "mlp": rate if mlp_rate is None else mlp_rate,
         }
@@ -100,7 +106,6 @@ class SparseTraining:
             raise ValueError(f"unknown selection '{select}': choose from {', '.join(SELECTIONS)}")
         if probe_every < 1:
             raise ValueError(f"probe_every is a number of optimiser steps, at least 1, not {probe_every}")
-        self.peak = rate
         self.importance, self.how, self.exempt = importance, select, tuple(exempt)
         self.probe_every, self.across_layers, self.seed = probe_every, across_layers, seed
         self._schedule = schedule
@@ -129,7 +134,7 @@ class SparseTraining:
         if self.attached:  # training that was cut short begins again
             self.detach()
         if isinstance(self._schedule, str):
-            self.schedule = named_schedule(self._schedule, max(self.peaks.values()), total_steps)
+            self.schedule = named_schedule(self._schedule, max(self._given.values()), total_steps)
         else:
             self.schedule = self._schedule
         if self.schedule.steps > total_steps:
@@ -141,8 +146,12 @@ class SparseTraining:
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         # DDP and FSDP own the parameters, and count on their shapes.
         self.omission = Omission(self.model, in_place=not (sharded or dist.is_initialized()))
-        self._exempt = _block_indices(self.exempt, len(self.omission.blocks))
-        self._keep(self.peaks)
+        self.peaks: Rates | None = None
+        """The highest rate of each block and kind; None while it is still to be measured."""
+        given = given_rates(self.omission, self._given, self.exempt)
+        if not self.auto:
+            self.peaks = given
+            self._keep(given)
         whole = self.omission.proven.whole
         if whole and not (dist.is_initialized() and dist.get_rank()):
             warnings.warn(f"sparse training: {whole}", stacklevel=2)
@@ -202,16 +211,17 @@ class SparseTraining:
         return self.schedule.rate(self.step_number)
 
     @property
-    def rates(self) -> dict[Kind, float]:
-        """The same, of each kind."""
+    def rates(self) -> Rates:
+        """The same, of each block and kind."""
         share = self.rate / self.schedule.peak if self.schedule.peak else 0.0
-        return {kind: share * peak for kind, peak in self.peaks.items()}
+        peaks = self.peaks or [dict.fromkeys(block.units, 0.0) for block in self.omission.blocks]
+        return [{kind: share * peak for kind, peak in of.items()} for of in peaks]
 
-    def _keep(self, rates: dict[Kind, float]) -> list[dict[Kind, int]]:
+    def _keep(self, rates: Rates) -> list[dict[Kind, int]]:
         """Units that each group of each block keeps at these rates."""
         return [
-            {kind: units_kept(kind, units, rates[kind]) for kind, units in block.units.items()}
-            for block in self.omission.blocks
+            {kind: units_kept(kind, units, of[kind]) for kind, units in block.units.items()}
+            for block, of in zip(self.omission.blocks, rates, strict=True)
         ]
 
     @torch.compiler.disable
@@ -250,6 +260,9 @@ class SparseTraining:
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose what the coming optimiser step runs, if a new choice is due."""
+        if self.peaks is None and self.rate:
+            costs = self._measure("fisher", args, kwargs)
+            self.peaks = measured_rates(self.omission, costs, self.schedule.peak, self.exempt)
         keep = self._keep(self.rates)
         rung = keep != self._keeping
         some = any(
@@ -270,17 +283,21 @@ class SparseTraining:
         self._keeping, self._chosen_at = keep, self.step_number
         self._use()
 
-    def _probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _measure(self, metric: Importance, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scores:
+        """By the whole model, on a few sequences of a batch."""
         self._probing = True
         try:
-            measured = measure(self.model, self.omission, self.importance, args, kwargs)
+            measured = measure(self.model, self.omission, metric, args, kwargs)
         finally:
             self._probing = False
-        if self.importance not in ("uniform", "magnitude"):
-            sequences, length = batch_of(args, kwargs).shape[:2]
+        if metric not in ("uniform", "magnitude"):
+            sequences, length = probed(args, kwargs, metric)
             forward, backward = self._dense.passes(length)
-            cost = forward + backward * (self.importance == "taylor")
-            self.flops_done += min(sequences, few_sequences(length)) * cost
+            self.flops_done += sequences * (forward + backward * (metric in WITH_LOSS))
+        return measured
+
+    def _probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        measured = self._measure(self.importance, args, kwargs)
         if self.scores is None:
             self.scores = measured
             return
@@ -303,11 +320,7 @@ class SparseTraining:
         assert self.scores is not None
         alike: dict[tuple[Units, int], list[int]] = {}
         for number, block in enumerate(self.omission.blocks):
-            if (
-                kind in block.units
-                and number not in self._exempt
-                and keep[number][kind] < block.units[kind].size
-            ):
+            if kind in block.units and keep[number][kind] < block.units[kind].size:
                 alike.setdefault((block.units[kind], keep[number][kind]), []).append(number)
         sizes: dict[int, int] = {}
         for (units, size), members in alike.items():
@@ -342,6 +355,9 @@ class SparseTraining:
             "steps": torch.tensor(numbers),
             "flops": torch.tensor([self.flops_done, self.flops_dense], dtype=torch.float64),
         }
+        if self.auto and self.peaks is not None:
+            peaks = [[of.get(kind, 0.0) for kind in KINDS] for of in self.peaks]
+            state["peaks"] = torch.tensor(peaks, dtype=torch.float64)  # (blocks, kinds)
         if self._keeping is not None:
             keeping = [[kept.get(kind, 0) for kind in KINDS] for kept in self._keeping]
             state["keeping"] = torch.tensor(keeping)  # (blocks, kinds)
@@ -372,6 +388,11 @@ class SparseTraining:
         self.whole()
         self.step_number, self._chosen_at, self._frozen.steps = state["steps"].tolist()
         self.flops_done, self.flops_dense = state["flops"].tolist()
+        if self.auto and "peaks" in state:
+            self.peaks = [
+                {kind: float(row[KINDS.index(kind)]) for kind in block.units}
+                for block, row in zip(self.omission.blocks, state["peaks"], strict=True)
+            ]
         if "keeping" in state:
             self._keeping = [
                 {kind: int(row[KINDS.index(kind)]) for kind in block.units}
@@ -389,27 +410,3 @@ class SparseTraining:
             {kind: state[f"{number}.{kind}.{what}"].clone() for kind in block.units}
             for number, block in enumerate(self.omission.blocks)
         ]
-
-
-def units_kept(kind: Kind, units: Units, rate: float) -> int:
-    """How many units each group keeps at a rate; ValueError if that is none."""
-    multiple = multiple_of(kind, units)
-    keep = units.size - round(rate * units.size / multiple) * multiple
-    if keep == 0:
-        each = f" of each of its {units.groups} key-value heads" if units.groups > 1 else ""
-        raise ValueError(
-            f"rate {rate} leaves a layer none of the {units.size} {NAMES[kind]}{each}: choose a lower one"
-        )
-    return keep
-
-
-def multiple_of(kind: Kind, units: Units) -> int:
-    """Units are kept in multiples of this."""
-    return math.gcd(MULTIPLE, units.size) if kind == "mlp" else 1
-
-
-def _block_indices(exempt: Collection[int], blocks: int) -> set[int]:
-    for index in exempt:
-        if not -blocks <= index < blocks:
-            raise ValueError(f"cannot exempt block {index}: the model has blocks 0 to {blocks - 1}")
-    return {index % blocks for index in exempt}

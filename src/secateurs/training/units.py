@@ -3,6 +3,7 @@
 All of it comes out of the derived anatomy, and none of it is trusted: `proof` runs a block of each kind.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,6 +21,10 @@ NAMES: dict[Kind, str] = {"attention": "heads", "mlp": "channels"}
 """What the units of each kind are called."""
 
 
+MULTIPLE = 8
+"""Channels are kept in multiples of this, where the MLP's width is one: matrix units want aligned rows."""
+
+
 @dataclass(frozen=True)
 class Units:
     """What can be omitted of a block: `groups` groups of `size` units, of which each keeps as many."""
@@ -30,6 +35,23 @@ class Units:
     @property
     def count(self) -> int:
         return self.groups * self.size
+
+
+def units_kept(kind: Kind, units: Units, rate: float) -> int:
+    """How many units each group keeps at a rate; ValueError if that is none."""
+    multiple = multiple_of(kind, units)
+    keep = units.size - round(rate * units.size / multiple) * multiple
+    if keep == 0:
+        each = f" of each of its {units.groups} key-value heads" if units.groups > 1 else ""
+        raise ValueError(
+            f"rate {rate} leaves a layer none of the {units.size} {NAMES[kind]}{each}: choose a lower one"
+        )
+    return keep
+
+
+def multiple_of(kind: Kind, units: Units) -> int:
+    """Units are kept in multiples of this."""
+    return math.gcd(MULTIPLE, units.size) if kind == "mlp" else 1
 
 
 @dataclass(frozen=True)
