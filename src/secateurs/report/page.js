@@ -54,7 +54,7 @@ function show(element) {
   tip.style.top = (box.top - own.height - 8 > 0 ? box.top - own.height - 8 : box.bottom + 8) + "px";
 }
 document.addEventListener("pointerover", (event) => show(event.target.closest("[data-tip]")));
-addEventListener("scroll", () => show(null), { passive: true });
+addEventListener("scroll", () => show(document.querySelector(".at")), { passive: true, capture: true });
 // A chart or a map that has the focus is walked through with the arrow keys.
 for (const walked of document.querySelectorAll("svg[tabindex], .heat .scroll")) {
   let at = -1;
