@@ -31,6 +31,7 @@ from secateurs.text import load_tokenizer
 from secateurs.training.data import CHAT_TEMPLATE
 from secateurs.training.head import logits_where_labels
 from secateurs.training.ladder import Ladder
+from secateurs.training.rates import described
 from secateurs.training.sparse import SparseTraining
 from timing import in_turns
 
@@ -156,6 +157,7 @@ def steps_of(
         "validation_loss": loss_on(model, held_out, batch_size),
         "train_loss": mean(losses[-steps // 10 :]),
         "seconds": sum(seconds),
+        "rates": described(sparse.peaks or []) if sparse else None,
         "flops_of_dense": sparse.flops_done / sparse.flops_dense if sparse else 1.0,
         "step_seconds": [round(value, 4) for value in seconds],
     }
@@ -169,7 +171,8 @@ def print_tables(rows: list[Record]) -> None:
         table = []
         for cell in dict.fromkeys(row["cell"] for row in own):
             found = [row for row in own if row["cell"] == cell]
-            margins = [row["validation_loss"] / dense[row["seed"]] - 1 for row in found]
+            pairs = [(row["validation_loss"], dense[row["seed"]]) for row in found if row["seed"] in dense]
+            margins = [loss / plain - 1 for loss, plain in pairs]
             table.append(
                 [
                     cell,
@@ -177,7 +180,7 @@ def print_tables(rows: list[Record]) -> None:
                     mean(row["steps"] for row in found),
                     mean(row["flops_of_dense"] for row in found),
                     mean(row["validation_loss"] for row in found),
-                    f"{mean(margins):+.2%} ({min(margins):+.2%} to {max(margins):+.2%})",
+                    f"{mean(margins):+.2%} ({min(margins):+.2%} to {max(margins):+.2%})" if margins else "",
                     mean(row["train_loss"] for row in found),
                 ]
             )
@@ -224,7 +227,9 @@ class Experiment:
             found = {cell: made[-1] for cell, made in in_turns(runs, steps + 1, warm_up=0).items()}
             save(self.results, self.about, rows + list(found.values()))
             for row in found.values():
-                print(*(value for key, value in row.items() if key != "step_seconds"), flush=True)
+                print(
+                    *(value for key, value in row.items() if key not in ("step_seconds", "rates")), flush=True
+                )
         return [found[cell] for cell in cells]
 
 
