@@ -36,7 +36,7 @@ from secateurs.training.importance import measure
 from secateurs.training.ladder import Constant
 from secateurs.training.omission import Omission
 from secateurs.training.sparse import PROBE_EVERY, SparseTraining
-from timing import in_turns, medians, speedup, timed
+from timing import in_turns, medians, speedup
 
 PHASES = ("forward", "backward", "head", "optimiser", "rest")
 
@@ -59,11 +59,16 @@ class Side:
         blocks[0].module.register_forward_pre_hook(self._enter)
         blocks[-1].module.register_forward_hook(self._leave)
 
-    def _note(self, phase: str) -> None:
-        """What has run since the last note belongs to a phase."""
+    def now(self) -> float:
+        """Seconds, when all is done that was begun."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+        one_thread = self.device.type == "cpu" and torch.get_num_threads() == 1
+        return time.process_time() if one_thread else time.perf_counter()
+
+    def _note(self, phase: str) -> None:
+        """What has run since the last note belongs to a phase."""
+        now = self.now()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
@@ -127,17 +132,20 @@ def compare(make: Callable[[], PreTrainedModel], rate: float, tokens: Tensor, re
     probes, gathers = [], []
     for _ in range(repetitions):
         # A change of the set by hand: whole, measured, another half chosen, small again.
-        undo = timed(sat.whole, on_gpu=on_gpu)()
-        probes.append(timed(sparse.probe, on_gpu=on_gpu)())
+        start = sparse.now()
+        sat.whole()
+        whole = sparse.now()
+        sparse.probe()
+        measured = sparse.now()
         with torch.no_grad():
             for scores in sat.scores or []:
                 for kind in scores:
                     scores[kind] = torch.rand_like(scores[kind])
-        choose = timed(
-            lambda: (sat._choose(sat._keep(sat.rates), False), sat._use(), sat.omission.engage()),
-            on_gpu=on_gpu,
-        )
-        gathers.append(undo + choose())
+        sat._choose(sat._keep(sat.rates), False)
+        sat._use()
+        sat.omission.engage()
+        probes.append(measured - whole)
+        gathers.append(sparse.now() - measured + whole - start)
         sat._ready = True
         sparse.step()
     record: Record = {"rate": rate, "kept_channels": int(sat.kept[0]["mlp"].sum())}  # type: ignore[union-attr]

@@ -25,8 +25,8 @@ SMOOTHING = 0.7
 
 PROBE_EVERY = 20
 """Optimiser steps between measurements by default. In fast training (benchmarks/sat_probe_interval.py) a set
-that old still keeps, in the worst block, 97 % of the heads' and 94 % of the channels' importance that a new
-one would. Measuring a whole batch costs two or three per cent of the time (benchmarks/sat_step_time.py)."""
+that old still keeps, in the worst block, 93 % of the heads' and of the channels' importance that a new one
+would, and 97 % or more where it is one step old."""
 
 RATE = 0.5
 """The highest rate by default."""
