@@ -80,7 +80,7 @@ def trials(layer: Layer, sparsity: float, values: Values) -> dict[str, float]:
             found[f"{name}not rounded"] = start
         found[f"{name}nearest"] = nearest(start, statistics, kept, values)
         for passes in (0, 1, 2, 4, 8):
-            solved = Rounding(values, passes).solve(start, statistics, Mask(kept))
+            solved = Rounding(values, passes, shrinkage=0.0).solve(start, statistics, Mask(kept))
             found[f"{name}sweep, {passes} passes"] = solved.weight
     return {name: statistics.error(weight, rounded) for name, rounded in found.items()}
 

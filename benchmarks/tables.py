@@ -104,6 +104,7 @@ def main(
                 parse_values(grid),
                 passes=0 if way == NEAREST else 2,
                 damping=SHARED if way == BOTH else 0.01,
+                shrinkage=0.0,
             )
             by_row = way in (NEAREST, ROWS)
             counted = Statistics.from_inputs(torch.eye(was.shape[1])) if by_row else statistics

@@ -127,7 +127,8 @@ def round_tables(
         statistics = given
         if statistics is None:
             statistics = Statistics.from_inputs(torch.eye(weight.shape[1], device=model.device))
-        solver = Rounding(values, damping=SHARED) if table.read and table.multiplied else Rounding(values)
+        shared = table.read and table.multiplied
+        solver = Rounding(values, damping=SHARED if shared else Rounding.damping, shrinkage=0.0)
         parts, lost, energy = [], 0.0, 0.0
         for part in weight.split(ROWS):
             dense = part.to(model.device)

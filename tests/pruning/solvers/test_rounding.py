@@ -33,12 +33,18 @@ def levels(values: Values) -> np.ndarray:
 
 
 def naive(
-    inputs: np.ndarray, weight: np.ndarray, kept: np.ndarray, scales: np.ndarray, values: Values
+    inputs: np.ndarray,
+    weight: np.ndarray,
+    kept: np.ndarray,
+    scales: np.ndarray,
+    values: Values,
+    shrinkage: float,
 ) -> np.ndarray:
     """GPTQ under a mask: eliminates inputs one by one from H^-1 (arXiv 2210.17323, equation 2)."""
     weight = weight.copy()
     outputs, width = weight.shape
     moment = inputs.T @ inputs / len(inputs)
+    moment = (1 - shrinkage) * moment + shrinkage * np.diag(np.diag(moment))
     moment += 0.01 * np.diag(moment).mean() * np.eye(width)
     inverse = np.linalg.inv(moment)
     for j in range(width):
@@ -53,6 +59,7 @@ def naive(
 
 def objective(moment: Tensor, dense: Tensor, rounded: Tensor) -> float:
     """What coordinate descent lowers."""
+    moment = (1 - Rounding.shrinkage) * moment + Rounding.shrinkage * moment.diagonal().diag()
     moment = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     return float((((dense - rounded) @ moment) * (dense - rounded)).sum())
 
@@ -60,14 +67,16 @@ def objective(moment: Tensor, dense: Tensor, rounded: Tensor) -> float:
 @pytest.mark.parametrize("values", GRIDS, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("width", [96, 75])
-def test_the_sweep_is_gptq(values: Values, share: float, width: int) -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+def test_the_sweep_is_gptq(values: Values, share: float, width: int, shrinkage: float) -> None:
     inputs = correlated_inputs(300, width)
     weight, kept = masked(7, width, share)
-    solution = Rounding(values, passes=0).solve(weight, Statistics.from_inputs(inputs), Mask(kept))
+    solver = Rounding(values, passes=0, shrinkage=shrinkage)
+    solution = solver.solve(weight, Statistics.from_inputs(inputs), Mask(kept))
     assert solution.scales is not None
     assert solution.scales.shape == (7, values.groups(width))
     scales = solution.scales.double().numpy()
-    expected = naive(inputs.numpy(), weight.numpy(), kept.numpy(), scales, values)
+    expected = naive(inputs.numpy(), weight.numpy(), kept.numpy(), scales, values, shrinkage)
     np.testing.assert_allclose(solution.weight.numpy(), expected, atol=1e-9)
 
 
@@ -148,7 +157,7 @@ def test_better_than_the_nearest_levels(values: Values, share: float) -> None:
     statistics = Statistics.from_inputs(correlated_inputs(400, 128).float())
     weight, kept = (tensor.float() for tensor in masked(24, 128, share))
     kept = kept.bool()
-    solution = Rounding(values).solve(weight, statistics, Mask(kept))
+    solution = Rounding(values, shrinkage=0.0).solve(weight, statistics, Mask(kept))
     assert solution.scales is not None
     largest = weight.abs().unflatten(1, (-1, 32)).amax(2) / max(abs(values.lowest), values.highest)
     for scales in (largest.bfloat16(), solution.scales):

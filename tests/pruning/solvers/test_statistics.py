@@ -20,6 +20,20 @@ def test_moment_of_a_stream():
     np.testing.assert_allclose(statistics.norms, np.sqrt((x**2).mean(axis=0)), rtol=1e-12)
 
 
+def test_shrunk_towards_the_diagonal_of_all_inputs_so_far():
+    inputs = correlated_inputs(300, 12)
+    statistics = Statistics.from_inputs(inputs[:100])
+    for seen in (100, 300):
+        exact = inputs[:seen].numpy().T @ inputs[:seen].numpy() / seen
+        for share in (0.0, 0.3, 1.0):
+            expected = (1 - share) * exact + share * np.diag(np.diag(exact))
+            shrunk = statistics.shrunk(share)
+            np.testing.assert_allclose(shrunk.moment, expected, rtol=1e-12)
+            np.testing.assert_allclose(shrunk.norms, statistics.norms, rtol=0)
+            assert shrunk.tokens == seen
+        statistics.update(inputs[100:])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_half_precision_inputs_are_accumulated_in_single_precision(dtype):
     inputs = torch.randn(CHUNK + 100, 6, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -6,6 +6,10 @@ group's scale is chosen when the sweep reaches it, for the weights as they are b
 whose error counts least, each weight's by 1 / U_jj^2, what it costs once the columns after it have done
 what they can.
 
+What a weight loses may be made up for by any other only as far as their inputs go together, and not just on
+the calibration text. Taken at its word, the second moment of SmolLM2's inputs makes weights move twice as far
+as they must, and other text pays for it: so it is shrunk towards its diagonal (docs/values.md).
+
 The sweep has every column count on all that follow, also those that the mask then takes away. So passes
 follow in which every weight goes to the level that is best given all others, and every scale to what is best
 given the levels. They never raise the error.
@@ -34,17 +38,21 @@ class Rounding:
         values: the grid.
         passes: of coordinate descent. Each costs a product of (out, in) by (in, in), as much as the sweep.
         damping: as in `SparseGPT`.
+        shrinkage: of the second moment towards its diagonal, a share (`Statistics.shrunk`). At 1 each weight
+            is rounded by itself, at the scales that suit those that count most.
     """
 
     values: Values
     passes: int = 2
     damping: float = 0.01
+    shrinkage: float = 0.3
 
     @torch.no_grad()
     def solve(self, weight: Tensor, statistics: Statistics, pattern: Pattern) -> Solution:
         """See `Solver.solve`. Every weight is a level times the scale of its group, or +0 where the pattern
         has it."""
         dtype = working_dtype(weight)
+        statistics = statistics.shrunk(self.shrinkage)
         factor = statistics.factor(self.damping).to(dtype)
         # (in, out), so that a column of the layer is contiguous.
         target = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -48,6 +48,7 @@ class Statistics:
         self._moment = torch.zeros(width, width, dtype=dtype, device=device)
         self._mirrored = True
         self._centred: Statistics | None = None
+        self._shrunk: dict[float, Statistics] = {}
         self._factors: dict[float, Tensor] = {}
         self._inverses: dict[float, Tensor] = {}
 
@@ -98,6 +99,7 @@ class Statistics:
         self._factors.clear()
         self._inverses.clear()
         self._centred = None
+        self._shrunk.clear()
         self._mirrored = False
 
     @property
@@ -128,6 +130,28 @@ class Statistics:
             centred._moment[:, still] = 0
             self._centred = centred
         return self._centred
+
+    def shrunk(self, share: float) -> "Statistics":
+        """The statistics with H shrunk towards its diagonal: (1 - share) H + share diag(H).
+
+        What inputs have in common on one text they have less of on others: an estimate of many covariances
+        serves better the nearer it is to what is known best (Ledoit and Wolf, 2004; towards the diagonal,
+        Schäfer and Strimmer, 2005).
+
+        Memory: one more (in, in) matrix, which stays until the next `update`; none for a share of 0.
+
+        Args:
+            share: from 0 to 1.
+        """
+        if not share:
+            return self
+        if share not in self._shrunk:
+            shrunk = Statistics(len(self.mean), dtype=self._moment.dtype, device=self._moment.device)
+            shrunk.tokens, shrunk.mean = self.tokens, self.mean
+            torch.mul(self.moment, 1 - share, out=shrunk._moment)
+            shrunk._moment.diagonal().copy_(self._moment.diagonal())
+            self._shrunk[share] = shrunk
+        return self._shrunk[share]
 
     @property
     def norms(self) -> Tensor:
