@@ -25,7 +25,7 @@ def training(sources: Sequence[Source]) -> Section:
         if len([entry for entry in history if "loss" in entry]) > 1:
             figures.append(_losses(history))
         for key, title, unit in (
-            ("omission_rate", "What is left out of a step", "share of heads and channels"),
+            ("omission_rate", "What is left out of a step", "share of what can be left out"),
             ("sparsity", "Zeros on the way", "share of zeros"),
         ):
             if any(key in entry for entry in history):

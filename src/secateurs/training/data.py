@@ -291,10 +291,11 @@ class ChatData:
 
         class OwnLoss(SFTTrainer):
             """On a CPU TRL's fused head makes the logits of all positions, twice (benchmarks/head.py): there
-            a training step takes the model's own loss."""
+            a training step takes the model's own loss. Not so with a router's, which TRL adds by itself."""
 
             def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
                 usual = getattr(self.args, "loss_type", "nll") != "dft"
+                usual = usual and not self.aux_loss_enabled
                 if usual and model.training and self.args.device.type == "cpu":
                     return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
                 return super().compute_loss(model, inputs, *args, **kwargs)

@@ -64,7 +64,10 @@ class _Lean:
     def __init__(self, decoder: Any, head: Any) -> None:
         self.decoder, self.head = decoder, head
         self.make: Callable[[Tensor], Tensor] = head.forward
-        self.chunked = self.proving = False
+        self.own_loss = vars(decoder).get("_loss_function")
+        self.chunked = False
+        """Whether the loss may make the logits."""
+        self.proving = False
         self.picked: Tensor | None = None
         """(sequences, length), which positions have labels, in a call whose head has not run yet."""
         self.following: Tensor | None = None
@@ -82,7 +85,11 @@ class _Lean:
 
     def remove(self) -> None:
         if self.attached:
-            del self.head.forward, self.decoder._loss_function
+            del self.head.forward
+            if self.own_loss is None:
+                del self.decoder._loss_function
+            else:
+                self.decoder._loss_function = self.own_loss
             for hook in self.hooks:
                 hook.remove()
         self.attached = False
@@ -106,8 +113,8 @@ class _Lean:
             self.following = None
             return self.make(states)
         states, self.picked = states[self.picked.to(states.device)][None], None
-        usual = states.dtype == self.head.weight.dtype == torch.float32
-        # Under autocast one product, in bfloat16, is faster.
+        # Elsewhere, and under autocast, one product is faster.
+        usual = states.device.type == "cpu" and states.dtype == self.head.weight.dtype == torch.float32
         if not (self.chunked and usual) or torch.is_autocast_enabled("cpu"):
             return self.make(states)
         self.states, self.instead = states, states.new_empty(*states.shape[:-1], 0)
@@ -195,6 +202,5 @@ class _Lean:
 
 
 def _can_chunk(head: nn.Module) -> bool:
-    """Where it was measured to pay: on a CPU, by a torch that has it."""
-    known = hasattr(functional, "linear_cross_entropy")
-    return known and type(head) is nn.Linear and head.weight.device.type == "cpu"
+    """By a torch that has it."""
+    return hasattr(functional, "linear_cross_entropy") and type(head) is nn.Linear

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from secateurs.training.head import IGNORED
 from secateurs.training.omission import Omission, decoder_of
 from secateurs.training.units import Kind
 
@@ -53,14 +54,16 @@ def probed(args: tuple[Any, ...], kwargs: dict[str, Any], metric: Importance) ->
     """How many sequences of a call's batch a probe runs, and how many tokens of each: the first.
 
     All tokens where it takes the loss, for which a sequence may have no label but at its end; and where masks
-    or positions are not (sequences, length), or those tokens would be padding.
+    or positions are not (sequences, length), or most of those tokens would be padding.
     """
     size, length = batch_of(args, kwargs).shape[:2]
     few = min(size, max(1, PROBE_TOKENS // length))
     inputs = [value for key, value in kwargs.items() if key in _INPUTS and isinstance(value, Tensor)]
     even = all(value.shape[:2] == (size, length) for value in inputs)
     mask = kwargs.get("attention_mask")
-    some = mask is None or (isinstance(mask, Tensor) and bool(mask[:few, :PROBE_TOKENS].any()))
+    some = mask is None
+    if isinstance(mask, Tensor):
+        some = bool(mask[:few, :PROBE_TOKENS].float().mean() > 0.5)
     return few, length if metric in WITH_LOSS or not (even and some) else min(length, PROBE_TOKENS)
 
 
@@ -206,15 +209,20 @@ class _Sums:
 def _few_tokens(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], metric: Importance
 ) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-    """Arguments of a call with the first sequences of a batch; which of their tokens are no padding."""
+    """Arguments of a call with few sequences of a batch; which of their tokens are no padding."""
     ids = batch_of(args, kwargs)
     size, length = ids.shape[:2]
     few, most = probed(args, kwargs, metric)
+    rows = torch.arange(few)
+    if metric in WITH_LOSS and isinstance(kwargs.get("labels"), Tensor):
+        labelled = (kwargs["labels"] != IGNORED).any(dim=-1).byte().cpu()
+        rows = labelled.argsort(descending=True, stable=True)[:few]  # one without a label has no gradient
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
             return value
-        return value[:few, :most] if value.shape[:2] == (size, length) else value[:few]
+        first = value[rows.to(value.device)]
+        return first[:, :most] if value.shape[:2] == (size, length) else first
 
     if metric in WITH_LOSS:
         # The training's own call, but with the mean of these sequences for a loss.

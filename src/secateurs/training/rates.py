@@ -44,10 +44,10 @@ def measured_rates(cutting: Cutting, costs: Scores, budget: float, exempt: Colle
         costs: what each unit's omission is expected to cost.
         budget: that share, in [0, 1). At most MOST of any block's units of a kind are omitted, so that a
             high budget may be spent in part only.
-        exempt: blocks that run whole.
+        exempt: blocks that run whole. What they would have omitted the others do.
 
     Raises:
-        ValueError: a block to exempt does not exist, or costs are not finite.
+        ValueError: a block to exempt does not exist, or costs are not finite, or all 0.
     """
     whole = _block_indices(exempt, len(cutting.blocks))
     cells = [(number, kind) for number, block in enumerate(cutting.blocks) for kind in block.units]
@@ -65,8 +65,8 @@ def measured_rates(cutting: Cutting, costs: Scores, budget: float, exempt: Colle
         weights.append(torch.full((steps,), size, dtype=torch.float64))
         owners.append(torch.full((steps,), cell))
     price, weight, owner = torch.cat(prices), torch.cat(weights), torch.cat(owners)
-    if not price.isfinite().all():
-        raise ValueError("rates cannot be measured: the loss of the first batch has no finite gradient")
+    if not price.isfinite().all() or (len(price) and not price.any()):
+        raise ValueError("rates cannot be measured: the first batch's loss has no gradient, or no finite one")
     order = price.argsort(stable=True)
     total = sum(
         block.units[kind].count * _weights_of_a_unit(block, kind)

@@ -72,7 +72,7 @@ class TrainingReport(TrainerReport):
         """What a model card says of the run."""
         settings = self.settings
         omission = (
-            "up to half of the blocks' work, by measured rates"
+            "up to half of what can be left out, by measured rates"
             if settings["omission"] == "auto"
             else f"up to {settings['omission']:.0%} of heads and channels"
         )

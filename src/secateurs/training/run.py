@@ -208,8 +208,9 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     with arguments.main_process_first(local=False):
         if arguments.should_save:
             work.begin()
-    # Compiled, the head would be compiled anew for every number of labels.
-    lean = nullcontext() if arguments.torch_compile else logits_where_labels(loaded)
+    # Compiled, the head would be compiled anew for every number of labels; and DataParallel copies modules.
+    as_it_is = arguments.torch_compile or arguments.n_gpu > 1
+    lean = nullcontext() if as_it_is else logits_where_labels(loaded)
     with silent(), for_training(loaded), lean:
         run = data.trainer(
             model=adapted,

@@ -41,7 +41,7 @@ class TrainSettings(OfText):
 
     omission: float | Literal["auto"] = 0.5
     """Highest share of heads and channels that a step skips, in [0, 1). 0 is plain training; auto skips half
-    of the blocks' work, most of it where the first batch shows that it matters least."""
+    of all that can be skipped, most of it where the first batch shows that it matters least."""
 
     importance: Importance = "weighted"
     """What decides which."""

@@ -86,6 +86,8 @@ class SparseTraining:
         self.auto = rate == "auto"
         if self.auto and (attention_rate, mlp_rate) != (None, None):
             raise ValueError("rate 'auto' finds the rates of heads and channels: leave out their own")
+        if self.auto and across_layers:
+            raise ValueError("rate 'auto' shares out over layers by itself: leave out across_layers")
         own = None if isinstance(schedule, str) else schedule.peak
         if isinstance(rate, str) and not self.auto:
             raise ValueError(f"rate is a number or 'auto', not '{rate}'")
