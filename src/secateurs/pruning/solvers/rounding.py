@@ -7,8 +7,8 @@ whose error counts least, each weight's by 1 / U_jj^2, what it costs once the co
 what they can.
 
 What a weight loses may be made up for by any other only as far as their inputs go together, and not just on
-the calibration text. Taken at its word, the second moment of SmolLM2's inputs makes weights move twice as far
-as they must, and other text pays for it: so it is shrunk towards its diagonal (docs/values.md).
+the calibration text. So the second moment is shrunk towards its diagonal. Taken at its word it costs SmolLM2
+nearly twice as much, on any text, and gains the bundled model nothing (docs/values.md).
 
 The sweep has every column count on all that follow, also those that the mask then takes away. So passes
 follow in which every weight goes to the level that is best given all others, and every scale to what is best
