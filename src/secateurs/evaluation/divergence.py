@@ -21,8 +21,9 @@ def divergence(
 ) -> float:
     """KL(dense || pruned) of what two models predict on a text, in nats per token.
 
-    The tokens are cut into windows as `secateurs.perplexity` cuts them; a window's last position, which predicts what is not in it, does not count. Unlike perplexity it does not reward a
-    model for being less sure where the dense one was too sure (see docs/pruning.md).
+    The tokens are cut into windows as `secateurs.perplexity` cuts them; a window's last position, which
+    predicts what is not in it, does not count. Unlike perplexity it does not reward a model for being less
+    sure where the dense one was too sure (see docs/pruning.md).
 
     Args:
         dense: the reference; runs where it is. The training mode of both is restored afterwards.

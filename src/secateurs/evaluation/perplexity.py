@@ -8,13 +8,18 @@ counts alike: the exponential of the mean over windows of the mean loss of a win
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateurs import ranks
 from secateurs.text import check_tokens
 
 # Positions whose logits are in float32 at once: a quarter of a GB with a vocabulary of 256k.
 CHUNK = 256
+
+
+def default_length(decoder: PreTrainedConfig) -> int:
+    """Tokens in a window where none are asked for: 2048, or as many as there are positions if fewer."""
+    return min(getattr(decoder, "max_position_embeddings", None) or 2048, 2048)
 
 
 def cut_windows(
@@ -28,7 +33,7 @@ def cut_windows(
     config = model.config.get_text_config(decoder=True)
     positions: int | None = getattr(config, "max_position_embeddings", None)
     if length is None:
-        length = min(positions or 2048, 2048)
+        length = default_length(config)
     if length < 2 or (positions and length > positions):
         raise ValueError(f"windows of {length} tokens: from 2 to {positions or 'any number'} suit this model")
     if bos is not None and tokens[:1].tolist() == [bos]:
