@@ -54,7 +54,7 @@ def divergences(
     """KL(dense || pruned) of saved models' predictions, nats, over the first windows of each text.
 
     Args:
-        bos: a token that every window begins with, before as many of the text.
+        bos: a token that every window begins with, as `secateurs.divergence` takes it.
     """
     models = [causal_model(folder) for folder in (dense, pruned)]
     return {

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -61,5 +62,9 @@ def test_figures_go_into_a_folder_that_reports_are_made_of(folder: Path, tmp_pat
     assert row.name == str(folder)
     assert row.figures == {str(text): {"perplexity": found[0].value}}
     assert row.bytes == Checkpoint(folder).tensor_bytes
+    told = json.loads((tmp_path / "deep" / "figures" / "secateurs.json").read_text())["settings"]
+    assert (told["text"], told["length"], told["bos"], told["limit"]) == ([str(text)], 8, "no", None)
+    with pytest.raises(ValueError, match="lies in the model's own folder"):
+        next(evaluate(folder, text=["not read"], output=folder / "figures"))
     with pytest.raises(ValueError, match="exists: give another output folder"):
         list(evaluate(folder, text=[text], output=tmp_path / "deep" / "figures"))

@@ -1,6 +1,8 @@
 """The page about output folders: what is in it, what is not, and that nothing in it is taken for HTML."""
 
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +11,11 @@ import pytest
 import torch
 
 from secateurs import report
-from secateurs.report.charts import Axis, Point, Series, xy
+from secateurs.evaluation.measured import Measured, write_measured
+from secateurs.recovery.report import KEY as RECOVERY
+from secateurs.report.charts import Axis, Point, Series, percent, xy
+from secateurs.report.layers import heat_map
+from secateurs.report.sources import read_sources, with_names
 from secateurs.report.texts import differences
 from secateurs.report.weights import agreement, zeros_by_size
 
@@ -93,6 +99,55 @@ def test_folders_without_a_record_are_one_line(
     assert not (tmp_path / "page.html").exists()
     with pytest.raises(ValueError, match="nothing to report on"):
         report([], output=tmp_path / "page.html")
+
+
+def test_a_file_that_is_no_page_is_not_replaced(outputs: dict[str, Path], tmp_path: Path) -> None:
+    page = report([outputs["measured"]], output=tmp_path / "page.html")
+    assert report([outputs["measured"]], output=page) == page
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    with pytest.raises(ValueError, match="is no page of a report"):
+        report([outputs["measured"]], output=config)
+    assert config.read_text() == "{}"
+
+
+@pytest.mark.parametrize(("prompt", "said"), [("", "a prompt is empty"), ("abc", "no folder holds a model")])
+def test_prompts_that_nothing_can_go_on_with_are_one_line(
+    outputs: dict[str, Path], tmp_path: Path, prompt: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        report([outputs["measured"]], output=tmp_path / "page.html", prompt=(prompt,))
+
+
+def test_figures_measured_otherwise_are_not_in_one_chart(outputs: dict[str, Path], tmp_path: Path) -> None:
+    for name, length in (("a", 512), ("b", 1024), ("c", 1024)):
+        (tmp_path / name).mkdir()
+        row = Measured(str(outputs["wanda"]), 1000 * length, {"novel.txt": {"perplexity": 20.0}})
+        write_measured(tmp_path / name, [row], {"settings": {"length": length}})
+    text = Page(report([tmp_path / name for name in "abc"], output=tmp_path / "page.html")).text
+    assert "Perplexity on novel, length 1024" in text
+    assert "novel, length 512 perplexity" in text, "in the table"
+    alike = Page(report([tmp_path / name for name in "bc"], output=tmp_path / "alike.html")).text
+    assert "length 1024 perplexity" not in alike
+
+
+def test_a_recovered_model_is_told_from_the_pruned_one(outputs: dict[str, Path], tmp_path: Path) -> None:
+    recovered = shutil.copytree(outputs["wanda"], tmp_path / "recovered")
+    record = json.loads((recovered / "secateurs.json").read_text())
+    told = {"settings": {}, "versions": {}, "seconds": 1.0, "steps": 1, "tokens": 10, "peak_memory_bytes": 1,
+            "zeros": 10, "before": 2.0, "after": 1.0}  # fmt: skip
+    (recovered / "secateurs.json").write_text(json.dumps({**record, RECOVERY: told}))
+    rows = [Measured(str(folder), 1000) for folder in (outputs["wanda"], recovered)]
+    named = with_names(rows, read_sources([outputs["wanda"], recovered]))
+    assert [row.method for row in named] == ["wanda", "wanda, recovered"]
+
+
+def test_shares_that_hardly_differ_have_hardly_other_shades() -> None:
+    values = [(f"model.layers.{i}.mlp.up_proj", 0.5 + i / 1000, 10.0) for i in range(2)]
+    [(_, (one, other))] = heat_map("Share of zeros", values, percent, least=0.01).rows
+    assert one is not None
+    assert other is not None
+    assert other.shade - one.shade == pytest.approx(0.1)
 
 
 def test_zeros_by_size_and_agreement_count() -> None:

@@ -2,19 +2,23 @@
 
 import csv
 import importlib
+import io
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from characters import characters
 from folders import everything_in, save
-from secateurs import Checkpoint, compress, divergence, perplexity, prune, sweep
+from secateurs import Checkpoint, compress, divergence, perplexity, prune, report, sweep
 from secateurs.evaluation import load_model
 from secateurs.evaluation.measured import Measured
-from secateurs.report.sweep import apart
+from secateurs.report.sweep import apart, rich_table
 from secateurs.runtime.convert import compressed_bytes
 from secateurs.text import calibration_blocks, evaluation_tokens
 
@@ -22,7 +26,7 @@ module = importlib.import_module("secateurs.report.sweep")  # secateurs.report i
 
 TEXT = "".join(f"It was the {number}th cold evening, and nobody had lit a fire. " for number in range(8))
 
-GRID: dict[str, Any] = {"methods": ("wanda", "magnitude"), "patterns": ("50%,2:4",), "length": 16}
+GRID: dict[str, Any] = {"methods": ("wanda",), "patterns": ("2:4",), "length": 16}
 
 
 @pytest.fixture
@@ -38,100 +42,157 @@ def run(place: Path, **settings: Any) -> list[Measured]:
     return sweep(place / "model", output=place / "out", **{**told, **settings})
 
 
-def test_cells_hold_what_pruning_and_measuring_by_hand_give(place: Path) -> None:
-    rows = run(place)
-    assert [row.name for row in rows] == [
-        "dense", "wanda 50%", "magnitude 50%", "wanda 2:4", "magnitude 2:4"
-    ]  # fmt: skip
+class Stub:
+    """Stands in for pruning and measuring where what is done when, and what stays, is the question."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.pruned: list[str] = []
+        self.fail: dict[str, BaseException] = {}
+        """By cell: what pruning it, or with "speed" timing it, ends in."""
+        self.losses: dict[str, float] = {}
+        patch.setattr(module, "prune", self.prune)
+        patch.setattr(module, "load_model", lambda folder, device: folder.name)
+        patch.setattr(module, "compressed_bytes", lambda folder: 1000)
+        patch.setattr(module, "perplexity", lambda model, tokens, **_: 10.0)
+        patch.setattr(module, "divergence", lambda dense, model, *_, **__: self.losses.get(model, 1.0))
+        patch.setattr(module, "compress", self.compress)
+        patch.setattr(module, "report", lambda folders, **_: None)
+
+    def prune(self, model: Path, settings: Any, **_: Any) -> Any:
+        name = settings.output.name
+        assert not settings.output.exists()
+        if name in self.fail:
+            raise self.fail.pop(name)
+        self.pruned.append(name)
+        shutil.copytree(model, settings.output)
+        (settings.output / "secateurs.json").write_text('{"measured": []}')
+        return SimpleNamespace(output=settings.output, sparsity=0.5, seconds=1.0)
+
+    def compress(self, folder: Path, packed: Path) -> None:
+        raise RuntimeError("no such instruction")
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    return Stub(monkeypatch)
+
+
+def models(place: Path) -> set[str]:
+    return {file.parent.name for file in (place / "out").rglob("model.safetensors")}
+
+
+@pytest.mark.parametrize("keep", ["none", "all"])
+def test_cells_hold_what_pruning_and_measuring_by_hand_give(place: Path, keep: str) -> None:
+    rows = run(place, keep=keep)
+    assert [row.name for row in rows] == ["dense", "wanda 2:4"]
     tokenizer = characters()
     tokens = evaluation_tokens(place / "text.txt", tokenizer)
+    dense = load_model(place / "model", "cpu")
+    on = str(place / "text.txt")
+    if keep == "all":
+        kept = load_model(place / "out" / "cells" / "wanda-2of4", "cpu")
+        assert rows[1].figures[on]["perplexity"] == perplexity(kept, tokens, length=16)
+        return
     ids = calibration_blocks(place / "text.txt", tokenizer, samples=4, length=16)
     pruned = prune(place / "model", output=place / "by-hand", calibration=ids, method="wanda", pattern="2:4")
-    dense, model = load_model(place / "model", "cpu"), load_model(pruned.output, "cpu")
+    model = load_model(pruned.output, "cpu")
     compress(pruned.output, place / "packed")
-    on = str(place / "text.txt")
     assert rows[0].figures == {on: {"perplexity": perplexity(dense, tokens, length=16)}}
-    assert rows[3].figures == {
+    assert rows[1].figures == {
         on: {
             "perplexity": perplexity(model, tokens, length=16),
             "divergence": divergence(dense, model, tokens, length=16, windows=16),
         }
     }
-    assert rows[3].sparsity == pruned.sparsity
-    assert rows[3].bytes == Checkpoint(place / "packed").tensor_bytes
+    assert rows[1].sparsity == pruned.sparsity
+    assert rows[1].bytes == Checkpoint(place / "packed").tensor_bytes
     assert rows[0].bytes == Checkpoint(place / "model").tensor_bytes
-    assert json.loads((place / "out" / "table.json").read_text())[3]["bytes"] == rows[3].bytes
+    assert json.loads((place / "out" / "table.json").read_text())[1]["bytes"] == rows[1].bytes
     with open(place / "out" / "table.csv", newline="") as file:
-        lines = list(csv.reader(file))
-    assert [line[0] for line in lines] == ["model", *(row.name for row in rows)]
+        lines = list(csv.DictReader(file))
+    assert [line["model"] for line in lines] == ["dense", "wanda 2:4"]
+    assert float(lines[1]["zeros"]) == rows[1].sparsity
+    assert float(lines[1]["text perplexity"]) == rows[1].figures[on]["perplexity"]
     marked = (place / "out" / "table.md").read_text().splitlines()
     assert len(marked) == 2 + len(rows)
     assert all(line.count("|") == marked[0].count("|") for line in marked)
     page = (place / "out" / "report.html").read_text()
     assert "wanda 2:4" in page
     assert 'id="layers"' in page, "from the records that stay"
-    assert not list((place / "out").rglob("*.safetensors"))
+    assert models(place) == set()
 
 
-def test_it_goes_on_where_it_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pruned: list[str] = []
+GRID_OF_4 = {"methods": ("wanda", "magnitude"), "patterns": ("50%,2:4",)}
 
-    def counted(model: Path, settings: Any, **more: Any) -> Any:
-        if len(pruned) == 2 and "killed" not in pruned:
-            pruned.append("killed")
-            raise KeyboardInterrupt
-        pruned.append(settings.output.name)
-        return prune(model, settings, **more)
 
-    monkeypatch.setattr(module, "prune", counted)
+def test_it_goes_on_where_it_stopped(place: Path, stub: Stub) -> None:
+    stub.fail = {"wanda-2of4": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
-        run(place)
-    rows = run(place)
-    assert pruned == ["wanda-50", "magnitude-50", "killed", "wanda-2of4", "magnitude-2of4"]
-    assert run(place) == rows
-    more = run(place, patterns=("50%", "2:4", "60%"))
-    assert pruned[5:] == ["wanda-60", "magnitude-60"]
+        run(place, **GRID_OF_4)
+    assert stub.pruned == ["wanda-50", "magnitude-50"]
+    rows = run(place, **GRID_OF_4)
+    assert stub.pruned == ["wanda-50", "magnitude-50", "wanda-2of4", "magnitude-2of4"]
+    assert run(place, **GRID_OF_4) == rows
+    more = run(place, methods=("wanda", "magnitude"), patterns=("50%", "2:4", "60%"))
+    assert stub.pruned[4:] == ["wanda-60", "magnitude-60"]
     assert more[: len(rows)] == rows
+    (place / "out" / "cells" / "wanda-60.json").unlink()
+    assert run(place, patterns=("60%",))[1].error is None, "the record that stayed is in nobody's way"
+    assert stub.pruned[6:] == ["wanda-60"]
+
+
+@pytest.mark.parametrize("changed", ["samples", "text", "model", "spelling"])
+def test_what_figures_depend_on_may_not_change(place: Path, stub: Stub, changed: str) -> None:
+    shutil.copy(place / "text.txt", place / "calibration.txt")
+    told: dict[str, Any] = {"calibration": place / "calibration.txt", "patterns": ("0.5",)}
+    run(place, **told)
+    said = "begun with other settings"
+    if changed == "samples":
+        told["samples"] = 5
+    elif changed == "text":
+        (place / "text.txt").write_text(TEXT + "More. ")
+    elif changed == "model":
+        config = place / "model" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    else:
+        told["patterns"], said = ("0.5%",), "is of 'wanda 0.5', not of 'wanda 0.5%'"
     before = everything_in(place)
-    with pytest.raises(ValueError, match="begun with other settings"):
-        run(place, samples=5)
+    with pytest.raises(ValueError, match=said):
+        run(place, **told)
     assert everything_in(place) == before
 
 
-def test_a_cell_that_fails_is_a_row_that_says_why(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(model: Path, settings: Any, **more: Any) -> Any:
-        if settings.pattern == "50%" and settings.method == "wanda":
-            raise FloatingPointError("the inputs\nare <not> finite")
-        return prune(model, settings, **more)
-
-    monkeypatch.setattr(module, "prune", failing)
-    rows = run(place)
-    assert [row.error for row in rows] == [None, "the inputs are <not> finite", None, None, None]
-    assert "the inputs are &lt;not&gt; finite" in (place / "out" / "report.html").read_text()
-    monkeypatch.undo()
-    assert [row.error for row in run(place)] == [None] * 5, "what failed is tried again"
+def test_a_cell_that_fails_is_a_row_that_says_why(place: Path, stub: Stub) -> None:
+    stub.fail = {"wanda-50": RuntimeError("the inputs\nare <not> [/finite]")}
+    rows = run(place, **GRID_OF_4)
+    assert [row.error for row in rows] == [None, "the inputs are <not> [/finite]", None, None, None]
+    page = report([place / "out"], output=place / "page.html").read_text()
+    assert "the inputs are &lt;not&gt; [/finite]" in page
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(rich_table(rows))
+    assert "the inputs are <not> [/finite]" in console.export_text()
+    assert [row.error for row in run(place, **GRID_OF_4)] == [None] * 5, "what failed is tried again"
 
 
-@pytest.mark.parametrize("keep", ["best", "all"])
-def test_models_that_are_kept_load_as_they_were_measured(place: Path, keep: str) -> None:
-    values = ("none", "int8") if keep == "best" else ("none",)
-    rows = run(place, keep=keep, patterns=("50%",), values=values)
-    kept = {file.parent.name for file in (place / "out").rglob("model.safetensors")}
-    names = {row.name: row.name.replace(" ", "-").replace("%", "") for row in rows[1:]}
-    on = str(place / "text.txt")
-    if keep == "all":
-        assert kept == set(names.values())
-    else:
-        best = {
-            min(some, key=lambda row: row.figures[on]["divergence"]).name
-            for some in ([row for row in rows[1:] if row.values == values] for values in (None, "int8"))
-        }
-        assert kept == {names[name] for name in best}
-    for row in rows[1:]:
-        if names[row.name] in kept:
-            model = load_model(place / "out" / "cells" / names[row.name], "cpu")
-            tokens = evaluation_tokens(place / "text.txt", characters())
-            assert perplexity(model, tokens, length=16) == row.figures[on]["perplexity"]
+def test_speed_that_cannot_be_measured_costs_no_other_figure(place: Path, stub: Stub) -> None:
+    rows = run(place, speed=True)
+    assert [row.error for row in rows] == ["speed: no such instruction"] * 2
+    assert all(row.figures and row.bytes for row in rows)
+    assert models(place) == set()
+
+
+def test_models_that_are_to_stay_do_also_when_that_is_asked_later(place: Path, stub: Stub) -> None:
+    stub.losses = {"magnitude-50": 0.5, "wanda-2of4": 0.25}
+    run(place, **GRID_OF_4)
+    assert models(place) == set()
+    run(place, **GRID_OF_4, keep="best")
+    assert models(place) == {"magnitude-50", "wanda-2of4"}
+    assert stub.pruned[4:] == ["magnitude-50", "wanda-2of4"]
+    run(place, **GRID_OF_4, keep="all")
+    assert models(place) == {"wanda-50", "magnitude-50", "wanda-2of4", "magnitude-2of4"}
+    run(place, **GRID_OF_4, keep="best")
+    assert models(place) == {"magnitude-50", "wanda-2of4"}
+    assert len(stub.pruned) == 8
 
 
 @pytest.mark.parametrize(
@@ -142,6 +203,8 @@ def test_models_that_are_kept_load_as_they_were_measured(place: Path, keep: str)
         ({"values": ("int5",)}, "int5"),
         ({"text": ()}, "nothing to measure"),
         ({"patterns": ("0%",)}, "nothing to sweep"),
+        ({"patterns": ("0.5", "0.5%")}, "have one name"),
+        ({"keep": "best", "text": (), "tasks": ("piqa",)}, "keep best needs a text"),
         ({"keep": "some"}, "keep is none, best or all"),
         ({"calibration": None}, "calibration text is needed"),
         ({"length": 5000}, "5000"),

@@ -7,15 +7,16 @@ from functools import partial
 from pathlib import Path
 
 from secateurs import ranks
-from secateurs.checkpoint import resolve
+from secateurs.checkpoint import Checkpoint, check_place, resolve
 from secateurs.device import resolve_device
 from secateurs.evaluation.measured import Measured, write_measured
-from secateurs.evaluation.perplexity import perplexity
+from secateurs.evaluation.perplexity import default_length, perplexity
 from secateurs.evaluation.tasks import evaluate_tasks
 from secateurs.runtime.convert import compressed_bytes
 from secateurs.runtime.load import load_model
 from secateurs.settings import InWindows, OnDevice, takes
 from secateurs.text import bos_id, evaluation_tokens, load_tokenizer, wants_bos
+from secateurs.training.model import read_config
 from secateurs.version import __version__
 
 
@@ -73,6 +74,11 @@ class EvaluateSettings(InWindows, OnDevice):
         if self.output is not None and Path(self.output).exists():
             raise ValueError(f"'{self.output}' exists: give another output folder")
 
+    @property
+    def sources(self) -> tuple[str | Path, ...]:
+        """The texts, also where a single one was given as itself."""
+        return (self.text,) if isinstance(self.text, str | Path) else tuple(self.text)
+
 
 @takes(EvaluateSettings)
 def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measurement]:
@@ -89,28 +95,47 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
         FloatingPointError: a loss is NaN or infinite.
     """
     with ranks.together():
+        size = None if settings.output is None else ranks.from_main(partial(_size, model, settings.output))
         found = []
         for measurement in _measurements(model, settings):
             found.append(measurement)
             yield measurement
         if settings.output is not None:
-            ranks.from_main(partial(_write, model, found, Path(settings.output)))
+            ranks.from_main(partial(_write, model, size, found, settings))
 
 
-def _write(model: str | Path, found: list[Measurement], output: Path) -> None:
+def _size(model: str | Path, output: str | Path) -> int:
+    """A model's bytes; what speaks against the place for its figures is found too."""
+    check_place(Path(output), Checkpoint(resolve(model)))
+    return compressed_bytes(model)
+
+
+def _write(model: str | Path, size: int | None, found: list[Measurement], settings: EvaluateSettings) -> None:
     figures: dict[str, dict[str, float]] = {}
     for each in found:
         figures.setdefault(each.on, {})[each.metric] = each.value
-    row = Measured(str(model), compressed_bytes(model), figures)
+    folder = resolve(model)
+    decoder = read_config(Checkpoint(folder)).get_text_config(decoder=True)
+    told = {
+        "model": str(model),
+        "text": [str(source) for source in settings.sources],
+        "tasks": list(settings.tasks),
+        "limit": settings.limit,
+        "length": settings.length or default_length(decoder),
+        "field": settings.field,
+        "bos": "yes" if wants_bos(decoder.model_type, settings.asked_bos) else "no",
+    }
+    output = Path(str(settings.output))
     output.mkdir(parents=True, exist_ok=True)
-    write_measured(output, [row], {"versions": {"secateurs": __version__}})
+    row = Measured(str(model), size, figures)
+    write_measured(output, [row], {"settings": told, "versions": {"secateurs": __version__}})
 
 
 def _measurements(model: str | Path, settings: EvaluateSettings) -> Iterator[Measurement]:
     folder, shown = resolve(model), ranks.is_main()
     tokenizer = load_tokenizer(folder)
     texts = []
-    for source in [settings.text] if isinstance(settings.text, str | Path) else settings.text:
+    for source in settings.sources:
         start = time.perf_counter()
         tokens = evaluation_tokens(source, tokenizer, field=settings.field, progress=shown)
         texts.append((str(source), tokens, time.perf_counter() - start))

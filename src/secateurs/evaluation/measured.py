@@ -33,7 +33,7 @@ class Measured:
     tokens_per_second: float | None = None
     """One token at a time, of the model as it is measured to be stored."""
     error: str | None = None
-    """Why there are no figures."""
+    """Why there are no figures, or not all."""
 
     @property
     def form(self) -> str:

@@ -8,13 +8,45 @@ counts alike: the exponential of the mean over windows of the mean loss of a win
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secateurs import ranks
 from secateurs.text import check_tokens
 
 # Positions whose logits are in float32 at once: a quarter of a GB with a vocabulary of 256k.
 CHUNK = 256
+
+
+def default_length(decoder: PreTrainedConfig) -> int:
+    """Tokens in a window where none are asked for: 2048, or as many as there are positions if fewer."""
+    return min(getattr(decoder, "max_position_embeddings", None) or 2048, 2048)
+
+
+def cut_windows(
+    model: PreTrainedModel, tokens: Tensor, *, length: int | None = None, bos: int | None = None
+) -> Tensor:
+    """A text's tokens (tokens,) as a model is measured on them: (windows, length), each with its `bos`.
+
+    Windows do not overlap; what is left over at the end is dropped. For the arguments and what is raised see
+    `perplexity`.
+    """
+    config = model.config.get_text_config(decoder=True)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        length = default_length(config)
+    if length < 2 or (positions and length > positions):
+        raise ValueError(f"windows of {length} tokens: from 2 to {positions or 'any number'} suit this model")
+    if bos is not None and tokens[:1].tolist() == [bos]:
+        tokens = tokens[1:]  # the tokenizer put one at the front of the whole text
+    of_text = length if bos is None else length - 1
+    windows = len(tokens) // of_text
+    if windows == 0:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, one window needs {of_text}: give more, or shorter windows"
+        )
+    check_tokens(tokens, config.vocab_size)
+    blocks = tokens[: windows * of_text].view(windows, of_text)
+    return blocks if bos is None else torch.cat([torch.full_like(blocks[:, :1], bos), blocks], dim=1)
 
 
 @torch.inference_mode()
@@ -52,26 +84,13 @@ def perplexity(
     from rich.console import Console
     from rich.progress import track
 
-    config = model.config.get_text_config(decoder=True)
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    if length is None:
-        length = min(positions or 2048, 2048)
-    if length < 2 or (positions and length > positions):
-        raise ValueError(f"windows of {length} tokens: from 2 to {positions or 'any number'} suit this model")
-    if bos is not None and tokens[:1].tolist() == [bos]:
-        tokens = tokens[1:]  # the tokenizer put one at the front of the whole text
+    blocks = cut_windows(model, tokens, length=length, bos=bos)
+    windows, length = blocks.shape
     of_text = length if bos is None else length - 1
-    windows = len(tokens) // of_text
-    if windows == 0:
-        raise ValueError(
-            f"the text has {len(tokens)} tokens, one window needs {of_text}: give more, or shorter windows"
-        )
-    check_tokens(tokens, config.vocab_size)
-
     batch_size = batch_size or max(1, 4096 // length)
     ranks.check_share(windows)
     own = ranks.share_of(torch.arange(windows))
-    batches = tokens[: windows * of_text].view(windows, of_text)[own[0] : own[-1] + 1].split(batch_size)
+    batches = blocks[own[0] : own[-1] + 1].split(batch_size)
     losses: list[Tensor] = []
     was_training = model.training
     model.eval()
@@ -79,8 +98,6 @@ def perplexity(
         for batch in track(
             batches, "perplexity", console=Console(stderr=True), disable=not progress, transient=True
         ):
-            if bos is not None:
-                batch = torch.cat([torch.full((len(batch), 1), bos), batch], dim=1)
             losses.append(_losses(model, batch.to(model.device)))
             if not losses[-1].isfinite().all():
                 before = int(own[0]) + (len(losses) - 1) * batch_size

@@ -12,6 +12,9 @@ from secateurs.report.sources import Source
 
 BLOCK = Axis("block", whole=True)
 
+POINT = 0.01
+"""One percentage point."""
+
 HELD_OUT = "held-out error"
 
 PANELS = 12
@@ -24,6 +27,7 @@ def heat_map(
     show: Callable[[float], str],
     *,
     log: bool = False,
+    least: float = 0.0,
     unit: str = "",
 ) -> HeatMap:
     """Kinds of matrices by blocks; experts of a kind are one field, of their mean.
@@ -32,6 +36,7 @@ def heat_map(
         values: of each matrix its name, the value, and its weights.
         show: a value as text.
         log: shades go by the values' logarithms.
+        least: that lies between the ends of the shades, of shares: less is nothing to see.
         unit: what a value is, for the head of the table.
     """
     sums: dict[str, dict[int, tuple[float, float]]] = {}
@@ -44,6 +49,10 @@ def heat_map(
     scaled = [_scaled(value, log) for value in every if value > 0 or not log] or [0.0]
     low, high = min(scaled), max(scaled)
     ends = show(min(every, default=0.0)), show(max(every, default=0.0))
+    if high - low < least:
+        low = min(max(0.0, (low + high - least) / 2), 1 - least)
+        high = low + least
+        ends = show(low), show(high)
     blocks = sorted({block for row in means.values() for block in row})
 
     def cell(kind: str, block: int) -> Cell | None:
@@ -82,7 +91,7 @@ def layers(sources: Sequence[Source]) -> Section:
             continue
         found = report.layers
         figures: list[Figure] = [
-            heat_map("Share of zeros", _of(found, lambda layer: layer.sparsity), percent),
+            heat_map("Share of zeros", _of(found, lambda layer: layer.sparsity), percent, least=POINT),
             heat_map(
                 "Error of the output",
                 _of(found, lambda layer: layer.error),
@@ -94,10 +103,10 @@ def layers(sources: Sequence[Source]) -> Section:
         if report.is_rounded:
             rounding = _of(found, lambda layer: layer.rounding or 0.0)
             figures.append(heat_map("Error of rounding alone", rounding, plain, log=True))
-        slowest = max(found, key=lambda layer: layer.error)
+        worst = max(found, key=lambda layer: layer.error)
         lead = (
-            f"{percent(report.sparsity)} zeros in {len(found)} matrices; most is lost in {slowest.name}, "
-            f"{percent(slowest.error)} of its output's energy."
+            f"{percent(report.sparsity)} zeros in {len(found)} matrices; most is lost in {worst.name}, "
+            f"{percent(worst.error)} of its output's energy."
         )
         groups.append(Group(source.name, figures, lead))
     lead = (

@@ -22,6 +22,9 @@ from secateurs.settings import OnDevice, takes
 
 HERE = Path(__file__).parent
 
+GENERATOR = b'<meta name="generator" content="Secateurs">'
+"""In the first lines of every page."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSettings(OnDevice):
@@ -34,7 +37,7 @@ class ReportSettings(OnDevice):
     """
 
     output: str | Path
-    """The page to write. An older one is replaced."""
+    """The page to write. An older page is replaced, nothing else."""
 
     against: str | Path | None = None
     """The dense model that all were made from. By default the one that a folder's record names, if it is
@@ -50,6 +53,10 @@ class ReportSettings(OnDevice):
         """Raises ValueError for what does not suit."""
         if Path(self.output).is_dir():
             raise ValueError(f"'{self.output}' is a folder: give a file, such as page.html")
+        if Path(self.output).exists() and not _is_page(Path(self.output)):
+            raise ValueError(f"'{self.output}' exists and is no page of a report: give another file")
+        if not all([self.prompt] if isinstance(self.prompt, str) else self.prompt):
+            raise ValueError("a prompt is empty: give some words to go on with")
         if self.tokens < 1:
             raise ValueError(f"tokens are at least 1, not {self.tokens}")
 
@@ -75,6 +82,8 @@ def report(folders: Sequence[str | Path], *, settings: ReportSettings) -> Path:
     against = None if settings.against is None else resolve(settings.against)
     dense = against or next((source.made_from for source in sources if source.made_from), None)
     prompts = [settings.prompt] if isinstance(settings.prompt, str) else settings.prompt
+    # First, for what may be wrong with a prompt.
+    said = texts(sources, dense, prompts, settings.tokens, settings.device)
     found = [
         quality(sources),
         layers(sources),
@@ -83,13 +92,18 @@ def report(folders: Sequence[str | Path], *, settings: ReportSettings) -> Path:
         masks(sources),
         training(sources),
         activity(sources),
-        texts(sources, dense, prompts, settings.tokens, settings.device),
+        said,
         settings_of(sources),
     ]
     output = Path(settings.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, render(sources, [section for section in found if not section.is_empty]))
     return output
+
+
+def _is_page(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return GENERATOR in opened.read(1000)
 
 
 def render(sources: Sequence[Source], sections: Sequence[Section]) -> str:

@@ -1,6 +1,7 @@
 """The first look: what a model is still worth, against what it takes."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from secateurs.evaluation.measured import Measured
 from secateurs.report.charts import Axis, Point, Series, plain, swatch, xy
@@ -21,7 +22,7 @@ DENSE = 6
 
 def quality(sources: Sequence[Source]) -> Section:
     """Charts of every figure against bytes, and tokens per second, and a table of everything."""
-    rows = with_names([row for source in sources for row in source.measured], sources)
+    rows = [row for source in sources for row in _told_apart(source, sources)]
     figures: list[Figure] = []
     good = [row for row in rows if row.figures]
     for on, metric in _shown(good):
@@ -37,10 +38,29 @@ def quality(sources: Sequence[Source]) -> Section:
         figures.append(table_of(rows))
     lead = (
         "Each mark is a model: the further left, the smaller, by the bytes of the compressed folder where "
-        "compressing pays. Lines join one method's patterns; they are dashed where what is left is "
-        "rounded."
+        "compressing pays. Lines join one method's shares of zeros, and n:m patterns are marks alone; what "
+        "is dashed is rounded."
     )
     return Section("quality", "Quality and size", lead, [Group("", figures)])
+
+
+def _told_apart(source: Source, sources: Sequence[Source]) -> list[Measured]:
+    """A folder's rows; texts and tasks that others measured otherwise have names that say how."""
+
+    def name(on: str, short: str, metrics: dict[str, float]) -> str:
+        others = [other for other in sources if any(on in row.figures for row in other.measured)]
+        for setting in ("length", "bos", "field") if metrics.keys() <= UNITS.keys() else ("limit",):
+            values = [other.record.get("settings", {}).get(setting) for other in others]
+            value = source.record.get("settings", {}).get(setting)
+            if any(other != value for other in values):
+                short += f", {setting} {'unknown' if value is None else value}"
+        return short
+
+    return [
+        replace(row, figures={name(on, short, row.figures[short]): row.figures[short] for on, short in pairs})
+        for told, row in zip(source.measured, with_names(source.measured, sources), strict=True)
+        for pairs in [list(zip(told.figures, row.figures, strict=True))]
+    ]
 
 
 def _shown(rows: list[Measured]) -> list[tuple[str, str]]:
@@ -68,11 +88,11 @@ def _chart(
 ) -> Chart:
     """One colour for each method, dashed and hollow where it rounds; one line for each that it rounds to."""
     methods = list(dict.fromkeys(row.method for row in rows if row.method))
-    lines: dict[tuple[str | None, str | None], list[Measured]] = {}
+    lines: dict[tuple[str | None, str | None, bool], list[Measured]] = {}
     for row in rows:
-        lines.setdefault((row.method, row.values), []).append(row)
+        lines.setdefault((row.method, row.values, ":" in (row.pattern or "")), []).append(row)
     series = []
-    for (method, values), some in lines.items():
+    for (method, values, in_groups), some in lines.items():
         some.sort(key=lambda row: row.bytes or 0)
         points = [
             Point(
@@ -83,8 +103,9 @@ def _chart(
             )
             for row in some
         ]
-        alone = not method or len(some) == 1
-        name = " ".join(part for part in (method, values) if part) or "not pruned"
+        alone = not method or in_groups or len(some) == 1
+        parts = (method, "n:m" if in_groups else None, values)
+        name = " ".join(part for part in parts if part) or "not pruned"
         style = methods.index(method) % DENSE if method else DENSE
         series.append(Series(name, points, style, "marks" if alone else "line", dashed=bool(values)))
     data = Table(
@@ -116,17 +137,21 @@ def head_of(rows: list[Measured]) -> list[tuple[str, Callable[[Measured], float 
     return [(name, of) for name, of in columns if any(of(row) is not None for row in rows)]
 
 
-def table_of(rows: list[Measured]) -> Table:
-    """Everything that was measured, a model a row."""
+def numbers_of(rows: list[Measured]) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
+    """Everything that was measured, with all digits: names of columns, and a model a row."""
     columns = head_of(rows)
     failed = any(row.error for row in rows)
-    lines = []
-    for row in rows:
-        numbers = [of(row) for _, of in columns]
-        cells = [
-            "" if number is None else SHOW.get(name, plain)(number)
-            for (name, _), number in zip(columns, numbers, strict=True)
-        ]
-        lines.append((row.name, *cells, *([row.error or ""] if failed else [])))
     head = ("model", *(name for name, _ in columns), *(["what went wrong"] if failed else []))
-    return Table("All figures", head, lines)
+    return head, [
+        (row.name, *(of(row) for _, of in columns), *([row.error] if failed else [])) for row in rows
+    ]
+
+
+def table_of(rows: list[Measured]) -> Table:
+    """The same, as people read it."""
+
+    def shown(name: str, value: str | float | None) -> str:
+        return value or "" if not isinstance(value, int | float) else SHOW.get(name, plain)(value)
+
+    head, lines = numbers_of(rows)
+    return Table("All figures", head, [tuple(map(shown, head, line)) for line in lines])

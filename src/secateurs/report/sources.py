@@ -1,5 +1,6 @@
 """The folders that a report is about: their records, read, and where weights are."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -81,15 +82,32 @@ def read_sources(folders: Sequence[str | Path]) -> list[Source]:
     places = [Path(folder) for folder in folders]
     short = {place.resolve().name for place in places}
     sources = [_read(place, names_are_unique=len(short) == len(places)) for place in places]
-    for place in places:
-        cells = sorted(file.parent for file in (place / CELLS).glob(f"*/{RECORD}"))
-        sources += [replace(_read(cell, names_are_unique=True), is_cell=True) for cell in cells]
-    for source in sources:  # what is broken is found now
-        try:
-            _ = source.pruning, source.trained, source.measured, source.activity
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the record in '{source.folder}' is not one of ours ({error!r})") from None
+    for source in [*sources]:
+        _check(source)
+        cells = (
+            source.folder / CELLS / name_of_cell(row.method, row.pattern, row.values)
+            for row in source.measured
+            if row.method and row.pattern
+        )
+        found = [cell for cell in cells if (cell / RECORD).is_file()]
+        sources += [replace(_read(cell, names_are_unique=True), is_cell=True) for cell in found]
+    for source in sources:
+        _check(source)
     return sources
+
+
+def _check(source: Source) -> None:
+    """What is broken is found now."""
+    try:
+        _ = source.pruning, source.trained, source.measured, source.activity
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the record in '{source.folder}' is not one of ours ({error!r})") from None
+
+
+def name_of_cell(method: str, pattern: str, values: str | None) -> str:
+    """The folder of one of a sweep's models: without what file systems refuse."""
+    pattern = pattern.replace(":", "of").rstrip("%")
+    return re.sub(r"[^\w.=-]+", "_", "-".join(filter(None, (method, pattern, values))))
 
 
 def _read(folder: Path, *, names_are_unique: bool) -> Source:
@@ -114,16 +132,18 @@ def _short(on: str, others: Iterable[str]) -> str:
 
 def with_names(rows: list[Measured], sources: Sequence[Source] = ()) -> list[Measured]:
     """Rows under short names; what `eval` measured of one of the folders says what was done to that model."""
-    known = {source.folder.resolve(): source.pruning for source in sources if source.pruning}
+    known = {source.folder.resolve(): source for source in sources}
     told = []
     for row in rows:
-        report = known.get(Path(row.name).resolve())
+        source = known.get(Path(row.name).resolve())
+        report = source.pruning if source else None
         figures = {_short(on, row.figures): metrics for on, metrics in row.figures.items()}
         row = replace(row, name=Path(row.name).name or row.name, figures=figures)
-        if report is not None and report.layers:
+        if source is not None and report is not None and report.layers:
+            method = str(report.settings["method"]["name"])
             row = replace(
                 row,
-                method=str(report.settings["method"]["name"]),
+                method=f"{method}, recovered" if isinstance(source.trained, RecoveryReport) else method,
                 pattern=str(report.settings.get("pattern", "budget")),
                 values=None if report.values is None else f"int{report.values.bits}",
                 sparsity=report.sparsity,

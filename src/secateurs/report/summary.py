@@ -69,7 +69,7 @@ def _measured(rows: list[Measured]) -> list[str]:
         if dense is not None and texts[0] in dense.figures:
             said[-1] += f" (dense {plain(dense.figures[texts[0]]['perplexity'])})"
         said[-1] += "."
-    if failed := [row for row in rows if row.error]:
+    if failed := [row for row in rows if row.error and not row.figures]:
         said.append(f"{len(failed)} could not be: {', '.join(row.name for row in failed)}.")
     return said
 

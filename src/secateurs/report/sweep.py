@@ -7,9 +7,10 @@ done, so a run that is killed goes on with the next; what fails is a row that sa
 import csv
 import dataclasses
 import gc
+import hashlib
 import io
 import itertools
-import re
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,11 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateurs.calibration.sequences import CalibrationText, calibration_text
+from secateurs.calibration.sequences import CalibrationText, calibration_text, sha256_of
 from secateurs.calibration.sources import Calibration
 from secateurs.checkpoint import RECORD, Checkpoint, check_place, output_lock, read_json, resolve, write_json
 from secateurs.checkpoint.writing import write_text
@@ -31,14 +33,15 @@ from secateurs.device import resolve_device
 from secateurs.evaluation.divergence import divergence
 from secateurs.evaluation.measure import EvaluateSettings
 from secateurs.evaluation.measured import Measured, write_measured
-from secateurs.evaluation.perplexity import perplexity
+from secateurs.evaluation.perplexity import default_length, perplexity
 from secateurs.evaluation.speed import bench
 from secateurs.evaluation.tasks import evaluate_tasks
+from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.pruning.walk import prune
 from secateurs.report.page import report
-from secateurs.report.quality import SHOWN, table_of
-from secateurs.report.sources import CELLS, with_names
+from secateurs.report.quality import numbers_of, table_of
+from secateurs.report.sources import CELLS, Source, name_of_cell, with_names
 from secateurs.runtime.convert import compress, compressed_bytes
 from secateurs.runtime.load import load_model
 from secateurs.runtime.survey import NothingWorthIt
@@ -57,8 +60,6 @@ NONE = "none"
 
 GRID = ("output", "methods", "patterns", "values", "keep")
 """Settings that the figures of a cell do not depend on."""
-
-FAILURES = (ValueError, FloatingPointError, OSError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +117,17 @@ class SweepSettings(InWindows, OnDevice):
         """Raises ValueError for what does not suit, in any cell."""
         if self.keep not in ("none", "best", "all"):
             raise ValueError(f"keep is none, best or all, not '{self.keep}'")
+        if self.keep == "best" and not self.text:
+            raise ValueError("keep best needs a text: the divergence on it says which model is best")
         EvaluateSettings(text=self.text, tasks=self.tasks, limit=self.limit, device=self.device)
         if self.samples < 1:
             raise ValueError(f"samples are at least 1, not {self.samples}")
         if not self.cells:
             raise ValueError("nothing to sweep: give methods and patterns")
+        named: dict[str, Cell] = {}
         for cell in self.cells:
+            if (other := named.setdefault(cell.name, cell)) != cell:
+                raise ValueError(f"'{other.title}' and '{cell.title}' have one name: give one of them")
             self.of(cell, self.calibration)
 
     @property
@@ -161,9 +167,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As a folder is called: without what file systems refuse."""
-        pattern = self.pattern.replace(":", "of").rstrip("%")
-        return re.sub(r"[^\w.=-]+", "_", "-".join(filter(None, (self.method, pattern, self.values))))
+        return name_of_cell(self.method, self.pattern, self.values)
 
 
 def apart(given: Sequence[str]) -> list[str]:
@@ -207,21 +211,22 @@ def _sweep(folder: Path, output: Path, settings: SweepSettings, console: Console
     if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file():
         raise ValueError(f"'{output}' holds something else: give another output folder")
     shared = _Shared(folder, settings, console)
-    read = None if shared.text is None else shared.text.record["sha256"]
-    identity = {"model": str(folder.resolve()), **chosen, "calibration_sha256": read}
+    identity = {"model": str(folder.resolve()), **chosen, **shared.identity}
     if (output / RECORD).is_file() and read_json(output / RECORD).get("settings") != identity:
         raise ValueError(f"'{output}' was begun with other settings: give another output folder")
     about = {"settings": identity, "versions": {"secateurs": __version__, "torch": torch.__version__}}
+    cells = settings.cells
+    for cell in cells:
+        _known(output / CELLS / f"{cell.name}.json", cell)
     (output / CELLS).mkdir(parents=True, exist_ok=True)
     if not (output / RECORD).is_file():
         write_measured(output, [], about)
-    cells = settings.cells
     rows = [_known(output / CELLS / "dense.json") or shared.dense(output / CELLS / "dense.json")]
     for number, cell in enumerate(cells, start=1):
         file = output / CELLS / f"{cell.name}.json"
-        row = _known(file)
+        row = _known(file, cell)
         if row is None:
-            console.print(f"{number} of {len(cells)}: {cell.title}", highlight=False)
+            console.print(f"{number} of {len(cells)}: {cell.title}", highlight=False, markup=False)
             row = shared.cell(cell, file)
             if row.error:
                 console.print(f"  failed: {row.error}", highlight=False, markup=False)
@@ -229,6 +234,11 @@ def _sweep(folder: Path, output: Path, settings: SweepSettings, console: Console
         _tidy(output / CELLS, cells, rows[1:], settings.keep)
         write_measured(output, rows, about)
     _tables(output, rows)
+    write_json(output / "table.json", [dataclasses.asdict(row) for row in rows])
+    for place in _staying(rows[1:], settings.keep):
+        if not _has_model(output / CELLS / cells[place].name):
+            console.print(f"once more, to keep it: {cells[place].title}", highlight=False, markup=False)
+            shared.prune(cells[place])
     report([output], output=output / "report.html", against=folder)
     return rows
 
@@ -242,10 +252,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _known(file: Path) -> Measured | None:
-    """A cell's figures, if it is done; what failed is tried again."""
+def _known(file: Path, cell: Cell | None = None) -> Measured | None:
+    """A cell's figures, if it is done; what failed is tried again. ValueError if they are another's."""
     row = Measured(**read_json(file)) if file.is_file() else None
-    return None if row is None or row.error else row
+    if row is None or row.error:
+        return None
+    if cell is not None and cell != Cell(str(row.method), str(row.pattern), row.values):
+        raise ValueError(f"'{file}' is of '{row.name}', not of '{cell.title}': write it as it was")
+    return row
 
 
 class _Shared:
@@ -259,8 +273,7 @@ class _Shared:
         config = read_config(checkpoint)
         decoder = config.get_text_config(decoder=True)
         self.bos = bos_id(self.tokenizer) if wants_bos(decoder.model_type, settings.asked_bos) else None
-        positions = getattr(decoder, "max_position_embeddings", None)
-        self.length = settings.length or min(positions or 2048, 2048)
+        self.length = settings.length or default_length(decoder)
         self.texts = {
             str(source): evaluation_tokens(source, self.tokenizer, field=settings.field)
             for source in ([settings.text] if isinstance(settings.text, str | Path) else settings.text)
@@ -285,6 +298,18 @@ class _Shared:
                 bos=settings.asked_bos,
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What figures depend on beside the settings: what files hold, and defaults as they were taken."""
+        model = json.dumps(Checkpoint(self.folder).identity(), sort_keys=True, default=str)
+        return {
+            "length": self.length,
+            "bos": "no" if self.bos is None else "yes",
+            "model_sha256": hashlib.sha256(model.encode()).hexdigest(),
+            "calibration_sha256": None if self.text is None else self.text.record["sha256"],
+            "text_sha256": {source: sha256_of(tokens) for source, tokens in self.texts.items()},
+        }
+
     @cached_property
     def tokens(self) -> Tensor | None:
         """To calibrate on; what the model writes itself is kept for a sweep that goes on."""
@@ -303,14 +328,22 @@ class _Shared:
     def dense(self, file: Path) -> Measured:
         self.console.print("the dense model", highlight=False)
         row = Measured("dense", compressed_bytes(self.folder), self._figures(self.reference))
-        row = replace(row, tokens_per_second=self._pace(self.folder, file))
+        row = self._timed(row, self.folder, file)
         write_json(file, dataclasses.asdict(row))
         return row
+
+    def prune(self, cell: Cell) -> Report:
+        """A cell's folder; what lies there without weights is made again."""
+        settings = self.settings.of(cell, self.tokens)
+        place = Path(settings.output)
+        if place.is_dir() and not _has_model(place):
+            shutil.rmtree(place)
+        return prune(self.folder, settings, progress=not self.console.quiet)
 
     def cell(self, cell: Cell, file: Path) -> Measured:
         row = Measured(cell.title, method=cell.method, pattern=cell.pattern, values=cell.values)
         try:
-            done = prune(self.folder, self.settings.of(cell, self.tokens), progress=not self.console.quiet)
+            done = self.prune(cell)
             model = load_model(done.output, self.settings.device)
             row = replace(
                 row,
@@ -320,9 +353,9 @@ class _Shared:
                 seconds=round(done.seconds, 3),
             )
             del model
-            row = replace(row, tokens_per_second=self._pace(done.output, file))
-        except FAILURES as error:
-            row = replace(row, bytes=None, figures={}, error=" ".join(str(error).split()))
+            row = self._timed(row, done.output, file)
+        except Exception as error:  # whatever it is, the other cells go on
+            row = replace(row, error=_said(error))
         gc.collect()
         write_json(file, dataclasses.asdict(row))
         return row
@@ -347,6 +380,13 @@ class _Shared:
             )
         return figures
 
+    def _timed(self, row: Measured, folder: Path, file: Path) -> Measured:
+        """With tokens per second, or why there are none; the other figures stay."""
+        try:
+            return replace(row, tokens_per_second=self._pace(folder, file))
+        except Exception as error:
+            return replace(row, error=f"speed: {_said(error)}")
+
     def _pace(self, folder: Path, file: Path) -> float | None:
         """Tokens per second of a model, compressed if that pays."""
         if not self.settings.speed:
@@ -364,17 +404,32 @@ class _Shared:
             shutil.rmtree(packed, ignore_errors=True)
 
 
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _has_model(folder: Path) -> bool:
+    return Source(folder.name, folder, {}).has_model
+
+
+def _staying(rows: Sequence[Measured], keep: Keep) -> list[int]:
+    """Which cells' models stay, of those that have figures."""
+    good = [place for place, row in enumerate(rows) if row.figures]
+    if keep == "best":
+        best: dict[str, int] = {}
+        for place in good:
+            form = rows[place].form
+            if form not in best or _loss(rows[place]) < _loss(rows[best[form]]):
+                best[form] = place
+        return list(best.values())
+    return good if keep == "all" else []
+
+
 def _tidy(folder: Path, cells: Sequence[Cell], rows: Sequence[Measured], keep: Keep) -> None:
     """Delete the models that are not to stay: of each all but its record."""
-    if keep == "all":
-        return
-    best: dict[str, int] = {}
-    for place, row in enumerate(rows):
-        if row.figures and (row.form not in best or _loss(row) < _loss(rows[best[row.form]])):
-            best[row.form] = place
-    for place, (cell, row) in enumerate(zip(cells, rows, strict=False)):
-        stays = keep == "best" and best.get(row.form) == place
-        if row.figures and not stays and (folder / cell.name).is_dir():
+    stay = _staying(rows, keep)
+    for place, cell in enumerate(cells[: len(rows)]):
+        if place not in stay and (folder / cell.name).is_dir():
             for path in (folder / cell.name).iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -383,23 +438,21 @@ def _tidy(folder: Path, cells: Sequence[Cell], rows: Sequence[Measured], keep: K
 
 
 def _loss(row: Measured) -> float:
-    """How far a model is from the dense one; without texts, how often it is wrong."""
+    """How far a model is from the dense one, in the mean over texts."""
     found = [figures["divergence"] for figures in row.figures.values() if "divergence" in figures]
-    if found:
-        return sum(found) / len(found)
-    scores = [next(m[name] for name in (*SHOWN, *m) if name in m) for m in row.figures.values()]
-    return -sum(scores) / len(scores)
+    return sum(found) / len(found)
 
 
 def _tables(output: Path, rows: list[Measured]) -> None:
-    """table.csv and .md as people read them, .json with all digits."""
-    table = table_of(with_names(rows))
+    """table.md as people read it, .csv with all digits."""
+    rows = with_names(rows)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([table.head, *table.rows])
+    head, lines = numbers_of(rows)
+    csv.writer(text, lineterminator="\n").writerows([head, *lines])
     write_text(output / "table.csv", text.getvalue())
-    write_json(output / "table.json", [dataclasses.asdict(row) for row in rows])
-    lines = [table.head, ("---",) * len(table.head), *table.rows]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    table = table_of(rows)
+    marked = [table.head, ("---",) * len(table.head), *table.rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in marked]
     write_text(output / "table.md", "".join(f"| {' | '.join(line)} |\n" for line in cells))
 
 
@@ -408,7 +461,7 @@ def rich_table(rows: list[Measured]) -> RichTable:
     table = table_of(with_names(rows))
     shown = RichTable()
     for place, name in enumerate(table.head):
-        shown.add_column(name, justify="right" if place else "left")
+        shown.add_column(Text(name), justify="right" if place else "left")
     for line in table.rows:
-        shown.add_row(*line)
+        shown.add_row(*map(Text, line))
     return shown

@@ -34,10 +34,12 @@ def texts(
     """How the dense model and each folder's go on from prompts, greedily.
 
     Raises:
-        ValueError: see `secateurs.runtime.generate.generate`.
+        ValueError: there is no model; or see `secateurs.runtime.generate.generate`.
     """
     models = {"dense": dense} if dense else {}
     models |= {source.name: source.folder for source in sources if source.has_model}
+    if prompts and not models:
+        raise ValueError("no folder holds a model that could go on with a prompt")
     groups = []
     for prompt in prompts:
         said = {

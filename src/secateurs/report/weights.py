@@ -12,7 +12,7 @@ from secateurs.evaluation.inspect import Weights
 from secateurs.evaluation.inspection import BINS, LARGEST, REACH, LayerInspection, inspect_layer
 from secateurs.report.charts import Axis, Point, Series, percent, swatch, xy
 from secateurs.report.figures import Chart, Figure, Group, Section, Table
-from secateurs.report.layers import heat_map
+from secateurs.report.layers import POINT, heat_map
 from secateurs.report.sources import Source
 
 TENTHS = 10
@@ -210,6 +210,10 @@ def masks(sources: Sequence[Source]) -> Section:
             f"it would be {percent(sum(chance) / len(chance))}."
         )
         groups.append(
-            Group(f"{one.name} and {other.name}", [heat_map("Agreement of zeros", found, percent)], lead)
+            Group(
+                f"{one.name} and {other.name}",
+                [heat_map("Agreement of zeros", found, percent, least=POINT)],
+                lead,
+            )
         )
     return Section("masks", "Do they agree?", "Where two pruned models have their zeros.", groups)
