@@ -88,13 +88,16 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
         ValueError: the model, a text or a task cannot be had, or does not suit.
         FloatingPointError: a loss is NaN or infinite.
     """
-    with ranks.together():
-        found = []
-        for measurement in _measurements(model, settings):
-            found.append(measurement)
-            yield measurement
-        if settings.output is not None:
-            ranks.from_main(partial(_write, model, found, Path(settings.output)))
+    measurements, found = _measurements(model, settings), list[Measurement]()
+    while True:
+        with ranks.together():  # but not while the caller looks at a figure
+            measurement = next(measurements, None)
+            if measurement is None and settings.output is not None:
+                ranks.from_main(partial(_write, model, found, Path(settings.output)))
+        if measurement is None:
+            return
+        found.append(measurement)
+        yield measurement
 
 
 def _write(model: str | Path, found: list[Measurement], output: Path) -> None:
