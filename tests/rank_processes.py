@@ -1,6 +1,8 @@
 """What several gloo processes run in test_ranks.py: one after another, as two or as three ranks."""
 
+import errno
 import io
+import math
 import os
 import socket
 import sys
@@ -13,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import multiprocessing
+from transformers import AutoModelForCausalLM
 
 from families import tokens
 from secateurs import Statistics, cli, evaluate, prune, ranks
+from secateurs.checkpoint.shards import Shards
+from secateurs.evaluation.perplexity import perplexity
 from secateurs.pruning.folder import WorkFolder
 
 MOST = 3
@@ -70,8 +75,9 @@ def pruned(rank: int, model: Path, output: Path, settings: Found) -> Found:
 
 def measured(rank: int, model: Path, text: Path) -> Found:
     """Perplexity."""
-    (figure,) = evaluate(model, text=[text], length=32, batch_size=2)
-    return {"perplexity": figure.value}
+    figures = evaluate(model, text=[text], length=32, batch_size=2)
+    (found,) = [(figure.value, ranks.world()) for figure in figures]
+    return dict(zip(("perplexity", "world"), found, strict=True))
 
 
 def broken_off(rank: int, model: Path, output: Path, settings: Found) -> Found:
@@ -91,6 +97,33 @@ def broken_off(rank: int, model: Path, output: Path, settings: Found) -> Found:
     finally:
         WorkFolder.write_block = write  # type: ignore[method-assign]
     return {"error": None}
+
+
+def not_finite(rank: int, model: Path) -> Found:
+    """What each rank says of a window, in another's share, whose loss is not finite."""
+    broken = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[-1] = math.nan
+    text = torch.zeros(128, dtype=torch.int64)
+    text[40] = len(broken.get_input_embeddings().weight) - 1
+    with ranks.together():
+        with pytest.raises(FloatingPointError) as error:
+            perplexity(broken, text, length=16)
+        return {"error": str(error.value), "world": ranks.total(1)}
+
+
+def unwritten(rank: int, model: Path, output: Path) -> Found:
+    """What each rank says where the main one cannot write a block."""
+
+    def write(self: Shards, tensors: Any) -> None:
+        raise PermissionError(errno.EACCES, "no such right")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkFolder, "write_outside", lambda self: None)
+        patch.setattr(Shards, "write", write)
+        with pytest.raises(OSError, match="right") as error:
+            prune(model, output=output, calibration=calibration(), method="wanda", pattern="50%")
+    return {"error": str(error.value)}
 
 
 def mistaken(rank: int, arguments: list[str]) -> Found:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,15 @@ from rank_processes import (
     few,
     measured,
     mistaken,
+    not_finite,
     pruned,
     run_in_ranks,
     sharing,
     statistics,
+    unwritten,
 )
 from secateurs import evaluate, prune, ranks
+from secateurs.device import resolve_device
 
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why it does. " * 40
 INPUTS = torch.randn(70, 5, generator=torch.Generator().manual_seed(0)) + 1
@@ -85,6 +90,8 @@ def found(here: Path) -> dict[str, list[Found]]:
         ("stopped", 2, broken_off, stopped),
         ("continued", 2, pruned, stopped),
         ("mistaken", 3, mistaken, (arguments,)),
+        ("not finite", 2, not_finite, (llama,)),
+        ("unwritten", 2, unwritten, (llama, here / "unwritten")),
     ]
     return run_in_ranks(here, [Job(job) for job in jobs])
 
@@ -153,6 +160,7 @@ def test_as_many_ranks_write_the_same_bytes(here: Path, found: dict[str, list[Fo
 
 def test_ranks_measure_as_one_process_does(here: Path, found: dict[str, list[Found]]) -> None:
     one = perplexity(here / "llama", here)
+    assert [own["world"] for own in found["measured"]] == [1] * 3  # with a figure each is by itself
     assert [own["perplexity"] for own in found["measured"]] == pytest.approx([one] * 3, rel=1e-6)
 
 
@@ -167,6 +175,12 @@ def test_a_rank_that_breaks_off_ends_all_and_other_ranks_go_on(
     assert perplexity(here / "resumed", here) == pytest.approx(one, rel=0.003)
 
 
+def test_what_one_rank_finds_wrong_all_say(found: dict[str, list[Found]]) -> None:
+    line = "the loss of window 2 (tokens 32 to 47) is not finite"
+    assert found["not finite"] == [{"error": line, "world": 2}] * 2
+    assert found["unwritten"] == [{"error": "[Errno 13] no such right"}] * 2
+
+
 def test_a_mistake_is_said_once(found: dict[str, list[Found]]) -> None:
     lines = [own["said"] for own in found["mistaken"]]
     assert [own["code"] for own in found["mistaken"]] == [2, 2, 2]
@@ -174,6 +188,35 @@ def test_a_mistake_is_said_once(found: dict[str, list[Found]]) -> None:
     assert "".join(lines) == (
         "secateurs: 3 ranks cannot share 1 sequences: give more, or start fewer ranks\n"
     )
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As one of two ranks, of which the other never comes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    return monkeypatch
+
+
+def test_who_waits_for_ranks_that_do_not_come_hears_why(launched: pytest.MonkeyPatch) -> None:
+    launched.setattr(ranks, "MEETING", timedelta(seconds=1))
+    with pytest.raises(ConnectionError, match=r"WORLD_SIZE is 2.*unset it"), ranks.together():
+        pass
+
+
+def test_a_launcher_says_whose_a_gpu_is(launched: pytest.MonkeyPatch) -> None:
+    launched.setattr(torch.cuda, "device_count", lambda: 2)
+    launched.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="LOCAL_RANK"), ranks.together():
+        pass
+
+
+def test_ranks_do_not_share_one_gpu_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    with pytest.raises(ValueError, match="use cuda"):
+        resolve_device("cuda:0")
 
 
 def test_without_other_ranks_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import torch
 
+from secateurs import ranks
+
 
 def resolve_device(device: str | None) -> torch.device:
     """A device by name, by default a GPU where there is one; ValueError if it is not there."""
@@ -13,6 +15,10 @@ def resolve_device(device: str | None) -> torch.device:
         where = None
     if where is None or where.type not in ("cpu", "cuda"):
         raise ValueError(f"'{device}' is no device: use cpu, cuda or cuda:N")
+    if where.type == "cuda" and where.index is not None and ranks.world() > 1:
+        raise ValueError(
+            f"'{device}' is one GPU, and there are {ranks.world()} ranks: use cuda, each has its own"
+        )
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no device '{device}' ({torch.cuda.device_count()} GPUs here): use cpu")
     return where

@@ -24,8 +24,12 @@ from torch import Tensor, distributed
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=3)
-"""For a rank to wait for others that neither go on nor end. (Of those that end, it hears at once.)"""
+MEETING = timedelta(minutes=5)
+"""For all to have come."""
+
+TIMEOUT = timedelta(days=30)
+"""For a rank to wait for others that neither go on nor end, as long as what they do may take: of those that
+end, it hears at once."""
 
 FAREWELL = 5.0
 """Seconds for a rank that ends to wait for the others to."""
@@ -60,6 +64,7 @@ def together() -> Iterator[None]:
 
     Raises:
         ConnectionError: they cannot be reached.
+        ValueError: there are GPUs, and the launcher does not say which is this one's.
     """
     launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     count = int(os.environ["WORLD_SIZE"]) if launched else 1
@@ -67,8 +72,16 @@ def together() -> Iterator[None]:
         yield
         return
     if not distributed.is_initialized():
+        backend = _backend()
+        try:
+            store, rank, _ = next(distributed.rendezvous("env://", timeout=MEETING))
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"WORLD_SIZE is {count}, but not all of so many processes have come within {MEETING}: start "
+                "them all, or unset it to work with one"
+            ) from error
         with _linked():
-            distributed.init_process_group(_backend(), timeout=TIMEOUT)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
         atexit.register(disconnect)
     with _placed(_Place(distributed.get_rank(), distributed.get_world_size())):
         yield
@@ -82,11 +95,17 @@ def disconnect() -> None:
 
 def _backend() -> str:
     """NCCL where each process has a GPU of its own, which is then the one that `cuda` means; or gloo."""
-    local, here = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count()
-    if gpus:
-        torch.cuda.set_device(local % gpus)
-    return "cpu:gloo,cuda:nccl" if gpus and here <= gpus else "gloo"
+    if not gpus:
+        return "gloo"
+    try:
+        local, here = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    except KeyError as error:
+        raise ValueError(
+            f"several processes share GPUs by {error}: start them by torchrun, or set it"
+        ) from None
+    torch.cuda.set_device(local % gpus)
+    return "cpu:gloo,cuda:nccl" if here <= gpus else "gloo"
 
 
 @contextmanager
@@ -108,15 +127,17 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def _linked() -> Iterator[None]:
-    """Turns what torch says of lost connections, in whatever words, into one ConnectionError."""
+    """Turns what torch says of lost connections into a ConnectionError, which cites what may be another's."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        # Of gloo's some are plain ones, as are those of other mistakes.
+        said = "" if isinstance(error, distributed.DistError) else f" ({str(error).partition(chr(10))[0]})"
         raise ConnectionError(
-            f"another of the ranks has ended, cannot be reached, or has not moved for {TIMEOUT}: what is "
-            "done stays, and the same command continues"
+            "another of the ranks has ended or cannot be reached: what is done stays, and the same command "
+            f"continues{said}"
         ) from error
 
 
@@ -157,7 +178,7 @@ def share_of(tokens: Tensor) -> Tensor:
 
 
 def part_of(count: int) -> int:
-    """This rank's part of so many of anything."""
+    """This rank's part of so many of anything, of which ranks take one after the other."""
     return count // _here.world + (_here.rank < count % _here.world)
 
 
@@ -177,16 +198,6 @@ def total(value: float) -> float:
 def meet() -> None:
     """Wait until all ranks have come here."""
     total(0)
-
-
-def most(value: float) -> float:
-    """The largest of all ranks' values."""
-    if _here.world == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
-    with _linked():
-        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
-    return float(tensor)
 
 
 def average_gradients(parameters: Iterable[Tensor], weight: int) -> None:
@@ -232,7 +243,7 @@ class Task(NamedTuple):
     """Something that one rank can do for all."""
 
     cost: float
-    """In any unit."""
+    """In any unit; what costs nothing, each rank does by itself."""
     do: Callable[[], Any]
 
 
@@ -251,34 +262,51 @@ def shared_out(tasks: deque[Task], device: torch.device) -> Iterator[Any]:
             yield tasks.popleft().do()  # and what only it needed is let go of before the next
         return
     owners = _owners([task.cost for task in tasks])
-    found = [
-        _attempted(task.do) if owner == _here.rank else None
-        for owner, task in zip(owners, tasks, strict=True)
-    ]
-    tasks.clear()
-    for owner, own in zip(owners, found, strict=True):
-        yield _told(own, owner, device)
+    found = deque(_own(tasks.popleft(), owner) for owner in owners)
+    for owner in owners:
+        own = found.popleft()
+        yield _value(own) if owner is None else _told(own, owner, device)
 
 
-def _owners(costs: Sequence[float]) -> list[int]:
-    """Who does each: the most costly first, and always by who has least to do."""
-    loads, owners = [0.0] * _here.world, [0] * len(costs)
+def _own(task: Task, owner: int | None) -> "_Found | None":
+    """What comes of a task, if this rank is to do it."""
+    return _attempted(task.do) if owner in (None, _here.rank) else None
+
+
+def _owners(costs: Sequence[float]) -> list[int | None]:
+    """Who does each: the most costly first, and always by who has least to do. None for all."""
+    loads, owners = [0.0] * _here.world, list[int | None]([None] * len(costs))
     for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
-        owners[task] = loads.index(min(loads))
-        loads[owners[task]] += costs[task]
+        if costs[task] == 0:
+            break
+        owner = owners[task] = loads.index(min(loads))
+        loads[owner] += costs[task]
     return owners
 
 
-def _attempted(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What comes of it, or the error."""
+class _Found(NamedTuple):
+    value: Any
+    error: Exception | None = None
+
+
+def _attempted(work: Callable[[], Any]) -> _Found:
+    """What comes of it, or the error: as one of those told, which others can make from its line."""
     with alone():
         try:
-            return work(), None
+            return _Found(work())
         except TOLD as error:
-            return None, error
+            kind = next(kind for kind in TOLD if isinstance(error, kind))
+            return _Found(None, kind(str(error)).with_traceback(error.__traceback__))
 
 
-def _told(found: tuple[Any, Exception | None] | None, owner: int, device: torch.device) -> Any:
+def _value(found: _Found | None) -> Any:
+    assert found is not None
+    if found.error is not None:
+        raise found.error
+    return found.value
+
+
+def _told(found: _Found | None, owner: int, device: torch.device) -> Any:
     """What one rank has found, on all."""
     packed: list[bytes | None] = [None]
     if found is not None:
@@ -291,8 +319,4 @@ def _told(found: tuple[Any, Exception | None] | None, owner: int, device: torch.
         assert packed[0] is not None
         # It is this program's own, and more than tensors.
         found = torch.load(io.BytesIO(packed[0]), map_location=device, weights_only=False)
-    assert found is not None
-    value, error = found
-    if error is not None:
-        raise error
-    return value
+    return _value(found)

@@ -94,14 +94,19 @@ def evaluate(model: str | Path, *, settings: EvaluateSettings) -> Iterator[Measu
         ValueError: the model, a text or a task cannot be had, or does not suit.
         FloatingPointError: a loss is NaN or infinite.
     """
-    with ranks.together():
-        size = None if settings.output is None else ranks.from_main(partial(_size, model, settings.output))
-        found = []
-        for measurement in _measurements(model, settings):
-            found.append(measurement)
-            yield measurement
-        if settings.output is not None:
-            ranks.from_main(partial(_write, model, size, found, settings))
+    measurements, found, size = _measurements(model, settings), list[Measurement](), None
+    if settings.output is not None:
+        with ranks.together():
+            size = ranks.from_main(partial(_size, model, settings.output))
+    while True:
+        with ranks.together():  # but not while the caller looks at a figure
+            measurement = next(measurements, None)
+            if measurement is None and settings.output is not None:
+                ranks.from_main(partial(_write, model, size, found, settings))
+        if measurement is None:
+            return
+        found.append(measurement)
+        yield measurement
 
 
 def _size(model: str | Path, output: str | Path) -> int:

@@ -91,26 +91,26 @@ def perplexity(
     ranks.check_share(windows)
     own = ranks.share_of(torch.arange(windows))
     batches = blocks[own[0] : own[-1] + 1].split(batch_size)
-    losses: list[Tensor] = []
+    losses, done = torch.zeros(windows, dtype=torch.float64), int(own[0])
     was_training = model.training
     model.eval()
     try:
         for batch in track(
             batches, "perplexity", console=Console(stderr=True), disable=not progress, transient=True
         ):
-            losses.append(_losses(model, batch.to(model.device)))
-            if not losses[-1].isfinite().all():
-                before = int(own[0]) + (len(losses) - 1) * batch_size
-                window = before + int(losses[-1].isfinite().int().argmin())
-                first, last = window * of_text, (window + 1) * of_text - 1
-                raise FloatingPointError(
-                    f"the loss of window {window} (tokens {first} to {last}) is not finite"
-                )
+            found = _losses(model, batch.to(model.device))
+            losses[done : done + len(batch)] = found
+            done += len(batch)
+            if not found.isfinite().all():
+                break
     finally:
         model.train(was_training)
-    found = torch.cat(losses)
-    total, count = ranks.summed(torch.stack([found.sum(), found.new_tensor(len(found))]))
-    return (total / count).exp().item()
+    finite = ranks.summed(losses).isfinite()  # on all ranks alike
+    if not finite.all():
+        window = int(finite.int().argmin())
+        first, last = window * of_text, (window + 1) * of_text - 1
+        raise FloatingPointError(f"the loss of window {window} (tokens {first} to {last}) is not finite")
+    return (losses.sum() / windows).exp().item()
 
 
 def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,13 +204,15 @@ class WorkFolder:
         count."""
         reports, scales = [], {}
         for table in rounded():
-            if ranks.is_main():
-                self.shards.write(table.tensors.items())
+            ranks.from_main(partial(self.shards.write, table.tensors.items()))
             scales[table.report.parameters[0]] = table.scales
             reports.append(asdict(table.report))
-        if ranks.is_main():
+
+        def write() -> None:
             write_tensors(self._table_scales, scales)
             write_json(self._tables, {"tables": reports})
+
+        ranks.from_main(write)
 
     @property
     def rounds_tables(self) -> bool:
@@ -249,14 +252,17 @@ class WorkFolder:
             seconds: that it took.
             scales: of what was rounded, by the names within the block.
         """
-        if not ranks.is_main():
-            return
-        known = self.blockwise.stored_form(index, parameters)
-        beside = self.checkpoint.load([name for name in self.parts[index + 1] if name not in known])
-        self.shards.write((name, (known | beside)[name]) for name in self.parts[index + 1])
-        if scales:
-            write_tensors(self._scales(index), scales)
-        write_json(self._report(index), {"seconds": seconds, "phases": self.phases, **asdict(report)})
+        counted = {"seconds": seconds, "phases": self.phases, "ranks": ranks.world()}
+
+        def write() -> None:
+            known = self.blockwise.stored_form(index, parameters)
+            beside = self.checkpoint.load([name for name in self.parts[index + 1] if name not in known])
+            self.shards.write((name, (known | beside)[name]) for name in self.parts[index + 1])
+            if scales:
+                write_tensors(self._scales(index), scales)
+            write_json(self._report(index), {**counted, **asdict(report)})
+
+        ranks.from_main(write)
         self.phases = dict.fromkeys(self.phases, 0.0)
 
     def _report(self, index: int) -> Path:
@@ -285,6 +291,8 @@ class WorkFolder:
             "run": self.run,
             "settings": self.settings,
             "versions": self.versions,
+            # Not of the run's identity: another number of them may go on.
+            "ranks": sorted({block.get("ranks", 1) for block in blocks}),
             "dense": self.blockwise.anatomy.dense,
             "alone": self.blockwise.anatomy.alone,
             "seconds": round(seconds + sum(block["seconds"] for block in blocks), 3),

@@ -74,9 +74,9 @@ def refine(
 
     Adam on float32 weights, at a rate that rises for some steps and then falls linearly to zero; a step sees
     `TOKENS_A_STEP` tokens, or one sequence, and multiplies them in bfloat16 where the model does and the
-    device is fast at it. Ranks share the sequences of a step, of which there is at least one for each, and
-    its gradient is that of all. Matrices keep their zeros. Memory: about six times the block's parameters in
-    float32, and the activations of one step.
+    device is fast at it. Ranks share the sequences of a step, in turns where these are fewer: with more to a
+    step there would be fewer steps, and the result worse. A step's gradient is that of all. Matrices keep
+    their zeros. Memory: about six times the block's parameters in float32, and the activations of one step.
 
     Args:
         model: whose block it is.
@@ -108,7 +108,7 @@ def refine(
     kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim > 1}
     shown = _heads(model, index, pairs, parameters)
     seen = model.length if shown is pairs or model.head is None else model.head.length
-    together = max(1, _together(seen) // ranks.world())
+    together = _together(seen)
     low = hidden[0].states.dtype == torch.bfloat16 and multiplies_bfloat16(model.device)
 
     def lost(some: Sequence[tuple[Batch, Tensor]], weights: dict[str, Tensor], energy: float) -> Tensor:
@@ -130,8 +130,8 @@ def refine(
     before = error(parameters)
     if not math.isfinite(before):
         raise FloatingPointError("the result of the pruned block is not finite on the calibration text")
-    of_a_pass = math.ceil(ranks.most(len(shown)) / together)
-    steps = passes * of_a_pass
+    starts = range(0, int(ranks.total(len(shown))), together)
+    steps = passes * len(starts)
     warm_up = min(WARM_UP, 1 + steps // 4)
     rate = min(MOST_RATE, RATE / hidden[0].states.shape[-1])
     optimiser = torch.optim.Adam(
@@ -148,9 +148,10 @@ def refine(
     order = torch.Generator().manual_seed(index)
     with torch.enable_grad():
         for _ in range(passes):
-            chosen = torch.randperm(len(shown), generator=order).split(together)
-            for step in range(of_a_pass):
-                some = [shown[i] for i in chosen[step].tolist()] if step < len(chosen) else []
+            chosen = torch.randperm(len(shown), generator=order).tolist()
+            for start in starts:
+                own = chosen[ranks.part_of(start) : ranks.part_of(start + together)]
+                some = [shown[i] for i in own]
                 if some:
                     lost(some, parameters, of_shown).backward()
                 ranks.average_gradients(trained.values(), len(some))
