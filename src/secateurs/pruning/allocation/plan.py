@@ -72,7 +72,7 @@ def plan(
     if not budget.sparsity:
         raise ValueError("0% leaves no zeros to share out: leave the allocation uniform")
     if isinstance(budget, NM) and budget.n == 1 and type(allocation) in ALLOCATORS.values():
-        warnings.warn(f"{budget} leaves nothing to share out: every layer gets it", stacklevel=5)
+        warnings.warn(f"{budget} leaves nothing to share out: every layer gets it", stacklevel=6)
         return patterns
     return allocation
 
