@@ -33,7 +33,8 @@ SHAPES = {"SmolLM2-135M": (576, 49152), "width 768": (768, 8192)}
 def held(field: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at the most since the last `forget_peak`."""
     found = re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())
-    return 1024 * int(found[1])  # type: ignore[index]
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def forget_peak() -> None:

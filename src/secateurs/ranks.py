@@ -317,6 +317,6 @@ def _told(found: _Found | None, owner: int, device: torch.device) -> Any:
         distributed.broadcast_object_list(packed, owner)
     if found is None:
         assert packed[0] is not None
-        # It is this program's own, and more than tensors.
+        # Never from a file: another rank of this run has just made it, and it holds more than tensors.
         found = torch.load(io.BytesIO(packed[0]), map_location=device, weights_only=False)
     return _value(found)

@@ -18,7 +18,8 @@ from folders import everything_in, save
 from secateurs import Checkpoint, compress, divergence, perplexity, prune, report, sweep
 from secateurs.evaluation import load_model
 from secateurs.evaluation.measured import Measured
-from secateurs.report.sweep import apart, rich_table
+from secateurs.report.grid import apart
+from secateurs.report.sweep import rich_table
 from secateurs.runtime.convert import compressed_bytes
 from secateurs.text import calibration_blocks, evaluation_tokens
 

@@ -1,6 +1,7 @@
 """What people look at: a page of everything that is recorded of some models, and tables of whole grids."""
 
+from secateurs.report.grid import SweepSettings
 from secateurs.report.page import ReportSettings, report
-from secateurs.report.sweep import SweepSettings, sweep
+from secateurs.report.sweep import sweep
 
 __all__ = ["ReportSettings", "SweepSettings", "report", "sweep"]

@@ -64,6 +64,10 @@ class Facts:
     rows: list[tuple[str, str]]
 
 
+Part = tuple[Literal["same", "other"], str]
+"""A piece of a text: what another says too, or what it does not."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """A prompt, and how several models go on from it."""
@@ -71,7 +75,7 @@ class Texts:
     kind: ClassVar = "texts"
 
     title: str
-    columns: list[tuple[str, list[tuple[Literal["same", "other"], str]]]]
+    columns: list[tuple[str, list[Part]]]
 
 
 @dataclass(frozen=True)

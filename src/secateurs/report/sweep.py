@@ -9,14 +9,13 @@ import dataclasses
 import gc
 import hashlib
 import io
-import itertools
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,159 +25,33 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateurs.calibration.sequences import CalibrationText, calibration_text, sha256_of
-from secateurs.calibration.sources import Calibration
 from secateurs.checkpoint import RECORD, Checkpoint, check_place, output_lock, read_json, resolve, write_json
 from secateurs.checkpoint.writing import write_text
 from secateurs.device import resolve_device
 from secateurs.evaluation.divergence import divergence
-from secateurs.evaluation.measure import EvaluateSettings
 from secateurs.evaluation.measured import Measured, write_measured
 from secateurs.evaluation.perplexity import default_length, perplexity
 from secateurs.evaluation.speed import bench
 from secateurs.evaluation.tasks import evaluate_tasks
 from secateurs.pruning.record import Report
-from secateurs.pruning.settings import PruneSettings
 from secateurs.pruning.walk import prune
+from secateurs.report.grid import Cell, Keep, SweepSettings
 from secateurs.report.page import report
 from secateurs.report.quality import numbers_of, table_of
-from secateurs.report.sources import CELLS, Source, name_of_cell, with_names
+from secateurs.report.sources import CELLS, Source, with_names
 from secateurs.runtime.convert import compress, compressed_bytes
 from secateurs.runtime.load import load_model
 from secateurs.runtime.survey import NothingWorthIt
-from secateurs.settings import InWindows, OnDevice, takes
+from secateurs.settings import takes
 from secateurs.text import bos_id, evaluation_tokens, load_tokenizer, wants_bos
 from secateurs.training.model import read_config
 from secateurs.version import __version__
 
-Keep = Literal["none", "best", "all"]
-
 WINDOWS = 16
 """Of each text, for the divergence: both models run."""
 
-NONE = "none"
-"""Among values: what is left stays as precise as it was."""
-
 GRID = ("output", "methods", "patterns", "values", "keep")
 """Settings that the figures of a cell do not depend on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepSettings(InWindows, OnDevice):
-    """Prune a model in many ways, measure all of them, and lay the figures side by side.
-
-    Interrupt it whenever you like: the same command, also with more methods, patterns or values, goes on.
-
-    Example: secateurs sweep my-llama --methods sparsellm admm --patterns 50% 2:4 --calibration text.txt
-    --text novel.txt --output my-llama-sweep
-    """
-
-    output: str | Path
-    """The folder for table.csv, table.json, table.md, report.html and the cells' records."""
-
-    calibration: Calibration | None = None
-    """As `prune` takes it; it is read once for all. Only magnitude does without."""
-
-    methods: tuple[str, ...] = ("sparsellm", "admm", "sparsegpt")
-    """As `prune` takes them, with settings or without."""
-
-    patterns: tuple[str, ...] = ("50%", "60%", "70%", "2:4")
-    """As `prune` takes them."""
-
-    values: tuple[str, ...] = (NONE,)
-    """What is left may be rounded to, as `prune` takes it, such as int4; none leaves it."""
-
-    text: tuple[str | Path, ...] = ()
-    """Texts to measure perplexity on, and the divergence of the dense model's predictions on the first 16
-    windows."""
-
-    tasks: tuple[str, ...] = ()
-    """Names of lm-eval's tasks."""
-
-    task_data: str | Path | None = None
-    """A folder with the tasks' data, where the hub is out of reach."""
-
-    limit: int | None = None
-    """Documents per task. By default all."""
-
-    samples: int = 128
-    """Calibration sequences."""
-
-    seed: int = 0
-    """Of the calibration sample."""
-
-    speed: bool = False
-    """Also measure tokens per second, of the compressed model."""
-
-    keep: Keep = "none"
-    """Which models stay in the output: none, all, or of each pattern the one that is nearest to the dense
-    model."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for what does not suit, in any cell."""
-        if self.keep not in ("none", "best", "all"):
-            raise ValueError(f"keep is none, best or all, not '{self.keep}'")
-        if self.keep == "best" and not self.text:
-            raise ValueError("keep best needs a text: the divergence on it says which model is best")
-        EvaluateSettings(text=self.text, tasks=self.tasks, limit=self.limit, device=self.device)
-        if self.samples < 1:
-            raise ValueError(f"samples are at least 1, not {self.samples}")
-        if not self.cells:
-            raise ValueError("nothing to sweep: give methods and patterns")
-        named: dict[str, Cell] = {}
-        for cell in self.cells:
-            if (other := named.setdefault(cell.name, cell)) != cell:
-                raise ValueError(f"'{other.title}' and '{cell.title}' have one name: give one of them")
-            self.of(cell, self.calibration)
-
-    @property
-    def cells(self) -> list["Cell"]:
-        """All that is to be pruned, pattern by pattern. Without zeros and rounding it is the dense model."""
-        grid = itertools.product(*(apart(each) for each in (self.patterns, self.values, self.methods)))
-        cells = [
-            Cell(method, pattern, None if values == NONE else values) for pattern, values, method in grid
-        ]
-        return [cell for cell in dict.fromkeys(cells) if cell.values or cell.pattern != "0%"]
-
-    def of(self, cell: "Cell", calibration: Any) -> PruneSettings:
-        """How a cell is pruned."""
-        return PruneSettings(
-            output=Path(self.output) / CELLS / cell.name,
-            calibration=calibration,
-            method=cell.method,
-            pattern=cell.pattern,
-            values=cell.values,
-            samples=self.samples,
-            length=self.length,
-            device=self.device,
-        )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One way to prune."""
-
-    method: str
-    pattern: str
-    values: str | None = None
-
-    @property
-    def title(self) -> str:
-        return " ".join(part for part in (self.method, self.pattern, self.values) if part)
-
-    @property
-    def name(self) -> str:
-        return name_of_cell(self.method, self.pattern, self.values)
-
-
-def apart(given: Sequence[str]) -> list[str]:
-    """Items, of which several may be one text with commas; "x:a=1,b=2" stays together."""
-    items: list[str] = []
-    for part in ",".join([given] if isinstance(given, str) else map(str, given)).split(","):
-        if items and ":" in items[-1] and "=" in part and ":" not in part.partition("=")[0]:
-            items[-1] += f",{part}"
-        elif part.strip():
-            items.append(part.strip())
-    return items
 
 
 @takes(SweepSettings)
@@ -384,7 +257,7 @@ class _Shared:
         """With tokens per second, or why there are none; the other figures stay."""
         try:
             return replace(row, tokens_per_second=self._pace(folder, file))
-        except Exception as error:
+        except Exception as error:  # as in `cell`
             return replace(row, error=f"speed: {_said(error)}")
 
     def _pace(self, folder: Path, file: Path) -> float | None:

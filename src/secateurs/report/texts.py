@@ -4,15 +4,12 @@ import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Literal
 
-from secateurs.report.figures import Group, Section, Texts
+from secateurs.report.figures import Group, Part, Section, Texts
 from secateurs.report.sources import Source
 from secateurs.runtime.generate import generate
 
 WORD = re.compile(r"\s*\S+|\s+")
-
-Part = tuple[Literal["same", "other"], str]
 
 
 def differences(text: str, reference: str) -> list[Part]:
@@ -47,12 +44,11 @@ def texts(
             for name, folder in models.items()
         }
         first = next(iter(said.values()), "")
-        columns = [
+        columns: list[tuple[str, list[Part]]] = [
             (name, differences(text, first) if place else [("same", text)])
             for place, (name, text) in enumerate(said.items())
         ]
-        figures = [Texts(prompt, columns)] if columns else []  # type: ignore[arg-type]
-        groups.append(Group(_short(prompt) if len(prompts) > 1 else "", list(figures)))
+        groups.append(Group(_short(prompt) if len(prompts) > 1 else "", [Texts(prompt, columns)]))
     lead = "The likeliest tokens, one after the other. Marked is what the first model does not say."
     return Section("texts", "What they say", lead, groups)
 
