@@ -1,9 +1,9 @@
 """What recovery brings: perplexity and divergence from the dense model, by pattern, start, tokens and text.
 
-A model is pruned by each method at each pattern, and recovered on one text, a share of which the dense model
-writes itself. Measured on texts that neither saw (or windows all over them), and if questions are given, by
-lm-eval's zero-shot accuracy. What is in the results is not repeated: interrupt at will, and run the same
-command again.
+A model is pruned (and rounded) by each method at each pattern and grid, and recovered on one text, a share of
+which the dense model writes itself. Measured on texts that neither saw (or windows all over them), and if
+questions are given, by lm-eval's zero-shot accuracy. What is in the results is not repeated: interrupt at
+will, and run the same command again.
 
     python benchmarks/recovery.py --cache ../cache --calibration ../data/wikitext-2/valid.txt \
         --texts ../data/wikitext-2/test.txt ../data/books/Dracula_345.txt \
@@ -30,7 +30,8 @@ from scores import causal_model, divergences, perplexities
 from secateurs.demo import MODEL
 from secateurs.text import evaluation_tokens
 
-KEYS = ("pattern", "method", "self", "tokens")
+KEYS = ("pattern", "values", "method", "self", "tokens")
+AS_STORED = "as stored"
 DIVERGENCE_WINDOWS = 16
 """Of each text; the dense model runs too."""
 
@@ -43,13 +44,18 @@ def print_results(rows: list[Record]) -> None:
 
 
 def _cells(row: Record, texts: list[str], tasks: list[str]) -> Iterator[Any]:
-    yield from (row[key] for key in KEYS)
+    yield from (_key(row, key) for key in KEYS)
     yield from (f"{row['perplexity'][text]:.2f}" for text in texts)
     yield from (f"{row['divergence'][text]:.3f}" for text in texts)
     for task in tasks:
         share, error = accuracy(row["tasks"][task]) if "tasks" in row else (float("nan"), 0.0)
         yield f"{100 * share:.1f} ± {100 * error:.1f}"
     yield f"{row['seconds']:.0f}" if "seconds" in row else ""
+
+
+def _key(row: Record, key: str) -> Any:
+    """Of a row that may be older than rounding is."""
+    return row.get(key, AS_STORED) if key == "values" else row[key]
 
 
 def main(
@@ -60,6 +66,7 @@ def main(
     model: Path = MODEL,
     methods: tuple[str, ...] = ("sparsellm",),
     patterns: tuple[str, ...] = ("80%",),
+    values: tuple[str, ...] = (AS_STORED,),
     shares: tuple[float, ...] = (0.5,),
     tokens: tuple[int, ...] = (0, 300_000, 1_000_000),
     pruned_on: int = 64,
@@ -128,17 +135,19 @@ def main(
         print(rows[-1], flush=True)
 
     def is_missing(cell: Record) -> bool:
-        return not any(all(row[key] == cell[key] for key in KEYS) for row in rows)
+        return not any(all(_key(row, key) == cell[key] for key in KEYS) for row in rows)
 
-    dense: Record = {"pattern": "0%", "method": "dense", "self": None, "tokens": 0}
+    dense: Record = {"pattern": "0%", "values": AS_STORED, "method": "dense", "self": None, "tokens": 0}
     if is_missing(dense):
         keep(dense, model)
-    for pattern, method, count in product(patterns, methods, tokens):
+    for pattern, grid, method, count in product(patterns, values, methods, tokens):
         for share in shares if count else (None,):
-            cell = {"pattern": pattern, "method": method, "self": share, "tokens": count}
+            cell = {"pattern": pattern, "values": grid, "method": method, "self": share, "tokens": count}
             if not is_missing(cell):
                 continue
-            pruned = cache / f"{name}-{method}-{pattern.replace(':', 'of').rstrip('%')}-{pruned_on}x{length}"
+            form = pattern.replace(":", "of").rstrip("%")
+            form += "" if grid == AS_STORED else f"-{grid.replace(':', '-').replace('=', '')}"
+            pruned = cache / f"{name}-{method}-{form}-{pruned_on}x{length}"
             if not pruned.exists():
                 secateurs.prune(
                     model,
@@ -148,6 +157,7 @@ def main(
                     method=method,
                     samples=pruned_on,
                     length=length,
+                    values=None if grid == AS_STORED else grid,
                 )
             if not count:
                 keep(cell, pruned)

@@ -151,7 +151,6 @@ def test_a_budget(place: Place) -> None:
         (["leave pattern out"], ["--budget", "90KB", "--pattern", "50%"]),
         (["leave values out"], ["--bytes-per-weight", "0.4", "--values", "int4"]),
         (["leave the allocation uniform"], ["--bytes-per-weight", "0.4", "--allocation", "sensitivity"]),
-        (["leave it out"], ["--bytes-per-weight", "0.4", "--recover", "1000"]),
         (["bytes-per-weight", "--help"], ["--bytes-per-weight", "some"]),
     ],
 )

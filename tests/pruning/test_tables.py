@@ -204,7 +204,6 @@ def test_what_was_rounded_before_stays_so(first: str, tmp_path: Path) -> None:
     [
         ({"embedding": "int5"}, "unknown values 'int5'"),
         ({"embedding": 4}, "values are a name such as int4 or int4:group=32, not 4"),
-        ({"embedding": "int8", "recover": 1000}, "prune and recover without values and embedding first"),
     ],
 )
 def test_what_is_refused(chosen: dict[str, Any], message: str, tmp_path: Path) -> None:

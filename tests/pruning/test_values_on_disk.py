@@ -212,7 +212,6 @@ def test_scales_stay_behind_when_weights_change(tmp_path: Path) -> None:
         ({"values": "int4:bits=8"}, "says the bits twice"),
         ({"values": 4}, "values are a name such as int4 or int4:group=32, not 4"),
         ({"values": "int8:grid=half"}, "with 8 bits the grid is whole"),
-        ({"values": "int4", "recover": 1000}, "prune and recover without values and embedding first"),
         ({"pattern": "0%"}, r"outside \(0, 1\)"),
         ({"pattern": "0%", "values": "int4", "allocation": "owl"}, "leave the allocation uniform"),
         ({"allocation": {"*.q_proj": "0%"}}, r"outside \(0, 1\)"),

@@ -147,7 +147,6 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bytes(
         ({"budget": "60KB", "pattern": "50%"}, "leave pattern out"),
         ({"bytes_per_weight": 0.4, "values": "int4"}, "bytes_per_weight chooses .* leave values out"),
         ({"budget": "60KB", "allocation": "owl"}, "leave the allocation uniform"),
-        ({"budget": "60KB", "recover": 1000}, "leave it out"),
         ({"budget": "60KB", "calibration": None, "method": "magnitude"}, "measured on calibration text"),
         ({"budget": "much"}, "'much' is no size"),
         ({"budget": "-5MB"}, "is no size"),

@@ -136,8 +136,9 @@ class PruneSettings(InWindows, OnDevice):
     prune anew."""
 
     recover: int = 0
-    """Tokens to train on at the end, towards the dense model's predictions, with the zeros held: what
-    `secateurs recover` does with the same text. A million is a good many; memory has to hold both models."""
+    """Tokens to train on at the end, towards the dense model's predictions: what `secateurs recover` does
+    with the same text. Zeros are held, and of what was rounded the scales are trained. A million is a good
+    many; memory has to hold both models."""
 
     batch_size: int | None = None
     """Sequences run at once. By default 2048 tokens' worth."""
@@ -188,11 +189,6 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError("refine goes towards what a block ought to give: set target to block or dense")
         if self.recover < 0:
             raise ValueError(f"recover is a number of tokens, not {self.recover}")
-        if self.recover and self.rounds:
-            raise ValueError(
-                "recovery would move the weights off their grid: prune and recover without values and "
-                "embedding first, then prune what comes of it with them and the pattern 0%"
-            )
         if self.recover:
             if self.calibration is None:
                 raise ValueError("calibration text is needed to recover")
@@ -222,10 +218,6 @@ class PruneSettings(InWindows, OnDevice):
             raise ValueError(f"{option} chooses zeros and bits for each matrix: leave {name} out")
         if self.allocation != UNIFORM:
             raise ValueError(f"{option} says itself what each matrix gets: leave the allocation uniform")
-        if self.recover:
-            raise ValueError(
-                f"recovery would move the weights off the grids that {option} chooses: leave it out"
-            )
         if self.calibration is None:
             raise ValueError(f"{option} goes by what is measured on calibration text: give some")
         if self.budget is not None:

@@ -36,6 +36,8 @@ class RecoveryReport(TrainerReport):
     with the text's own loss if that was asked for."""
     after: float
     """The same of the trained weights, as they are stored."""
+    rounded: int = 0
+    """Weights that stayed on their grids, in the proportions of their levels: their scales were trained."""
     history: list[dict[str, float]] | None = None
     """What was logged on the way, see `secateurs.training.loop.history`; older records have none."""
 
@@ -78,7 +80,9 @@ class RecoveryReport(TrainerReport):
             f"{self.tokens / self.seconds:.0f} tokens per second, "
             f"peak memory {self.peak_memory_bytes / 1e6:.0f} MB"
         ]
-        if not self.zeros:
+        if self.rounded:
+            lines.append(f"{self.rounded} weights stay on the grids that they were rounded to")
+        elif not self.zeros:
             lines.append("the model has no zeros to hold: all its weights were trained")
         what = f"divergence from {self.settings['towards']} on held-out text: {self.before:.4f} before, "
         lines.append(f"{what}{self.after:.4f} after")

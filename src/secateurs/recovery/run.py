@@ -41,10 +41,12 @@ from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.scales import read_scales, write_scales
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import multiplies_bfloat16, resolve_device
+from secateurs.recovery.levels import Levels
 from secateurs.recovery.report import KEY, RecoveryReport
 from secateurs.recovery.settings import RecoverSettings
 from secateurs.recovery.steps import Recovery, held_out_loss, hold_out, in_order, rows_of, without_noise
 from secateurs.runtime.load import load_model
+from secateurs.runtime.packable import packables, traced_packables
 from secateurs.settings import takes
 from secateurs.text import TooShortError, check_tokens, load_tokenizer
 from secateurs.training.arguments import read_settings, trainer_arguments
@@ -57,7 +59,7 @@ from secateurs.training.loop import (
     silent,
     with_adapters,
 )
-from secateurs.training.masks import KeepZeros, Masks
+from secateurs.training.masks import Keep, Masks
 from secateurs.training.model import read_config, sequence_length
 from secateurs.training.watch import Watch
 from secateurs.training.weights import StoredWeights
@@ -108,6 +110,12 @@ def recover_folder(
         run: what stands for all that decides the result, where this is the end of a run of `prune`.
     """
     dense = Checkpoint(resolve(settings.towards))
+    grids = read_scales(checkpoint.folder)
+    if grids and settings.lora:
+        raise ValueError(
+            f"'{checkpoint.folder}' was rounded, and adapters would move its weights off their grids: leave "
+            "lora out, so that its scales are trained"
+        )
     text = recovery_text(settings, checkpoint, dense, progress)
     length = text.length
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -134,6 +142,10 @@ def recover_folder(
     }
     work = TrainingFolder(Path(settings.output), identity, run)
     arguments = _arguments(trainer, work)
+    if grids and arguments.fsdp:
+        raise ValueError(
+            f"'{checkpoint.folder}' was rounded: what is trained of it cannot be sharded by fsdp"
+        )
     if work.finished():
         if arguments.should_save:
             work.clear()
@@ -156,6 +168,7 @@ def recover_folder(
     set_seed(arguments.seed)
     adapted: Any = with_adapters(loaded, settings.lora) if settings.lora else loaded
     masks = Masks.of_zeros(adapted)
+    levels = Levels(loaded, grids, packables(loaded) | traced_packables(skeleton_of(checkpoint)))
     watch = Watch(None, keep=arguments.save_total_limit, shown=progress)
     arguments.save_total_limit = None
     with silent(), for_training(loaded):
@@ -167,7 +180,7 @@ def recover_folder(
             train_dataset=rows,
             eval_dataset=rows_of(held),
             data_collator=default_data_collator,
-            callbacks=[KeepZeros(masks), watch],
+            callbacks=[Keep(masks, levels), watch],
         )
         steps.remove_callback(PrinterCallback)
         before = held_out_loss(towards, loaded, held, arguments, settings.text_loss)
@@ -183,6 +196,7 @@ def recover_folder(
             watch.close()
         if settings.lora:
             masks.merge_lora(adapted)
+        scales = levels.settle()
         weights.round()
         after = held_out_loss(towards, loaded, held, arguments, settings.text_loss)
     if arguments.should_save:
@@ -191,7 +205,7 @@ def recover_folder(
             weights.restore()
         work.model.mkdir()
         copy_companions(checkpoint.folder, work.model, replaced={"README.md"})
-        if kept and (scales := read_scales(checkpoint.folder)):
+        if scales := grids if kept else scales:
             write_scales(work.model, scales)
         weights.write(work.model, most=size_in_bytes(settings.max_shard_size))
         recovery = {
@@ -205,6 +219,7 @@ def recover_folder(
             "tokens": count * length,
             "peak_memory_bytes": peak_memory_bytes(arguments.device),
             "zeros": masks.count,
+            "rounded": levels.count,
             "before": before,
             "after": after,
             "history": history(steps.state),

@@ -8,7 +8,7 @@ over a tensor or to the norm that clipping looks at. Masks may be replaced betwe
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -233,7 +233,38 @@ def _zero(tensor: Tensor, held: Tensor) -> None:
     tensor.detach().view(BITS[tensor.element_size()]).mul_(~held)
 
 
-class KeepZeros(TrainerCallback):
+class Held(Protocol):
+    """What holds some of a model's weights, or something about them, through training."""
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Hold it through every step of an optimiser."""
+
+    def detach(self) -> None:
+        """Let go."""
+
+
+class Keep(TrainerCallback):
+    """Keeps what is held through `transformers.Trainer`."""
+
+    def __init__(self, *held: Held) -> None:
+        self.held = held
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to what is about to be trained."""
+        for held in self.held:
+            held.attach(kwargs["optimizer"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go."""
+        for held in self.held:
+            held.detach()
+
+
+class KeepZeros(Keep):
     """Keeps a pruned model's zeros through `transformers.Trainer`; composes with sparse training.
 
     Example:
@@ -244,19 +275,11 @@ class KeepZeros(TrainerCallback):
     """
 
     def __init__(self, masks: Masks | None = None) -> None:
-        self.masks = masks
+        super().__init__(*([masks] if masks else []))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to what is about to be trained."""
-        if self.masks is None:
-            self.masks = Masks.of_zeros(kwargs["model"])
-        self.masks.attach(kwargs["optimizer"])
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Let go."""
-        if self.masks is not None:
-            self.masks.detach()
+        self.held = self.held or (Masks.of_zeros(kwargs["model"]),)
+        super().on_train_begin(args, state, control, **kwargs)
