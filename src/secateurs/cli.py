@@ -33,7 +33,8 @@ from secateurs.pruning.walk import prune
 from secateurs.recovery.report import RecoveryReport
 from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
-from secateurs.report import ReportSettings, SweepSettings, report, sweep
+from secateurs.report import CompareSettings, ReportSettings, SweepSettings, compare, report, sweep
+from secateurs.report.compare import print_comparison
 from secateurs.report.sweep import rich_table
 from secateurs.runtime.convert import compress, decompress
 from secateurs.runtime.generate import Pace, generate
@@ -62,13 +63,8 @@ class Verb(NamedTuple):
     subject: str | None = "model"
     """What it works on, the command's positional argument."""
     about: str = MODEL
-    several: bool = False
-    """Whether there may be more than one subject."""
-
-    @property
-    def kind(self) -> Any:
-        """Of the subject, as it is typed."""
-        return tuple[str, ...] if self.several else str
+    kind: Any = str
+    """Of the subject, as it is typed: a tuple where there is more than one."""
 
 
 def _prune(model: str, settings: PruneSettings) -> None:
@@ -138,6 +134,12 @@ def _sweep(model: str, settings: SweepSettings) -> None:
     print(Path(settings.output) / "report.html")
 
 
+def _compare(models: tuple[str, ...], settings: CompareSettings) -> None:
+    print_comparison(compare(*models, settings))
+    if settings.output is not None:
+        print(settings.output)
+
+
 def _compress(model: str, settings: CompressSettings) -> None:
     print(f"{settings.output}: {compress(model, settings)}")
 
@@ -183,7 +185,8 @@ VERBS: dict[str, Verb] = {
     "inspect": Verb(InspectSettings, _inspect),
     "plot": Verb(PlotSettings, _plot, "folder", "A folder that `secateurs prune` made."),
     "sweep": Verb(SweepSettings, _sweep),
-    "report": Verb(ReportSettings, _report, "folders", "Folders that other verbs made.", several=True),
+    "report": Verb(ReportSettings, _report, "folders", "Folders that other verbs made.", tuple[str, ...]),
+    "compare": Verb(CompareSettings, _compare, "models", f"Two of one vocabulary. {MODEL}", tuple[str, str]),
     "compress": Verb(CompressSettings, _compress),
     "decompress": Verb(DecompressSettings, _decompress),
     "generate": Verb(_GenerateSettings, _generate),
@@ -228,7 +231,7 @@ def _run(arguments: list[str]) -> None:
     if name in VERBS:
         verb = VERBS[name]
         written = _from_config(verb, arguments)
-        lacks_subject = verb.subject is not None and not verb.several and verb.subject not in written
+        lacks_subject = verb.subject not in (None, *written) and verb.kind is str
         arguments = [name, *_arranged(verb, arguments[1:], subject_first=lacks_subject)]
         commands[name] = _command(name, verb, written)
     said = io.StringIO()

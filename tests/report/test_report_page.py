@@ -14,6 +14,7 @@ from secateurs import report
 from secateurs.evaluation.measured import Measured, write_measured
 from secateurs.recovery.report import KEY as RECOVERY
 from secateurs.report.charts import Axis, Point, Series, percent, xy
+from secateurs.report.figures import Part
 from secateurs.report.layers import heat_map
 from secateurs.report.sources import read_sources, with_names
 from secateurs.report.texts import differences
@@ -72,6 +73,7 @@ def test_what_comes_from_files_and_prompts_is_no_html(outputs: dict[str, Path], 
     folders = [outputs[name] for name in ("sparsellm", "measured", "trained")]
     plain = Page(report([outputs["wanda"]], output=tmp_path / "plain.html", prompt=("ab",), tokens=2))
     page = Page(report(folders, output=tmp_path / "page.html", prompt=("<script>ab</script>",), tokens=2))
+    assert "What they say" in page.text
     assert not {"b", "i"} & page.tags
     assert page.source.count("<script") == plain.source.count("<script") == 1
     assert {"x<b>&\"'", "it <i>failed</i>", "<script>ab</script>"} <= {word.strip() for word in page.words}
@@ -163,9 +165,9 @@ def test_zeros_by_size_and_agreement_count() -> None:
 def test_differences_make_up_the_text() -> None:
     text, reference = "the cat  sat on\na mat.", "the dog sat on a mat."
     parts = differences(text, reference)
-    assert "".join(part for _, part in parts) == text
-    assert next(part for kind, part in parts if kind == "other") == "cat  sat"
-    assert differences(text, text) == [("same", text)]
+    assert "".join(part.text for part in parts) == text
+    assert next(part.text for part in parts if part.marked) == "cat  sat"
+    assert differences(text, text) == [Part(text)]
     assert differences("", reference) == []
 
 

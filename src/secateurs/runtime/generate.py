@@ -11,9 +11,10 @@ from typing import Any, cast
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateurs.checkpoint import resolve
+from secateurs.checkpoint import Checkpoint, resolve
+from secateurs.checkpoint.config import read_config
 from secateurs.runtime.load import load_model
 from secateurs.runtime.settings import GenerateSettings
 from secateurs.settings import takes
@@ -57,9 +58,23 @@ def memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def check_positions(model: PreTrainedModel, tokens: int) -> None:
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """A prompt's tokens, (1, length); ValueError if there are none."""
+    ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+    if ids.numel() == 0:
+        raise ValueError("there is nothing to generate: the prompt is empty")
+    return ids
+
+
+def ends_of(model: PreTrainedModel) -> set[int | None]:
+    """The tokens that end a model's text."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+def check_positions(config: PretrainedConfig, tokens: int) -> None:
     """Raises ValueError if a model was not made for so many tokens."""
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ValueError(
             f"prompt and new tokens are {tokens}, but the model is made for {positions}: ask for fewer"
@@ -120,15 +135,11 @@ def generate(model: str | Path, *, settings: GenerateSettings, pace: Pace | None
     """
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer(settings.prompt, return_tensors="pt").input_ids
-    if ids.numel() == 0:
-        raise ValueError("there is nothing to generate: the prompt is empty")
+    ids = prompt_ids(settings.prompt, tokenizer)
+    check_positions(read_config(Checkpoint(folder)), ids.numel() + settings.tokens)
     loaded = load_model(folder, settings.device)
-    check_positions(loaded, ids.numel() + settings.tokens)
     new_tokens = greedy_tokens(loaded, ids.to(loaded.device), pace or Pace())
-    ends = loaded.generation_config.eos_token_id if loaded.generation_config is not None else None
-    ends = set(ends if isinstance(ends, list) else [ends])
-    return pieces(ids[0].tolist(), new_tokens, settings.tokens, ends, tokenizer)
+    return pieces(ids[0].tolist(), new_tokens, settings.tokens, ends_of(loaded), tokenizer)
 
 
 def pieces(
