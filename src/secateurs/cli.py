@@ -36,10 +36,12 @@ from secateurs.recovery.settings import RecoverSettings
 from secateurs.report import CompareSettings, ReportSettings, SweepSettings, compare, report, sweep
 from secateurs.report.compare import print_comparison
 from secateurs.report.sweep import rich_table
+from secateurs.runtime.chat import chat
 from secateurs.runtime.convert import compress, decompress
 from secateurs.runtime.generate import Pace, generate
 from secateurs.runtime.serve import serve
 from secateurs.runtime.settings import (
+    ChatSettings,
     CompressSettings,
     DecompressSettings,
     GenerateSettings,
@@ -190,6 +192,7 @@ VERBS: dict[str, Verb] = {
     "compress": Verb(CompressSettings, _compress),
     "decompress": Verb(DecompressSettings, _decompress),
     "generate": Verb(_GenerateSettings, _generate),
+    "chat": Verb(ChatSettings, chat),
     "bench": Verb(BenchSettings, _bench),
     "serve": Verb(ServeSettings, serve),
     "demo": Verb(DemoSettings, _demo, None),

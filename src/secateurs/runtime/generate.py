@@ -45,6 +45,14 @@ class Pace:
         """While decoding, one token at a time: without the first, which waits for the prompt."""
         return (self.tokens - 1) / self.seconds_after if self.tokens > 1 else float("nan")
 
+    def count(self, seconds: float, device: torch.device) -> None:
+        """A token more, so many seconds after the prompt."""
+        if self.tokens == 0:
+            self.seconds_to_first = seconds
+        self.seconds_after = seconds - self.seconds_to_first
+        self.tokens += 1
+        self.memory_bytes = memory_bytes(device)
+
     def __str__(self) -> str:
         then = f", then {self.tokens_per_second:.1f} tokens per second" if self.tokens > 1 else ""
         memory = f"{self.memory_bytes / 1e6:.0f} MB of memory"
@@ -72,9 +80,14 @@ def ends_of(model: PreTrainedModel) -> set[int | None]:
     return set(ends if isinstance(ends, list) else [ends])
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model was made for, where it says so."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def check_positions(config: PretrainedConfig, tokens: int) -> None:
     """Raises ValueError if a model was not made for so many tokens."""
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None and tokens > positions:
         raise ValueError(
             f"prompt and new tokens are {tokens}, but the model is made for {positions}: ask for fewer"
@@ -109,12 +122,7 @@ def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterato
         tokens = output.logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, tokens], dim=1)
         token = int(tokens)  # on a GPU this waits for the result
-        elapsed = time.perf_counter() - start
-        if pace.tokens == 0:
-            pace.seconds_to_first = elapsed
-        pace.seconds_after = elapsed - pace.seconds_to_first
-        pace.tokens += 1
-        pace.memory_bytes = memory_bytes(model.device)
+        pace.count(time.perf_counter() - start, model.device)
         yield token
 
 
