@@ -102,7 +102,7 @@ def answers(
         loaded = load_model(model.folder, device)
         alike = model.speaks_as(models[0])
         said = []
-        for place, ids in enumerate((models[0] if alike else model).prompts):
+        for place, ids in enumerate((models[0] if alike else model).prompts):  # to compare, the same tokens
             own = _answer(loaded, model.tokenizer, ids, tokens)
             if model is models[0]:
                 reference.append(_predictions(loaded, ids, own).cpu())

@@ -152,7 +152,7 @@ def chat(model: str | Path, *, settings: ChatSettings) -> None:
         aside(f"{model}. {HELP}")
     while True:
         try:
-            question = (console.input(Text("\n> ", "bold green")) if terminal else input()).strip()
+            question = input("\n> " if terminal else "").strip()
         except EOFError:
             return
         except KeyboardInterrupt:
