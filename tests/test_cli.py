@@ -47,11 +47,12 @@ class Place:
         return self.folder / "model"
 
     def prune(self, *options: str, model: object = None, calibration: object = None) -> Result:
-        """Options given twice: the last counts."""
+        """Options given twice: the last counts, if they are of one value."""
+        text = [] if "--calibration" in options else ["--calibration", str(calibration or self.text)]
         return self.run(
             [
-                "prune", str(model or self.model), "--output", str(self.output), "--calibration",
-                str(calibration or self.text), "--samples", "4", "--length", "24", *options,
+                "prune", str(model or self.model), "--output", str(self.output), *text,
+                "--samples", "4", "--length", "24", *options,
             ]
         )  # fmt: skip
 
@@ -204,6 +205,8 @@ def test_several_texts_and_what_the_model_writes(place: Place) -> None:
         ["prune", *several, model, *sizes],  # in the last place of many values, it is the model
         ["prune", "--config", str(file), *sizes],
         ["prune", "--config", str(file), *several, *sizes],
+        ["prune", model, f"--calibration={text}=0.25", *sizes[:-1], "--calibration", "self", "--output"],
+        ["prune", *several[:2], *sizes[:-1], "--calibration", "self", model, "--output"],
     ]
     file.write_text(f'model: "{model}"\ncalibration: {{"{text}": 0.25, self: 0.75}}\n')
     found = []
@@ -212,7 +215,7 @@ def test_several_texts_and_what_the_model_writes(place: Place) -> None:
         result = place.run([*run, str(output)])
         assert result.status == 0, result.err
         found.append(json.loads((output / "secateurs.json").read_text())["settings"]["calibration"])
-    assert found == [found[0]] * 4
+    assert found == [found[0]] * len(runs)
     assert {name: source["samples"] for name, source in found[0]["source"].items()} == {text: 1, "self": 3}
     file.write_text(f"model: {model}\ncalibration: [{text}, self]\n")
     assert place.run([*runs[2], str(place.output)]).status == 0

@@ -90,7 +90,7 @@ KNOWN = {option.field: option.type for option in options(Trip)}
 def written(text: str, folder: Path) -> dict[str, object]:
     file = folder / "trip.yaml"
     file.write_text(text)
-    return read_config(file, KNOWN)
+    return read_config(file, {**KNOWN, "pair": tuple[str, str]})
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,7 @@ def written(text: str, folder: Path) -> dict[str, object]:
         ("stops: [a, b]", {"stops": ("a", "b")}),
         ("stops: a", {"stops": ("a",)}),
         ("stops:\n- a", {"stops": ("a",)}),
+        ("pair: [a, b]", {"pair": ("a", "b")}),
         ("by: rail", {"by": "rail"}),
         ("map: x/y.txt", {"map": Path("x/y.txt")}),
         ("device: cuda:1", {"device": "cuda:1"}),
@@ -133,6 +134,7 @@ def test_yaml_as_people_write_it(text: str, value: dict[str, object], tmp_path: 
         ("days: true", "'days' is True: expected integer"),
         ("by: boat", "'by' is 'boat': expected foot, rail"),
         ("home: maybe", "'home' is 'maybe': expected switch"),
+        ("pair: [a]", r"'pair' is \['a'\]: expected 2"),
         ("days: 1\ndays: 2", "'days' is there twice"),
         ("map: a\nMAP: b", "there is no setting 'MAP'"),
         ("- a", "does not hold settings by name"),

@@ -11,7 +11,8 @@ HEAD = """# Settings
 
 Made by `python tools/settings_page.py` from the dataclasses themselves. Each option of a command is a keyword
 of the Python function (`--batch-size` is `batch_size`), and a key of the YAML file that `--config` names; the
-command line comes before the file.
+command line comes before the file. What takes several values may be given in several places: `--text a.txt
+--text b.txt` is `--text a.txt b.txt`.
 
 ```yaml
 # secateurs prune --config run.yaml

@@ -37,7 +37,15 @@ from secateurs.pruning.walk import prune
 from secateurs.recovery.report import RecoveryReport
 from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
-from secateurs.report import ReportSettings, SweepSettings, report, sweep
+from secateurs.report import (
+    CompareSettings,
+    Comparison,
+    ReportSettings,
+    SweepSettings,
+    compare,
+    report,
+    sweep,
+)
 from secateurs.runtime import compress, decompress  # also teaches transformers the compressed format
 from secateurs.text import calibration_blocks, evaluation_tokens
 from secateurs.training.adaptive import AdaptivePruning
@@ -57,6 +65,8 @@ __all__ = [
     "OWL",
     "AdaptivePruning",
     "Checkpoint",
+    "CompareSettings",
+    "Comparison",
     "Inspection",
     "KeepZeros",
     "LayerInspection",
@@ -87,6 +97,7 @@ __all__ = [
     "__version__",
     "anatomy_of",
     "calibration_blocks",
+    "compare",
     "compress",
     "decompress",
     "divergence",

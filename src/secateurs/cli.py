@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -32,12 +33,15 @@ from secateurs.pruning.walk import prune
 from secateurs.recovery.report import RecoveryReport
 from secateurs.recovery.run import recover
 from secateurs.recovery.settings import RecoverSettings
-from secateurs.report import ReportSettings, SweepSettings, report, sweep
+from secateurs.report import CompareSettings, ReportSettings, SweepSettings, compare, report, sweep
+from secateurs.report.compare import print_comparison
 from secateurs.report.sweep import rich_table
+from secateurs.runtime.chat import chat
 from secateurs.runtime.convert import compress, decompress
 from secateurs.runtime.generate import Pace, generate
 from secateurs.runtime.serve import serve
 from secateurs.runtime.settings import (
+    ChatSettings,
     CompressSettings,
     DecompressSettings,
     GenerateSettings,
@@ -61,13 +65,8 @@ class Verb(NamedTuple):
     subject: str | None = "model"
     """What it works on, the command's positional argument."""
     about: str = MODEL
-    several: bool = False
-    """Whether there may be more than one subject."""
-
-    @property
-    def kind(self) -> Any:
-        """Of the subject, as it is typed."""
-        return tuple[str, ...] if self.several else str
+    kind: Any = str
+    """Of the subject, as it is typed: a tuple where there is more than one."""
 
 
 def _prune(model: str, settings: PruneSettings) -> None:
@@ -137,6 +136,12 @@ def _sweep(model: str, settings: SweepSettings) -> None:
     print(Path(settings.output) / "report.html")
 
 
+def _compare(models: tuple[str, ...], settings: CompareSettings) -> None:
+    print_comparison(compare(*models, settings))
+    if settings.output is not None:
+        print(settings.output)
+
+
 def _compress(model: str, settings: CompressSettings) -> None:
     print(f"{settings.output}: {compress(model, settings)}")
 
@@ -182,10 +187,12 @@ VERBS: dict[str, Verb] = {
     "inspect": Verb(InspectSettings, _inspect),
     "plot": Verb(PlotSettings, _plot, "folder", "A folder that `secateurs prune` made."),
     "sweep": Verb(SweepSettings, _sweep),
-    "report": Verb(ReportSettings, _report, "folders", "Folders that other verbs made.", several=True),
+    "report": Verb(ReportSettings, _report, "folders", "Folders that other verbs made.", tuple[str, ...]),
+    "compare": Verb(CompareSettings, _compare, "models", f"Two of one vocabulary. {MODEL}", tuple[str, str]),
     "compress": Verb(CompressSettings, _compress),
     "decompress": Verb(DecompressSettings, _decompress),
     "generate": Verb(_GenerateSettings, _generate),
+    "chat": Verb(ChatSettings, chat),
     "bench": Verb(BenchSettings, _bench),
     "serve": Verb(ServeSettings, serve),
     "demo": Verb(DemoSettings, _demo, None),
@@ -225,10 +232,11 @@ def _run(arguments: list[str]) -> None:
     name = next(iter(arguments), "")
     commands: dict[str, Callable[..., Any]] = {known: _summary(known, verb) for known, verb in VERBS.items()}
     if name in VERBS:
-        written = _from_config(VERBS[name], arguments)
-        if VERBS[name].subject and not VERBS[name].several and VERBS[name].subject not in written:
-            arguments = [name, *_subject_first(VERBS[name], arguments[1:])]
-        commands[name] = _command(name, VERBS[name], written)
+        verb = VERBS[name]
+        written = _from_config(verb, arguments)
+        lacks_subject = verb.subject not in (None, *written) and verb.kind is str
+        arguments = [name, *_arranged(verb, arguments[1:], subject_first=lacks_subject)]
+        commands[name] = _command(name, verb, written)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -249,24 +257,47 @@ def _run(arguments: list[str]) -> None:
     verb.run(*subject, settings=verb.settings(**given))
 
 
-def _subject_first(verb: Verb, arguments: list[str]) -> list[str]:
-    """With the subject in front, where it would be taken for the last of an option's several values."""
+def _arranged(verb: Verb, arguments: list[str], *, subject_first: bool) -> list[str]:
+    """As they are to be parsed: what an option of several values is given in several places, in one.
+
+    Args:
+        verb: whose options they are.
+        arguments: as typed, without the verb.
+        subject_first: put the subject in front, where it would be taken for the last of several values.
+    """
     known = {option.name: option.type for option in [*options(verb.settings), CONFIG]}
-    taken, last = 0, None  # how many values the option before may still take; where the last of several is
-    first = 0
-    for place, argument in enumerate(arguments):
+
+    def most(flag: str) -> float:
+        """How many values may follow."""
+        kind = known.get(_name(flag), bool)
+        several = any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
+        return math.inf if several else 0 if kind is bool else 1
+
+    free: list[str] = []
+    parts: list[list[str]] = []  # each an option with its values
+    for argument in arguments:
         if argument.startswith("--"):
-            name, _, value = argument.removeprefix("--").partition("=")
-            kind = known.get(name.replace("_", "-"), bool)
-            several = any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
-            taken = 0 if value or kind is bool else len(arguments) if several else 1
-            first = place + 1
-        elif not taken:
-            return arguments  # here it is
+            parts.append([argument])
+        elif parts and "=" not in parts[-1][0] and len(parts[-1]) <= most(parts[-1][0]):
+            parts[-1].append(argument)
         else:
-            taken -= 1
-            last = place if place > first else last
-    return arguments if last is None else [arguments[last], *arguments[:last], *arguments[last + 1 :]]
+            free.append(argument)
+    if subject_first and not free and (swallowed := [part for part in parts if len(part) > 2]):
+        free.append(swallowed[-1].pop())
+    names = [_name(part[0]) for part in parts]
+    told: dict[Any, list[str]] = {}
+    for place, (name, part) in enumerate(zip(names, parts, strict=True)):
+        if names.count(name) > 1 and most(name) > 1:
+            flag, inline, value = part[0].partition("=")
+            told.setdefault(name, [flag]).extend([value] if inline else part[1:])
+        else:
+            told[place] = part
+    return [*free, *itertools.chain(*told.values())]
+
+
+def _name(flag: str) -> str:
+    """Of an option, as its dataclass has it on the command line."""
+    return flag.removeprefix("--").partition("=")[0].replace("_", "-")
 
 
 def _unboxed(text: str) -> str:

@@ -296,10 +296,13 @@ def fitted(value: Any, annotation: Any) -> Any:
         if value in get_args(annotation):
             return value
     elif get_origin(annotation) is tuple:
-        item = get_args(annotation)[0]
+        items = get_args(annotation)
         if isinstance(value, Mapping):  # as it is typed
             value = [name if part is None else f"{name}={part}" for name, part in value.items()]
-        return tuple(fitted(part, item) for part in (value if isinstance(value, list) else [value]))
+        parts = value if isinstance(value, list) else [value]
+        if items[-1] is not Ellipsis and len(parts) != len(items):
+            raise TypeError(f"{value!r}: expected {len(items)}")
+        return tuple(fitted(part, items[0]) for part in parts)
     elif annotation is str and isinstance(value, Mapping):  # a table, such as an allocation
         return json.dumps(value)
     elif annotation is bool and isinstance(value, str) and value.lower() in WORDS:

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium he
 @pytest.fixture(scope="module")
 def file(outputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders = [folder for name, folder in outputs.items() if name != "source"]
-    return report(folders, output=tmp_path_factory.mktemp("page") / "page.html")
+    place = tmp_path_factory.mktemp("page") / "page.html"
+    return report(folders, output=place, prompt=["once"], tokens=6, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,10 @@ def test_tips_follow_the_pointer_and_the_arrow_keys(opened: Any) -> None:
     assert tip.inner_text() == page.locator("#quality [data-tip]").first.get_attribute("data-tip")
     page.keyboard.press("Escape")
     assert not tip.is_visible()
+    page.locator("#texts .tokens").focus()
+    page.keyboard.press("ArrowRight")
+    assert tip.inner_text() == page.locator("#texts [data-tip]").first.get_attribute("data-tip")
+    assert len(tip.inner_text().split(",")) == 3, "one divergence of each model but the first"
 
 
 def test_the_switch_goes_before_the_system(opened: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -11,13 +12,16 @@ import pytest
 import torch
 
 from secateurs import report
+from secateurs.evaluation.inspect import Weights
 from secateurs.evaluation.measured import Measured, write_measured
 from secateurs.recovery.report import KEY as RECOVERY
 from secateurs.report.charts import Axis, Point, Series, percent, xy
+from secateurs.report.figures import Part
 from secateurs.report.layers import heat_map
 from secateurs.report.sources import read_sources, with_names
 from secateurs.report.texts import differences
 from secateurs.report.weights import agreement, zeros_by_size
+from secateurs.report.weights import weights as section_of_weights
 
 
 class Page(HTMLParser):
@@ -72,6 +76,7 @@ def test_what_comes_from_files_and_prompts_is_no_html(outputs: dict[str, Path], 
     folders = [outputs[name] for name in ("sparsellm", "measured", "trained")]
     plain = Page(report([outputs["wanda"]], output=tmp_path / "plain.html", prompt=("ab",), tokens=2))
     page = Page(report(folders, output=tmp_path / "page.html", prompt=("<script>ab</script>",), tokens=2))
+    assert "What they say" in page.text
     assert not {"b", "i"} & page.tags
     assert page.source.count("<script") == plain.source.count("<script") == 1
     assert {"x<b>&\"'", "it <i>failed</i>", "<script>ab</script>"} <= {word.strip() for word in page.words}
@@ -160,12 +165,30 @@ def test_zeros_by_size_and_agreement_count() -> None:
     assert agreement(dense, dense) == 1
 
 
+def test_of_large_matrices_evenly_spaced_rows_are_looked_at(
+    outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Weights(outputs["wanda"])
+    name, (rows, columns) = next(iter(weights.shapes.items()))
+    whole, some = weights.read(name), weights.read(name, 5 * columns + 1)
+    assert torch.equal(some, whole[torch.linspace(0, rows - 1, 5).round().long()])
+    assert torch.equal(weights.read(name, rows * columns), whole)
+    assert len(weights.read(name, 1)) == 1
+    # Wanda leaves every row of a matrix the same number of zeros, so that a few tell of all.
+    sources = read_sources([outputs["wanda"]])
+    [group] = section_of_weights(sources, None).groups
+    monkeypatch.setattr(sys.modules[section_of_weights.__module__], "MOST", 500)
+    [sampled] = section_of_weights(sources, None).groups
+    assert [figure.title for figure in sampled.figures] == [figure.title for figure in group.figures]
+    assert any("zeros" in figure.title for figure in group.figures[1:])
+
+
 def test_differences_make_up_the_text() -> None:
     text, reference = "the cat  sat on\na mat.", "the dog sat on a mat."
     parts = differences(text, reference)
-    assert "".join(part for _, part in parts) == text
-    assert next(part for kind, part in parts if kind == "other") == "cat  sat"
-    assert differences(text, text) == [("same", text)]
+    assert "".join(part.text for part in parts) == text
+    assert next(part.text for part in parts if part.marked) == "cat  sat"
+    assert differences(text, text) == [Part(text)]
     assert differences("", reference) == []
 
 

@@ -52,7 +52,7 @@ def divergence(
                 for model in models
             )  # (length - 1, vocabulary)
             found = sum(
-                _divergence(ours, theirs.to(ours.device))
+                float(divergences(ours, theirs.to(ours.device)).sum())
                 for ours, theirs in zip(wanted.split(CHUNK), given.split(CHUNK), strict=True)
             ) / len(wanted)
             if not math.isfinite(found):
@@ -64,7 +64,7 @@ def divergence(
     return total / len(blocks)
 
 
-def _divergence(wanted: Tensor, given: Tensor) -> float:
-    """Of logits (positions, vocabulary), summed over positions."""
+def divergences(wanted: Tensor, given: Tensor) -> Tensor:
+    """KL(wanted || given) of two models' logits (positions, vocabulary) at each position, in nats."""
     wanted, given = (logits.float().log_softmax(dim=-1) for logits in (wanted, given))
-    return float((wanted.exp() * (wanted - given)).sum(dim=-1).sum())
+    return (wanted.exp() * (wanted - given)).sum(dim=-1)

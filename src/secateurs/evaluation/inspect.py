@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from secateurs.anatomy import anatomy_of
@@ -94,10 +95,14 @@ class Weights:
         }
         self.shapes = {name: matrix.shape for name, (_, matrix) in self._matrices.items()}
 
-    def read(self, name: str) -> Tensor:
-        """A layer's weight, (out, in), float32."""
+    def read(self, name: str, most: int | None = None) -> Tensor:
+        """A layer's weight, (out, in), float32; only evenly spaced rows of one of more than `most` values."""
         parameter, matrix = self._matrices[name]
-        return matrix.of(self._parameters.read(parameter)).float()
+        weight = matrix.of(self._parameters.read(parameter))
+        if most is not None and weight.numel() > most:
+            rows = max(1, most // weight.shape[1])
+            weight = weight[torch.linspace(0, len(weight) - 1, rows).round().long()]
+        return weight.float()
 
 
 def print_tables(inspection: Inspection) -> None:

@@ -90,7 +90,7 @@ def _cost(name: str, text: str | Path | None, device: str | None) -> Cost:
     tokens = None if text is None or tokenizer is None else evaluation_tokens(text, tokenizer)
     before = memory_bytes(where)
     model = load_model(folder, device)
-    check_positions(model, PROMPT_TOKENS + NEW_TOKENS)
+    check_positions(model.config, PROMPT_TOKENS + NEW_TOKENS)
     config = model.config.get_text_config(decoder=True)
     bos = bos_id(tokenizer) if tokenizer is not None and wants_bos(config.model_type) else None
     prompt = torch.randint(config.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
 """What a page is made of, as data: sections of groups of figures. How they look is the template's affair."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, NamedTuple
 
 from markupsafe import Markup
 
@@ -64,8 +64,28 @@ class Facts:
     rows: list[tuple[str, str]]
 
 
-Part = tuple[Literal["same", "other"], str]
-"""A piece of a text: what another says too, or what it does not."""
+class Part(NamedTuple):
+    """A piece of a text."""
+
+    text: str
+    marked: bool = False
+    """Whether another text has it not."""
+    shade: float = 0.0
+    """From 0 to 1."""
+    tip: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A text, under a name and what is to be said of it."""
+
+    name: str
+    note: str
+    parts: list[Part]
+
+    @property
+    def has_tips(self) -> bool:
+        return any(part.tip for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,7 @@ class Texts:
     kind: ClassVar = "texts"
 
     title: str
-    columns: list[tuple[str, list[Part]]]
+    columns: list[Column]
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ function show(element) {
 }
 document.addEventListener("pointerover", (event) => show(event.target.closest("[data-tip]")));
 addEventListener("scroll", () => show(document.querySelector(".at")), { passive: true, capture: true });
-// A chart or a map that has the focus is walked through with the arrow keys.
-for (const walked of document.querySelectorAll("svg[tabindex], .heat .scroll")) {
+// A chart, a map or a text that has the focus is walked through with the arrow keys.
+for (const walked of document.querySelectorAll("svg[tabindex], .heat .scroll, .tokens")) {
   let at = -1;
   walked.addEventListener("blur", () => { at = -1; show(null); });
   walked.addEventListener("keydown", (event) => {

@@ -15,7 +15,7 @@ from secateurs.report.layers import convergence, layers
 from secateurs.report.quality import quality
 from secateurs.report.sources import Source, read_sources
 from secateurs.report.summary import summary
-from secateurs.report.texts import texts
+from secateurs.report.texts import check_prompts, prompts_of, texts
 from secateurs.report.training import activity, training
 from secateurs.report.weights import masks, weights
 from secateurs.settings import OnDevice, takes
@@ -51,14 +51,8 @@ class ReportSettings(OnDevice):
 
     def __post_init__(self) -> None:
         """Raises ValueError for what does not suit."""
-        if Path(self.output).is_dir():
-            raise ValueError(f"'{self.output}' is a folder: give a file, such as page.html")
-        if Path(self.output).exists() and not _is_page(Path(self.output)):
-            raise ValueError(f"'{self.output}' exists and is no page of a report: give another file")
-        if not all([self.prompt] if isinstance(self.prompt, str) else self.prompt):
-            raise ValueError("a prompt is empty: give some words to go on with")
-        if self.tokens < 1:
-            raise ValueError(f"tokens are at least 1, not {self.tokens}")
+        check_page(self.output)
+        check_prompts(prompts_of(self.prompt), self.tokens)
 
 
 @takes(ReportSettings)
@@ -81,9 +75,10 @@ def report(folders: Sequence[str | Path], *, settings: ReportSettings) -> Path:
     sources = read_sources([folders] if isinstance(folders, str | Path) else folders)
     against = None if settings.against is None else resolve(settings.against)
     dense = against or next((source.made_from for source in sources if source.made_from), None)
-    prompts = [settings.prompt] if isinstance(settings.prompt, str) else settings.prompt
+    models = {"dense": dense} if dense else {}
+    models |= {source.name: source.folder for source in sources if source.has_model}
     # First, for what may be wrong with a prompt.
-    said = texts(sources, dense, prompts, settings.tokens, settings.device)
+    said = texts(models, prompts_of(settings.prompt), settings.tokens, settings.device)
     found = [
         quality(sources),
         layers(sources),
@@ -95,10 +90,16 @@ def report(folders: Sequence[str | Path], *, settings: ReportSettings) -> Path:
         said,
         settings_of(sources),
     ]
-    output = Path(settings.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, render(sources, [section for section in found if not section.is_empty]))
-    return output
+    names = [source.name for source in sources if not source.is_cell]
+    return write_page(Path(settings.output), names, summary(sources), found)
+
+
+def check_page(output: str | Path) -> None:
+    """Raises ValueError if a page cannot be written there without losing something else."""
+    if Path(output).is_dir():
+        raise ValueError(f"'{output}' is a folder: give a file, such as page.html")
+    if Path(output).exists() and not _is_page(Path(output)):
+        raise ValueError(f"'{output}' exists and is no page of a report: give another file")
 
 
 def _is_page(file: Path) -> bool:
@@ -106,8 +107,17 @@ def _is_page(file: Path) -> bool:
         return GENERATOR in opened.read(1000)
 
 
-def render(sources: Sequence[Source], sections: Sequence[Section]) -> str:
-    """The page's HTML. What comes from records, prompts and models is escaped."""
+def write_page(
+    output: Path, names: Sequence[str], told: Sequence[tuple[str, str]], sections: Sequence[Section]
+) -> Path:
+    """Write a page of those sections that hold something; what comes from files and models is escaped.
+
+    Args:
+        output: the file.
+        names: what the page is about.
+        told: names and what is said of them, in the summary.
+        sections: in the page's order.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -119,16 +129,18 @@ def render(sources: Sequence[Source], sections: Sequence[Section]) -> str:
     )
     # Ours: no `</style>` or `</script>` is in them.
     style, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
-    names = [source.name for source in sources if not source.is_cell]
-    title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    return environment.get_template("page.html").render(
+    title = " and ".join(names if len(names) < 3 else [names[0], f"{len(names) - 1} more"])
+    page = environment.get_template("page.html").render(
         title=title,
         names=names,
-        summary=summary(sources),
-        sections=sections,
+        summary=told,
+        sections=[section for section in sections if not section.is_empty],
         style=style,
         script=script,
     )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, page)
+    return output
 
 
 def settings_of(sources: Sequence[Source]) -> Section:

@@ -136,7 +136,7 @@ def _known(file: Path, cell: Cell | None = None) -> Measured | None:
 
 
 class _Shared:
-    """What all cells share: tokens, read once, and the dense model."""
+    """What all cells share: the dense model's folder, and tokens, read once."""
 
     def __init__(self, folder: Path, settings: SweepSettings, console: Console) -> None:
         self.folder, self.settings, self.console = folder, settings, console
@@ -193,14 +193,13 @@ class _Shared:
             written.mkdir(exist_ok=True)
         return self.text.tokens(written if self.text.form else None, progress=not self.console.quiet)
 
-    @cached_property
     def reference(self) -> PreTrainedModel:
-        """The dense model, in memory from when it is first needed."""
+        """The dense model: read again for each cell, so that pruning has the memory."""
         return load_model(self.folder, self.settings.device)
 
     def dense(self, file: Path) -> Measured:
         self.console.print("the dense model", highlight=False)
-        row = Measured("dense", compressed_bytes(self.folder), self._figures(self.reference))
+        row = Measured("dense", compressed_bytes(self.folder), self._figures(self.reference()))
         row = self._timed(row, self.folder, file)
         write_json(file, dataclasses.asdict(row))
         return row
@@ -221,7 +220,7 @@ class _Shared:
             row = replace(
                 row,
                 bytes=compressed_bytes(done.output),
-                figures=self._figures(model, dense=self.reference),
+                figures=self._figures(model, dense=self.reference()),
                 sparsity=done.sparsity,
                 seconds=round(done.seconds, 3),
             )

@@ -1,6 +1,7 @@
 """Where the weights went, from the files themselves, one matrix of a model in memory at a time."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,16 @@ from secateurs.report.figures import Chart, Figure, Group, Section, Table
 from secateurs.report.layers import POINT, heat_map
 from secateurs.report.sources import Source
 
+MOST = 2**20
+"""Values of a matrix that are looked at, in rows evenly spaced."""
+
 TENTHS = 10
 """Of the dense weights by magnitude, in which zeros are counted."""
 
 DRAWN = 3.0
 """Histograms are drawn from minus to plus so many root mean squares."""
+
+SAMPLED = f"Of a matrix of more than {MOST:,} weights only so many are looked at, in rows evenly spaced."
 
 HEAD = "layer's root mean squares"
 
@@ -29,6 +35,9 @@ class Look:
     """What there is to see of one matrix before and after."""
 
     layer: LayerInspection
+    """Of the rows that are looked at."""
+    weights: int
+    """Of the whole matrix."""
     zeros: tuple[float, ...]
     """Share of zeros in each tenth of the dense weights, from the smallest magnitudes to the largest."""
 
@@ -71,7 +80,7 @@ def weights(sources: Sequence[Source], against: Path | None) -> Section:
             groups.append(Group(source.name, figures, lead))
     lead = (
         "Each kind of matrix over all blocks, in units of its dense root mean square. What pruning zeroed is "
-        "missing from the middle; what moved outwards makes up for it."
+        f"missing from the middle; what moved outwards makes up for it. {SAMPLED}"
     )
     return Section("weights", "Where the weights went", lead, groups)
 
@@ -79,8 +88,9 @@ def weights(sources: Sequence[Source], against: Path | None) -> Section:
 def _looks(pruned: Weights, dense: Weights) -> list[Look]:
     looks = []
     for name, kind in pruned.kinds.items():
-        weight, before = pruned.read(name), dense.read(name)
-        looks.append(Look(inspect_layer(name, kind, weight, before), zeros_by_size(weight, before)))
+        weight, before = (weights.read(name, MOST) for weights in (pruned, dense))
+        layer = inspect_layer(name, kind, weight, before)
+        looks.append(Look(layer, math.prod(pruned.shapes[name]), zeros_by_size(weight, before)))
     return looks
 
 
@@ -94,7 +104,7 @@ def _kinds(looks: Sequence[Look]) -> dict[str, list[Look]]:
 
 def _mean(looks: Sequence[Look], values: Sequence[float]) -> float:
     """Weighted by the matrices' sizes."""
-    sizes = [look.layer.weights for look in looks]
+    sizes = [look.weights for look in looks]
     return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
 
 
@@ -200,7 +210,7 @@ def masks(sources: Sequence[Source]) -> Section:
             continue
         found, chance = [], []
         for name, (rows, columns) in ours.shapes.items():
-            a, b = ours.read(name), theirs.read(name)
+            a, b = ours.read(name, MOST), theirs.read(name, MOST)
             found.append((name, agreement(a, b), float(rows * columns)))
             x, y = (float((weight == 0).double().mean()) for weight in (a, b))
             chance.append(x * y / (x + y - x * y) if x + y else 1.0)
@@ -216,4 +226,4 @@ def masks(sources: Sequence[Source]) -> Section:
                 lead,
             )
         )
-    return Section("masks", "Do they agree?", "Where two pruned models have their zeros.", groups)
+    return Section("masks", "Do they agree?", f"Where two pruned models have their zeros. {SAMPLED}", groups)

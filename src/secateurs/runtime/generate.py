@@ -11,9 +11,10 @@ from typing import Any, cast
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from secateurs.checkpoint import resolve
+from secateurs.checkpoint import Checkpoint, resolve
+from secateurs.checkpoint.config import read_config
 from secateurs.runtime.load import load_model
 from secateurs.runtime.settings import GenerateSettings
 from secateurs.settings import takes
@@ -44,6 +45,14 @@ class Pace:
         """While decoding, one token at a time: without the first, which waits for the prompt."""
         return (self.tokens - 1) / self.seconds_after if self.tokens > 1 else float("nan")
 
+    def count(self, seconds: float, device: torch.device) -> None:
+        """A token more, so many seconds after the prompt."""
+        if self.tokens == 0:
+            self.seconds_to_first = seconds
+        self.seconds_after = seconds - self.seconds_to_first
+        self.tokens += 1
+        self.memory_bytes = memory_bytes(device)
+
     def __str__(self) -> str:
         then = f", then {self.tokens_per_second:.1f} tokens per second" if self.tokens > 1 else ""
         memory = f"{self.memory_bytes / 1e6:.0f} MB of memory"
@@ -57,9 +66,28 @@ def memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def check_positions(model: PreTrainedModel, tokens: int) -> None:
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """A prompt's tokens, (1, length); ValueError if there are none."""
+    ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+    if ids.numel() == 0:
+        raise ValueError("there is nothing to generate: the prompt is empty")
+    return ids
+
+
+def ends_of(model: PreTrainedModel) -> set[int | None]:
+    """The tokens that end a model's text."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model was made for, where it says so."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def check_positions(config: PretrainedConfig, tokens: int) -> None:
     """Raises ValueError if a model was not made for so many tokens."""
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None and tokens > positions:
         raise ValueError(
             f"prompt and new tokens are {tokens}, but the model is made for {positions}: ask for fewer"
@@ -94,12 +122,7 @@ def greedy_tokens(model: PreTrainedModel, prompt: Tensor, pace: Pace) -> Iterato
         tokens = output.logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, tokens], dim=1)
         token = int(tokens)  # on a GPU this waits for the result
-        elapsed = time.perf_counter() - start
-        if pace.tokens == 0:
-            pace.seconds_to_first = elapsed
-        pace.seconds_after = elapsed - pace.seconds_to_first
-        pace.tokens += 1
-        pace.memory_bytes = memory_bytes(model.device)
+        pace.count(time.perf_counter() - start, model.device)
         yield token
 
 
@@ -120,15 +143,11 @@ def generate(model: str | Path, *, settings: GenerateSettings, pace: Pace | None
     """
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer(settings.prompt, return_tensors="pt").input_ids
-    if ids.numel() == 0:
-        raise ValueError("there is nothing to generate: the prompt is empty")
+    ids = prompt_ids(settings.prompt, tokenizer)
+    check_positions(read_config(Checkpoint(folder)), ids.numel() + settings.tokens)
     loaded = load_model(folder, settings.device)
-    check_positions(loaded, ids.numel() + settings.tokens)
     new_tokens = greedy_tokens(loaded, ids.to(loaded.device), pace or Pace())
-    ends = loaded.generation_config.eos_token_id if loaded.generation_config is not None else None
-    ends = set(ends if isinstance(ends, list) else [ends])
-    return pieces(ids[0].tolist(), new_tokens, settings.tokens, ends, tokenizer)
+    return pieces(ids[0].tolist(), new_tokens, settings.tokens, ends_of(loaded), tokenizer)
 
 
 def pieces(

@@ -30,20 +30,29 @@ def serve(model: str | Path, *, settings: ServeSettings) -> None:
         raise ValueError(
             f"tensors in '{folder}' bear names that a wrapper changed: save the model by its own names first"
         )
-    entry = {"id": str(folder), "object": "model", "created": int(time.time()), "owned_by": "secateurs"}
     try:
+        from fastapi.routing import APIRoute
         from transformers.cli.serve import Serve
-        from transformers.cli.serving.model_manager import ModelManager
 
-        # `/v1/models` would list the hub's cache, or fail where there is none, but never this model.
-        manager: Any = ModelManager
-        manager.get_gen_models = staticmethod(lambda cache_dir=None: [entry])
-        Serve(
+        class Prepared(Serve):
+            """Does not answer before it is told to."""
+
+            def start_server(self) -> None:
+                pass
+
+        prepared = Prepared(
             force_model=str(folder),
             attn_implementation=attention,
             host=settings.host,
             port=settings.port,
             device=str(where),
+            non_blocking=True,
         )
     except ImportError as error:
         raise ValueError(f"serving needs `pip install 'secateurs[serve]'` ({error})") from None
+    entry = {"id": str(folder), "object": "model", "created": int(time.time()), "owned_by": "secateurs"}
+    models = APIRoute("/v1/models", lambda: {"object": "list", "data": [entry]}, methods=["GET", "OPTIONS"])
+    # In front of transformers' own, which lists the hub's cache, or fails where there is none.
+    app: Any = prepared.server.config.app
+    app.router.routes.insert(0, models)
+    prepared.server.run()

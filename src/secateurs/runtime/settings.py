@@ -52,6 +52,28 @@ class GenerateSettings(OnDevice):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatSettings(OnDevice):
+    """Talk with a model, dense or compressed, in the terminal; or line by line, through pipes.
+
+    Tokens are drawn as the model's generation_config.json says, or the likeliest.
+
+    Example: secateurs chat my-llama-70-small --system "Be brief."
+    """
+
+    system: str | None = None
+    """A system prompt, for models whose chat template has a place for one."""
+
+    tokens: int = 512
+    """At most so many new ones in an answer."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what does not suit."""
+        if self.tokens < 1:
+            raise ValueError(f"tokens are at least 1, not {self.tokens}")
+        resolve_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeSettings(OnDevice):
     """Serve a model, dense or compressed, with transformers' OpenAI-compatible server.
 
