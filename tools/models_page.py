@@ -22,6 +22,8 @@ sys.path.append(str(ROOT / "tests"))
 import decoders  # noqa: E402
 from verbs import REFUSED, VERBS, WHOLE, Outcome, Place, outcome_of  # noqa: E402
 
+ESCAPED = r"\*"
+
 HEAD = """# Models
 
 Made by `python tools/models_page.py` with transformers {version}: a tiny random model of every text decoder
@@ -102,7 +104,7 @@ def page(found: dict[str, dict[str, Outcome]]) -> str:
             HEAD.format(version=transformers.__version__),
             *table,
             "",
-            *(f"[^{number}]: {note}" for number, note in enumerate(notes, start=1)),
+            *(f"[^{n}]: {note.replace('*', ESCAPED)}" for n, note in enumerate(notes, start=1)),
             "",
             TAIL.format(
                 others=others - len(decoders.NO_DECODERS),

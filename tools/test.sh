@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Set up a virtual environment with the pinned versions, then lint, type-check and test.
+# Set up a virtual environment with the pinned versions, then lint, type-check, build the documentation and test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python3 -m venv .venv
-.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 # The report's page is tested in a browser, where there is one, or where one can be had without asking.
 if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
@@ -13,4 +13,5 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
 exec .venv/bin/pytest --numprocesses auto --dist worksteal

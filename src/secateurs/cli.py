@@ -52,6 +52,7 @@ from secateurs.training.profile import ProfileSettings, profile
 from secateurs.training.profile import table as table_of_activity
 from secateurs.training.run import train
 from secateurs.training.settings import TrainSettings
+from secateurs.version import __version__
 
 MODEL = "A Hugging Face model folder with safetensors, a .gguf file, or a name on the hub. It is only read."
 
@@ -230,6 +231,9 @@ def _end(status: int, line: str) -> NoReturn:
 
 def _run(arguments: list[str]) -> None:
     name = next(iter(arguments), "")
+    if name == "--version":
+        print(f"secateurs {__version__}")
+        return
     commands: dict[str, Callable[..., Any]] = {known: _summary(known, verb) for known, verb in VERBS.items()}
     if name in VERBS:
         verb = VERBS[name]
