@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import decoders
 import folders
 from secateurs import compress, prune, recover
-from secateurs.checkpoint.scales import read_scales
-from secateurs.recovery.levels import Levels
+from secateurs.checkpoint.scales import read_scales, write_scales
+from secateurs.recovery.levels import Levels, homes_of
 from secateurs.runtime.packable import Packable
 from secateurs.values import Values, parse_values
 
@@ -56,7 +56,8 @@ def test_every_group_goes_to_its_nearest_multiple(grid: str, columns: int, zeros
     weight *= torch.rand(weight.shape, generator=random) >= zeros
     layer = nn.Linear(columns, 3)
     layer.weight.data.copy_(weight)
-    levels = Levels(layer, {"weight": (values, scales)}, {"": Packable("weight", "weight", (3, columns))})
+    home = Packable("weight", "weight", (3, columns))
+    levels = Levels(layer, {"weight": (values, scales)}, {"weight": home})
     assert levels.count == weight.numel()
     step = torch.randn(weight.shape, generator=random)
     layer.weight.data.add_(step)
@@ -82,7 +83,8 @@ def test_a_gradient_is_that_of_the_scales() -> None:
     codes = torch.randint(0, 8, (4, 64), generator=random).to(torch.uint8)
     layer, inputs = nn.Linear(64, 4, bias=False), torch.randn(16, 64, generator=random)
     layer.weight.data.copy_(values.decode(codes, scales))
-    levels = Levels(layer, {"weight": (values, scales)}, {"": Packable("weight", "weight", (4, 64))})
+    home = Packable("weight", "weight", (4, 64))
+    levels = Levels(layer, {"weight": (values, scales)}, {"weight": home})
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     levels.attach(optimizer)
     layer(inputs).square().mean().backward()
@@ -178,6 +180,35 @@ def test_adapters_are_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"was rounded, and adapters would .* leave lora out"):
         recover(rounded, towards=dense, calibration=text, output=tmp_path / "out", lora=4, **QUICK)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"), [("name", "scales of 'a', which the model does not have"), ("shape", "suit")]
+)
+def test_scales_of_another_model_are_found_before_the_work(
+    changed: str, wanted: str, text: Path, tmp_path: Path
+) -> None:
+    dense = decoders.save("llama", tmp_path / "dense")
+    weight = "model.layers.0.mlp.up_proj.weight"
+    scales = torch.ones(1, 2, dtype=torch.bfloat16)
+    write_scales(dense, {"a" if changed == "name" else weight: (parse_values("int4"), scales)})
+    with pytest.raises(ValueError, match=wanted):
+        recover(dense, towards=dense, calibration=text, output=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_cannot_be_packed_has_no_levels_to_hold() -> None:
+    """Inkling multiplies by a matrix of its own that `prune` rounds and `compress` leaves dense."""
+    model = decoders.build("inkling_text", torch.float32)
+    name = "model.layers.1.self_attn.rel_logits_proj.proj"
+    packed = "model.layers.1.self_attn.o_proj.weight"
+    values = parse_values("int4")
+    rows, columns = model.get_parameter(packed).shape
+    grids = {
+        name: (values, torch.ones(1, 1, dtype=torch.bfloat16)),
+        packed: (values, torch.ones(rows, values.groups(columns), dtype=torch.bfloat16)),
+    }
+    assert homes_of(model, grids).keys() == {packed}
 
 
 def test_weights_that_have_moved_are_trained_as_any_other(text: Path, tmp_path: Path) -> None:

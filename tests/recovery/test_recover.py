@@ -18,6 +18,7 @@ from secateurs.pruning import walk
 from secateurs.recovery import run as module
 from secateurs.recovery.steps import hold_out
 from secateurs.training.watch import Watch
+from secateurs.values import SCALES
 
 TEXT = "".join(f"It was the {number}th cold evening, and nobody had lit a fire. " for number in range(150))
 QUICK: dict[str, Any] = {"length": 32, "tokens": 12_288, "learning_rate": 3e-3, "device": "cpu"}
@@ -133,9 +134,13 @@ def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(Watch, "on_save", stop)
 
 
+@pytest.mark.parametrize("values", [None, "int4:group=32"])
 def test_a_stopped_run_ends_like_one_that_was_not(
-    dense: Path, pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: str | None, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pruned = tmp_path / "pruned"
+    method = {} if values is None else {"method": "sparsegpt"}
+    prune(dense, output=pruned, calibration=text, values=values, **{**PRUNING, **method})
     arguments = {**QUICK, "towards": dense, "calibration": text}
     whole = recover(pruned, output=tmp_path / "whole", **arguments)
     with monkeypatch.context() as patch:
@@ -148,7 +153,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     resumed = recover(pruned, output=tmp_path / "out", **arguments)
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
     assert load_file(tmp_path / "out/model.safetensors").keys()
-    for file in ("model.safetensors", "config.json"):
+    for file in ("model.safetensors", "config.json", *([] if values is None else [SCALES])):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 

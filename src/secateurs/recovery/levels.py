@@ -13,12 +13,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from secateurs.runtime.packable import Packable
+from secateurs.runtime.format import Grid
+from secateurs.runtime.packable import Packable, packables, traced_packables
 from secateurs.values import SCALES, Values
 
 ROUNDED = 2**-8
 """By how much bfloat16 and float16 may change a number."""
+
+
+def homes_of(skeleton: PreTrainedModel, grids: Mapping[str, Grid]) -> dict[str, Packable]:
+    """What is rounded, as matrices, by the names of the parameters.
+
+    Of what cannot be packed the levels are of no use: it is left out.
+
+    Args:
+        skeleton: as `checkpoint.names.skeleton_of` gives it.
+        grids: by parameter, its grid, and its scales (..., rows, groups).
+
+    Raises:
+        ValueError: there are scales of what the model does not have, or has in another shape.
+    """
+    if not grids:
+        return {}
+    if strangers := grids.keys() - skeleton.state_dict().keys():
+        raise ValueError(
+            f"there are scales of '{min(strangers)}', which the model does not have: delete '{SCALES}' in its "
+            "folder to do without"
+        )
+    known = packables(skeleton) | traced_packables(skeleton)
+    homes = {one.parameter: one for one in known.values() if one.parameter in grids}
+    for name, home in homes.items():
+        values, scales = grids[name]
+        *outer, columns = home.shape
+        if scales.shape != (*outer, values.groups(columns)):
+            raise ValueError(
+                f"the scales of '{name}' are {tuple(scales.shape)}, which does not suit {home.shape}: delete "
+                f"'{SCALES}' in the model's folder to do without"
+            )
+    return homes
 
 
 class Levels:
@@ -26,32 +60,15 @@ class Levels:
 
     Args:
         model: the rounded model, without adapters.
-        grids: by parameter, its grid, and its scales (..., rows, groups). One whose weights are not on it any
-            more is left out: it is like any other.
-        packables: whose parameters these are.
-
-    Raises:
-        ValueError: there are scales of what the model does not have.
+        grids: by parameter, its grid, and its scales (..., rows, groups).
+        homes: of these, see `homes_of`. One whose weights are not on its grid any more is left out: it is like
+            any other.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        grids: Mapping[str, tuple[Values, Tensor]],
-        packables: Mapping[str, Packable],
-    ) -> None:
+    def __init__(self, model: nn.Module, grids: Mapping[str, Grid], homes: Mapping[str, Packable]) -> None:
         parameters = dict(model.named_parameters())
-        homes = {packable.parameter: packable for packable in packables.values()}
-        self._held: dict[str, _Held] = {}
-        for name, (values, scales) in grids.items():
-            if name not in homes:
-                raise ValueError(
-                    f"there are scales of '{name}', which the model does not have: delete '{SCALES}' in its "
-                    "folder to do without"
-                )
-            held = _Held(parameters[name], homes[name], values, scales)
-            if held.is_on_grid():
-                self._held[name] = held
+        held = {name: _Held(parameters[name], home, *grids[name]) for name, home in homes.items()}
+        self._held = {name: one for name, one in held.items() if one.is_on_grid()}
         self._hooks: list[Any] = []
 
     @property
@@ -80,7 +97,7 @@ class Levels:
             held.project(held.parameter)
 
     @torch.no_grad()
-    def settle(self) -> dict[str, tuple[Values, Tensor]]:
+    def settle(self) -> dict[str, Grid]:
         """Bring weights to their levels at scales as they are stored.
 
         Returns:
@@ -96,12 +113,6 @@ class _Held:
         self.parameter, self.values = parameter, values
         self._packable, self._scales = packable, scales.to(parameter)
         matrices = self._matrices(parameter)
-        *outer, columns = matrices.shape
-        if scales.shape != (*outer, values.groups(columns)):
-            raise ValueError(
-                f"the scales of '{packable.parameter}' are {tuple(scales.shape)}, which does not suit "
-                f"{tuple(matrices.shape)}: delete '{SCALES}' in the model's folder to do without"
-            )
         levels = values.encode(matrices, self._scales).to(torch.int16).mul_(values.step).add_(values.lowest)
         # Where a mask has zeros, they are no level's. No level is below -128: of 8 bits all are whole.
         self._levels = levels.mul_(matrices != 0).to(torch.int8)

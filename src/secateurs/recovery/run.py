@@ -1,6 +1,6 @@
 """Train what is left of a pruned model towards the dense model's predictions: what `secateurs recover` runs.
 
-Everything is Trainer's, with another loss and a callback that holds the zeros. As with `secateurs train` the
+Everything is Trainer's, with another loss and a callback that holds the zeros and the levels. As with `secateurs train` the
 output is the input's folder with other weights, which appears when it is complete; until then the same
 command resumes from the last checkpoint.
 """
@@ -41,12 +41,11 @@ from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.scales import read_scales, write_scales
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import multiplies_bfloat16, resolve_device
-from secateurs.recovery.levels import Levels
+from secateurs.recovery.levels import Levels, homes_of
 from secateurs.recovery.report import KEY, RecoveryReport
 from secateurs.recovery.settings import RecoverSettings
 from secateurs.recovery.steps import Recovery, held_out_loss, hold_out, in_order, rows_of, without_noise
 from secateurs.runtime.load import load_model
-from secateurs.runtime.packable import packables, traced_packables
 from secateurs.settings import takes
 from secateurs.text import TooShortError, check_tokens, load_tokenizer
 from secateurs.training.arguments import read_settings, trainer_arguments
@@ -74,7 +73,7 @@ def recover(model: str | Path, *, settings: RecoverSettings, progress: bool = Fa
     """Train what is left of a pruned model towards the dense model's predictions, into a new folder.
 
     Weights are trained in float32 (with LoRA: the adapters), with products in bfloat16 where the device is
-    fast at them. Zeros stay where they are. The output is the model's folder with other weights, each tensor
+    fast at them. Zeros stay where they are, and of what was rounded the scales are trained. The output is the model's folder with other weights, each tensor
     in the dtype it came in. If they do no better on text that was held out, the weights in it are the model's
     own. If the run is interrupted, the same call continues it.
 
@@ -117,6 +116,7 @@ def recover_folder(
             "lora out, so that its scales are trained"
         )
     text = recovery_text(settings, checkpoint, dense, progress)
+    homes = homes_of(skeleton_of(checkpoint), grids)
     length = text.length
     processes = int(os.environ.get("WORLD_SIZE", 1))
     trainer = _trainer(settings, length, processes)
@@ -168,7 +168,7 @@ def recover_folder(
     set_seed(arguments.seed)
     adapted: Any = with_adapters(loaded, settings.lora) if settings.lora else loaded
     masks = Masks.of_zeros(adapted)
-    levels = Levels(loaded, grids, packables(loaded) | traced_packables(skeleton_of(checkpoint)))
+    levels = Levels(loaded, grids, homes)
     watch = Watch(None, keep=arguments.save_total_limit, shown=progress)
     arguments.save_total_limit = None
     with silent(), for_training(loaded):
@@ -196,7 +196,7 @@ def recover_folder(
             watch.close()
         if settings.lora:
             masks.merge_lora(adapted)
-        scales = levels.settle()
+        settled = levels.settle()
         weights.round()
         after = held_out_loss(towards, loaded, held, arguments, settings.text_loss)
     if arguments.should_save:
@@ -205,7 +205,7 @@ def recover_folder(
             weights.restore()
         work.model.mkdir()
         copy_companions(checkpoint.folder, work.model, replaced={"README.md"})
-        if scales := grids if kept else scales:
+        if scales := grids if kept else settled:
             write_scales(work.model, scales)
         weights.write(work.model, most=size_in_bytes(settings.max_shard_size))
         recovery = {
