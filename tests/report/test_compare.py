@@ -47,6 +47,8 @@ def test_python_and_the_command_line_say_the_same(
         ({"prompt": ("a", "")}, "a prompt is empty"),
         ({"tokens": 0}, "tokens are at least 1"),
         ({"output": "."}, "is a folder"),
+        ({"output": Path(__file__) / "page.html"}, "cannot be made in"),
+        ({"prompt": ["Who is \udcff?"]}, "the prompt is not UTF-8"),
         ({"device": "toaster"}, "toaster"),
     ],
 )

@@ -104,6 +104,9 @@ def test_questions_through_a_pipe(
     assert one.strip() == generated(templated.parent / "pruned", "[user] Who is there?\n[assistant]", 4)
     assert again.err.count("tokens per second") == 2
     assert "there is no /rest. /reset forgets" in again.err
+    broken = piped(templated, "Who is \udcff?\nWho is there?\n")
+    assert len(broken.out.splitlines()) == 1
+    assert r"the question is not UTF-8: 'Who is \udcff?'" in broken.err
     plain = piped(MODEL, "Who is there?\n", "--system", "Be brief.")
     assert len(plain.out.splitlines()) == 1, "without a template of its own, and to the end of the input"
     with pytest.raises(SystemExit) as end:

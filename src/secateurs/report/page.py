@@ -1,6 +1,7 @@
 """A page of everything that is recorded of some models: one file, which opens from a disk."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,11 +96,14 @@ def report(folders: Sequence[str | Path], *, settings: ReportSettings) -> Path:
 
 
 def check_page(output: str | Path) -> None:
-    """Raises ValueError if a page cannot be written there without losing something else."""
+    """Raises ValueError if a page cannot be written there, or not without losing something else."""
     if Path(output).is_dir():
         raise ValueError(f"'{output}' is a folder: give a file, such as page.html")
     if Path(output).exists() and not _is_page(Path(output)):
         raise ValueError(f"'{output}' exists and is no page of a report: give another file")
+    above = next(place for place in Path(output).resolve().parents if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"'{output}' cannot be made in '{above}': give another file")
 
 
 def _is_page(file: Path) -> bool:

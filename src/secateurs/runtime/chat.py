@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.checkpoint.config import quiet, read_config
-from secateurs.runtime.generate import Pace, ends_of, positions_of
+from secateurs.runtime.generate import Pace, check_text, ends_of, positions_of
 from secateurs.runtime.load import load_model
 from secateurs.runtime.settings import ChatSettings
 from secateurs.settings import takes
@@ -44,6 +44,7 @@ class Chat:
         folder = resolve(model)
         self.settings, self.tokenizer = settings, load_tokenizer(folder)
         self.positions = positions_of(read_config(Checkpoint(folder)))
+        check_text(settings.system or "", "the system prompt")
         self.messages: list[Message] = []
         self.reset()
         self._ids([*self.messages, {"role": "user", "content": "Hello."}])  # before weights are read
@@ -64,8 +65,9 @@ class Chat:
             show: is given the answer's pieces as they come.
 
         Raises:
-            ValueError: the conversation is longer than the model was made for.
+            ValueError: the conversation is longer than the model was made for, or the question is no text.
         """
+        check_text(question, "the question")
         asked = [*self.messages, {"role": "user", "content": question}]
         ids = self._ids(asked)
         room = self.settings.tokens
@@ -156,6 +158,8 @@ def chat(model: str | Path, *, settings: ChatSettings) -> None:
         except EOFError:
             return
         except KeyboardInterrupt:
+            if not terminal:
+                raise
             aside(f"\n{HELP}")
             continue
         if question == "/quit":

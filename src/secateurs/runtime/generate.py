@@ -67,11 +67,20 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """A prompt's tokens, (1, length); ValueError if there are none."""
+    """A prompt's tokens, (1, length); ValueError if there are none, or it is no text."""
+    check_text(prompt, "the prompt")
     ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.numel() == 0:
         raise ValueError("there is nothing to generate: the prompt is empty")
     return ids
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises ValueError for bytes that are no UTF-8, which Python passes on in what it reads as text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} is not UTF-8: {text!r}") from None
 
 
 def ends_of(model: PreTrainedModel) -> set[int | None]:
