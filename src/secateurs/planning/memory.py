@@ -18,7 +18,7 @@ from secateurs.pruning.solvers.admm import ADMM, RHO
 from secateurs.pruning.solvers.solver import Solver
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
 
-WEIGHTS = {SparseGPT: 4, ADMM: 9}
+WEIGHTS = {SparseGPT: 4, ADMM: 12}
 """Copies of a matrix in float32 that a solver works with at once."""
 
 COPIES = 5
@@ -27,9 +27,9 @@ COPIES = 5
 FITTED = 3
 """More, while it is fitted."""
 
-REFINED = 23
+REFINED = 40
 """Bytes for each weight in the descent: float32 weights, gradients and two moments, a mask, what autocast
-makes of them, and what they are at last."""
+makes of them, what they are at last, and what an allocator has not given back of all that."""
 
 FORWARD = 2
 """Of the values that a block's matrices give for a batch, how many are there at once, with what is made of

@@ -22,8 +22,12 @@ from secateurs.pruning.methods import Method
 from secateurs.pruning.settings import Effort, PruneSettings
 from secateurs.settings import takes
 
-BASE = 60e6
-"""Bytes that a process takes of memory for code and buffers once it works."""
+BASE, RUNNING = 30e6, 40e6
+"""Bytes that a process takes of memory for code and buffers once it works, and once blocks have run."""
+
+KERNELS, OF_A_KERNEL = 1024, 1.1e6
+"""How many kernels for products of one shape a processor's library (oneDNN) keeps, and the bytes of one. Each
+is used about three times: tokens are routed alike when a batch passes again."""
 
 ROOM = 0.5
 """Of a card's memory, what activations may take: else they are kept in the host's."""
@@ -218,6 +222,8 @@ def plan(model: str | Path, *, settings: PlanSettings) -> Plan:
     outside = [t.numel() for name, t in named.items() if not name.startswith(f"{anatomy.path}.")]
     memory = [BlockMemory(block, text_config.hidden_size) for block in blocks]
     host, device, place = _memory(memory, machine, max(outside, default=0) * dtype.itemsize)
+    if low and not machine.is_gpu:
+        host += OF_A_KERNEL * min(KERNELS, _of_kind(amounts, "shapes") / 3)
     return Plan(
         model=str(model),
         machine=machine.name,
@@ -229,7 +235,7 @@ def plan(model: str | Path, *, settings: PlanSettings) -> Plan:
         pruned=sum(block.weights for block in blocks),
         tokens=samples * settings.ranks * length,
         seconds=machine.seconds(amounts),
-        flops={kind: sum(n for (_, of), n in amounts.items() if of == kind) for kind in FLOPS},
+        flops={kind: _of_kind(amounts, kind) for kind in FLOPS},
         host_bytes=int(host),
         device_bytes=int(device),
         activations_on=place,
@@ -253,6 +259,11 @@ def _amounts(blocks: list[BlockWork], model_bytes: float) -> Amounts:
     return total
 
 
+def _of_kind(amounts: Amounts, kind: Kind) -> float:
+    """In all phases."""
+    return sum(amount for (_, of), amount in amounts.items() if of == kind)
+
+
 def _memory(blocks: list[BlockMemory], machine: Machine, widest: float) -> tuple[float, float, str]:
     """Bytes of the host and of the device, and where activations are kept."""
     known = {id(block.work.anatomy): block for block in blocks}.values()
@@ -263,7 +274,7 @@ def _memory(blocks: list[BlockMemory], machine: Machine, widest: float) -> tuple
     stored = max(block.parameters for block in known)
     if not machine.is_gpu:
         peak = max(2 * parameters + held.activations + held.work for parameters, held in moments)
-        return BASE + max(embedding, peak), 0.0, "host"
+        return BASE + max(embedding, RUNNING + peak), 0.0, "host"
     on_device = activations < ROOM * machine.memory
     device = max(
         parameters + held.work + (held.activations if on_device else 0.0) for parameters, held in moments

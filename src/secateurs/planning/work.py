@@ -5,7 +5,7 @@ it. Amounts are those of the busiest of the ranks. `tests/planning` holds them a
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -27,14 +27,15 @@ from secateurs.pruning.solvers.sweep import whole_groups
 Phase = Literal["load", "run", "solve", "refine", "write"]
 
 Kind = Literal[
-    "products", "sums", "float32", "factors", "sweep", "ranked", "passed", "moved", "calls", "disk"
+    "products", "sums", "float32", "factors", "sweep", "ranked", "passed", "moved", "calls", "shapes", "disk"
 ]
 """products: floating-point operations (FLOPs) of products in the dtype that the model runs in; sums: of those
 that are summed over tokens in float32, such as second moments; float32: of products in it; factors: of
 factorisations, inverses and triangular solves; sweep: of SparseGPT's inner loop; ranked: weights among which
 a threshold is found; passed: values in the model's dtype that elementwise work of its own code goes through;
-moved: bytes that other elementwise work reads and writes; calls: kernels that are started; disk: bytes read
-and written there."""
+moved: bytes that other elementwise work reads and writes; calls: kernels that are started; shapes: products
+of as many tokens as none before, for which a processor's library makes a kernel in half precision; disk:
+bytes read and written there."""
 
 FLOPS: tuple[Kind, ...] = ("products", "sums", "float32", "factors", "sweep")
 
@@ -129,7 +130,7 @@ class BlockWork:
     ) -> Amounts:
         """Tokens' way through a block as far as a group's input, or to its end."""
         flops = values = 0.0
-        calls = CALLS["forward"]
+        calls, shapes = CALLS["forward"], 0
         for group in self.anatomy.groups:
             if self.anatomy.reads_mixed(group) and self.anatomy.heads is not None:
                 heads = self.anatomy.heads
@@ -139,13 +140,16 @@ class BlockWork:
             for matrix in group:
                 flops += 2.0 * self.share(matrix) * matrix.shape[0] * matrix.shape[1]
                 values += self.share(matrix) * sum(matrix.shape)
-            calls += CALLS["group of an expert"] if group[0].expert is not None else 0
+            if group[0].expert is not None:
+                calls += CALLS["group of an expert"]
+                shapes += 1
         batches = max(tokens / (self.text.length * self.text.batch_size), 1)
         return Amounts(
             {
                 (phase, "products"): times * tokens * flops,
                 (phase, "passed"): times * tokens * values * PASSES["forward"],
                 (phase, "calls"): times * batches * calls,
+                (phase, "shapes"): times * batches * shapes,
             }
         )
 
@@ -251,7 +255,9 @@ class BlockWork:
         amounts["run", "passed"] += PASSES["forward"] * tokens * sum(sum(matrix.shape) for matrix in group)
         if not self._is_down(group):
             amounts["run", "products"] += 2 * tokens * _size(group)
-        amounts.add(self._solved(solver, group))
+        # As many experts at a time as there are ranks.
+        for key, amount in replace(self, ranks=1)._solved(solver, group).items():
+            amounts[key] += amount / self.ranks
         return amounts
 
     def _is_down(self, group: Group) -> bool:
@@ -347,6 +353,7 @@ class BlockWork:
         amounts = self._forward("refine", judged)
         # Back again is twice the way there, of float32 where the way there was of the model's.
         amounts.add(self._forward("refine", own, times=3))
+        amounts["refine", "shapes"] = 3.0 * steps * len(self.expert_groups)
         amounts["refine", "passed"] *= 4 / self.dtype_bytes
         amounts["refine", "moved"] += steps * PASSES["adam"] * self.weights
         amounts["refine", "calls"] += steps * CALLS["step"]
