@@ -1,8 +1,10 @@
-"""Compiles every Triton kernel for GPUs that need not be here: run by test_triton_compiles.py.
+"""Compiles every Triton kernel for GPUs that need not be here: run by test_triton_compiles.py, and by
+benchmarks/triton_resources.py.
 
 A process of its own, because where there is no GPU the tests' has kernels that Triton interprets.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -67,18 +69,25 @@ def kernels(capability):
         yield f"sweep, groups of {m}", compiled(sweep_triton._sweep, data, constants, capability)
 
 
-def bytes_on_the_stack(made):
-    """Of each thread: registers that did not suffice. Triton brings the tool along."""
+def resources(made):
+    """What a compiled kernel takes: registers and bytes of the stack (registers that did not suffice) of each
+    thread, and bytes of shared memory of each program. Triton brings the tool along."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
         used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", used)[1])
+    found = {key: int(re.search(rf"{key.upper()}:(\d+)", used)[1]) for key in ("reg", "stack")}
+    return {
+        "registers": found["reg"],
+        "stack": found["stack"],
+        "shared": made.metadata.shared,
+        "threads": 32 * made.metadata.num_warps,
+    }
 
 
 if __name__ == "__main__":
     for target in map(int, sys.argv[1:]):
         for described, made in kernels(target):
-            print(target, described, bytes_on_the_stack(made))
+            print(json.dumps({"capability": target, "kernel": described} | resources(made)), flush=True)

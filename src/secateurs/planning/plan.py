@@ -92,6 +92,8 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what does not suit, as `prune` does."""
+        if self.card is None and self.device is not None and not self.device.startswith(("cpu", "cuda")):
+            raise ValueError(f"'{self.device}' is no device: use cpu, cuda, or a card: {', '.join(CARDS)}")
         if not isinstance(self.ranks, int) or self.ranks < 1:
             raise ValueError(f"ranks are a number of processes, not {self.ranks}")
         if self.samples < self.ranks:

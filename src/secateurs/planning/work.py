@@ -206,6 +206,7 @@ class BlockWork:
         if isinstance(solver, SparseGPT):
             block = whole_groups(solver.block, self.pattern)
             amounts["solve", "float32"] += square + 2 * size * block
+            amounts["solve", "factors"] += float(columns * min(block, columns) ** 2)
             amounts["solve", "sweep"] += size * block
             amounts["solve", "ranked"] += ranked * size
             amounts["solve", "calls"] += CALLS["iteration"] * columns / block
