@@ -39,7 +39,16 @@ def main() -> None:
     rows: list[Record] = [json.loads(line) for line in done.stdout.splitlines()]
     rows = [row | {"programs": programs(row)} for row in rows]
     save(settings.results, environment(), rows)
-    names = ["capability", "kernel", "registers", "stack", "shared", "threads", "programs"]
+    names = [
+        "capability",
+        "kernel",
+        "registers",
+        "stack",
+        "shared",
+        "threads",
+        "programs",
+        "loop_instructions",
+    ]
     print_table(names, [[row[name] for name in names] for row in rows])
 
 
