@@ -4,12 +4,14 @@ Small models with random weights, and the bundled one, on 32 x 256 tokens at 50 
 its own with one thread (OMP_NUM_THREADS=1). Seconds are the processor's, from reading to the pruned folder;
 memory is the peak above what the imports hold. Then the same of SparseGPT on narrow Llamas by depth, width
 and samples, one at a time: seconds should grow in proportion to depth and samples, memory not with depth.
-With --only large, nothing is run: what is said of large models, whose configurations are here.
+With --only large, nothing is run: what is said of large models, whose configurations are here; with --only
+recorded neither: what is said of the runs on an H200 that gpu_prune.json has.
 
     OMP_NUM_THREADS=1 python benchmarks/plan.py
 """
 
 import argparse
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -183,7 +185,34 @@ def large(rows: list[Record], about: Record, results: Path) -> None:
             save(results, about, rows)
 
 
-PARTS = {"run": against_runs, "scaling": scaling, "large": large}
+RECORDED: dict[str, Record] = {
+    "sparsegpt": {"method": "sparsegpt"},
+    "admm": {"method": "admm"},
+    "sparsellm, sparsegpt": {"method": "sparsellm:solver=sparsegpt,iterations=4", "target": "layer"},
+    "sparsellm": {"method": "sparsellm:iterations=4"},
+}
+"""What prune_gpu.py ran, as the defaults were then; but for the descent, which was another."""
+
+
+def recorded(rows: list[Record], about: Record, results: Path) -> None:
+    """Beside what an H200 took: of all phases but refine, which is another since, and of memory."""
+    found = json.loads((RESULTS / "gpu_prune.json").read_text())
+    with tempfile.TemporaryDirectory() as temporary:
+        LARGE["7B, as Llama 2"].save_pretrained(temporary)
+        for run in found["rows"]:
+            settings = RECORDED[run["method"]]
+            said = secateurs.plan(temporary, device="h200", length=2048, pattern="70%", refine=0, **settings)
+            took = sum(seconds for phase, seconds in run["phases"].items() if phase != "refine")
+            ratios = said.total_seconds / took, said.device_bytes / run["peak_bytes"]
+            row = {"part": "recorded", "method": run["method"], "planned": said.seconds}
+            row |= {"run": run["phases"], "seconds_ratio": ratios[0], "bytes_ratio": ratios[1]}
+            rows.append(row | {"planned_bytes": said.device_bytes, "run_bytes": run["peak_bytes"]})
+            cells = ["7B on an H200", run["method"], said.total_seconds, took, ratios[0]]
+            print_row([*cells, said.device_bytes / 1e6, run["peak_bytes"] / 1e6, ratios[1]])
+    save(results, about, rows)
+
+
+PARTS = {"run": against_runs, "scaling": scaling, "large": large, "recorded": recorded}
 
 
 def main() -> None:
