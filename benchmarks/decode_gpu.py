@@ -3,8 +3,9 @@
 All sides are captured in CUDA graphs over enough blocks that the weights exceed the second-level cache
 several times over, and replayed in turns; medians over rounds, of which ratios are taken within a round. The
 bound is a device-to-device copy: what it reads and writes in a second. More than 16 tokens go through
-expansion. With --two-of-four, 2:4 weights through torch's tensor cores. With --tiles, the kernel for one
-token by what a program works on at a time (`secateurs.runtime.gpu.ALONE`), that for sixteen (`TOGETHER`) and
+expansion. With --two-of-four, 2:4 weights through torch's tensor cores; with --int4, dense weights of four
+bits in groups of 128 by torchao, which is to be there. With --tiles, the kernel for one
+token by what a program works on at a time (`secateurs.runtime.gpu.VECTOR`), that for sixteen (`TOGETHER`) and
 expansion (`EXPANSION`); first what is used.
 
     python benchmarks/decode_gpu.py
@@ -30,13 +31,13 @@ from timing import in_turns, medians, speedup, timed
 Packed = tuple[Tensor, Tensor, Layout]
 
 TILES = {
-    "ALONE": ((1, 2, 4), (512, 1024, 2048), (4, 8), (1,)),
+    "VECTOR": ((1, 2, 4, 8), (256, 512, 1024, 2048), (1, 4), (1, 2)),
     "TOGETHER": ((16,), (128, 256, 512), (4, 8), (1,)),
     "EXPANSION": ((1, 2, 4, 8), (512, 1024, 2048), (4, 8), (1,)),
 }
 """Rows, columns, warps and stages to try."""
 
-TOKENS = {"ALONE": 1, "TOGETHER": 16, "EXPANSION": 64}
+TOKENS = {"VECTOR": 1, "TOGETHER": 16, "EXPANSION": 64}
 """To try them with."""
 
 PER_THREAD = range(8, 33)  # weights: with fewer there is too little under way, more do not fit into registers
@@ -174,6 +175,34 @@ def two_of_four(shapes: list[tuple[int, int]], tokens: int, rounds: int, device:
     }
 
 
+def four_bits(
+    shapes: list[tuple[int, int]], tokens: int, rounds: int, copies: int, device: torch.device
+) -> Record:
+    """Dense int4 by torchao against dense bfloat16. (It has not been run: torchao was not where other
+    figures are from.)"""
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    block = Block(shapes, 0.0, copies, device)
+    x = block.inputs(tokens)
+    layers = torch.nn.ModuleList()
+    for weight in block.dense:
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        layers.append(layer)
+    quantize_(layers, Int4WeightOnlyConfig(group_size=128))
+    runs = {
+        "int4": lambda: [layer(x[layer.in_features]) for layer in layers],
+        "dense": partial(block.run_dense, x),
+    }
+    times = measured(runs, rounds, device)
+    return {
+        "pattern": "int4",
+        "tokens": tokens,
+        "speedup": speedup(times, "int4", "dense"),
+        "seconds": medians(times),
+    }
+
+
 def compare_tiles(
     block: Block, sparsity: float, name: str, bandwidth: float, rounds: int
 ) -> Iterator[Record]:
@@ -211,6 +240,7 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.5, 0.7, 0.9])
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 4, 16, 64, 512, 2048])
     parser.add_argument("--two-of-four", type=int, nargs="*", default=[], help="tokens")
+    parser.add_argument("--int4", type=int, nargs="*", default=[], help="tokens")
     parser.add_argument("--tiles", type=float, nargs="*", default=[], help="sparsities")
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--mlp", type=int, default=11008)
@@ -242,6 +272,8 @@ def main() -> None:
             keep(compare(block, sparsity, tokens, bandwidth, settings.rounds))
     for tokens in settings.two_of_four:
         keep(two_of_four(shapes, tokens, settings.rounds, device))
+    for tokens in settings.int4:
+        keep(four_bits(shapes, tokens, settings.rounds, settings.copies, device))
     for sparsity in settings.tiles:
         block = Block(shapes, sparsity, settings.copies, device)
         for name in TILES:

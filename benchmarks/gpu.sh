@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is to be known of a GPU, in one call of under ten minutes on a bare machine: torch, transformers and
+# All that is to be known of a GPU, in one call of under twelve minutes on a bare machine: torch, transformers and
 # triton suffice, and where there is pytest, the tests run too. Secateurs is not installed, but imported from src.
 #
 #     bash benchmarks/gpu.sh [FOLDER] [rehearse]
@@ -49,10 +49,18 @@ tests+=(tests/pruning/test_on_gpu.py tests/training/test_training_on_gpu.py)
         summary+=("tests: left out, there is no pytest or hypothesis")
     fi
     part decode 80 "$python" benchmarks/decode_gpu.py "${decode[@]}" --results "$out/gpu_decode.json"
+    if "$python" -c 'import torchao' 2>/dev/null; then
+        part int4 40 "$python" benchmarks/decode_gpu.py --sparsities --int4 1 4 16 "${decode[@]}" \
+            --results "$out/gpu_int4.json"
+    else
+        summary+=("int4: left out, there is no torchao")
+    fi
     part tiles 45 "$python" benchmarks/decode_gpu.py --sparsities --tiles 0.7 "${decode[@]}" --rounds 10 \
         --results "$out/gpu_tiles.json"
     part training 70 "$python" benchmarks/sat_step_time.py --rates 0.5 "${sat[@]}" \
         --results "$out/gpu_sat_step_time.json"
+    part compiled 90 "$python" benchmarks/sat_step_time.py --rates 0.5 --compile "${sat[@]}" \
+        --results "$out/gpu_sat_step_time_compiled.json"
     part pruning 210 "$python" benchmarks/prune_gpu.py "${prune[@]}" --results "$out/gpu_prune.json"
     if [ "$2" != rehearse ]; then # torch multiplies them on GPUs alone
         part 2:4 25 "$python" benchmarks/decode_gpu.py --sparsities --two-of-four 16 64 512 2048 \

@@ -330,4 +330,4 @@ if __name__ == "__main__":
     }
     result = tools[job.pop("tool")](**job)
     about = {"peak_bytes": peak_bytes(), "processor_seconds": time.process_time(), "versions": versions()}
-    print("\n" + json.dumps({**result, **about}))
+    print("\n" + json.dumps({**about, **result}))

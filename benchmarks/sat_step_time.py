@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -44,7 +45,7 @@ PHASES = ("forward", "backward", "head", "optimiser", "rest")
 class Side:
     """One of the two models, and its step by phases."""
 
-    def __init__(self, model: PreTrainedModel, rate: float, tokens: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, rate: float, tokens: Tensor, *, compiled: bool) -> None:
         self.device = tokens.device
         self.model: Any = model.to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=self.device.type == "cuda")
@@ -56,6 +57,9 @@ class Side:
         self.seconds: Record = {}
         self._last = 0.0
         blocks = (self.sparse.omission if self.sparse else Omission(self.model, in_place=True)).blocks
+        if compiled:
+            for block in blocks:
+                block.module.forward = torch.compile(block.module.forward)
         blocks[0].module.register_forward_pre_hook(self._enter)
         blocks[-1].module.register_forward_hook(self._leave)
 
@@ -118,10 +122,15 @@ def memory_of_a_step(side: Side) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def compare(make: Callable[[], PreTrainedModel], rate: float, tokens: Tensor, repetitions: int) -> Record:
+def compare(
+    make: Callable[[], PreTrainedModel], rate: float, tokens: Tensor, repetitions: int, compiled: bool
+) -> Record:
     """Both sides of every phase, in turns."""
     on_gpu = tokens.is_cuda
-    sides = {"plain": Side(make(), 0.0, tokens), "sparse": Side(make(), rate, tokens)}
+    sides = {
+        name: Side(make(), omitted, tokens, compiled=compiled)
+        for name, omitted in (("plain", 0.0), ("sparse", rate))
+    }
     for side in sides.values():  # make the optimiser's state, and choose what is omitted
         side.step()
     sparse = sides["sparse"]
@@ -187,8 +196,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS / "sat_step_time.json")
+    parser.add_argument("--compile", action="store_true", help="each block, by torch.compile")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
+    torch._dynamo.config.recompile_limit = 8 * settings.blocks  # blocks are of one code
 
     def make() -> PreTrainedModel:
         torch.manual_seed(0)
@@ -225,12 +236,13 @@ def main() -> None:
         },
         "batch_size": settings.batch_size,
         "length": settings.length,
+        "compiled": settings.compile,
         "probe_every": PROBE_EVERY,
         "repetitions": settings.repetitions,
     }
     rows = []
     for rate in settings.rates:
-        rows.append(compare(make, rate, tokens, settings.repetitions))
+        rows.append(compare(make, rate, tokens, settings.repetitions, settings.compile))
         save(settings.results, about, rows)
         gc.collect()
     print_table(

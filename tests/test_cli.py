@@ -300,6 +300,21 @@ def test_repeated_it_says_the_same_and_changes_nothing(place: Place) -> None:
     assert everything_in(place.folder) == before
 
 
+def test_plan_says_what_a_run_takes_and_runs_nothing(place: Place) -> None:
+    for file in place.model.glob("*.safetensors"):
+        file.unlink()
+    before = everything_in(place.folder)
+    result = place.run(["plan", str(place.model), "--device", "h100", "--samples", "8", "--ranks", "2"])
+    assert result.status == 0
+    assert all(word in result.out for word in ("time: solve", "memory of the card", "of 80.0 GB", "disk"))
+    assert everything_in(place.folder) == before
+    refused = place.run(["plan", str(place.model), "--device", "tpu"])
+    assert refused.status == 2
+    assert "tpu" in refused.err
+    assert "h100" in refused.err
+    assert len(refused.err.splitlines()) == 1
+
+
 def test_evaluate(place: Place) -> None:
     result = place.run(["eval", str(place.model), "--text", str(place.text), "--length", "32"])
     assert result.status == 0

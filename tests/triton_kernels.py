@@ -1,8 +1,10 @@
-"""Compiles every Triton kernel for GPUs that need not be here: run by test_triton_compiles.py.
+"""Compiles every Triton kernel for GPUs that need not be here: run by test_triton_compiles.py, and by
+benchmarks/triton_resources.py.
 
 A process of its own, because where there is no GPU the tests' has kernels that Triton interprets.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -53,7 +55,12 @@ def kernels(capability):
         kind = f"{name}, {bits} bits{'' if masked else ' without a mask'}" if bits else name
         data = dict.fromkeys(("x", "bias", "y"), f"*{name}") | values
         together = gpu.TOGETHER_FLOAT32 if factor == float32 else gpu.TOGETHER
-        for tokens, tile in ((1, gpu.ALONE), (16, together)):
+        if not bits:
+            constants = {"HAS_BIAS": True, "ROWS": gpu.VECTOR.rows, "WORDS": gpu.VECTOR.columns // 32}
+            constants |= {"STAGES": gpu.VECTOR.stages}
+            made = compiled(gpu._vector_kernel, data, constants, capability, gpu.VECTOR.warps)
+            yield f"linear, 1 tokens, {kind}", made
+        for tokens, tile in ((1, gpu.ALONE), (16, together))[not bits :]:
             constants = {"HAS_BIAS": True, "FACTOR": factor, "TOKENS": tokens} | form | of_a_tile(tile)
             made = compiled(gpu._linear_kernel, data, constants, capability, tile.warps)
             yield f"linear, {tokens} tokens, {kind}", made
@@ -67,18 +74,45 @@ def kernels(capability):
         yield f"sweep, groups of {m}", compiled(sweep_triton._sweep, data, constants, capability)
 
 
-def bytes_on_the_stack(made):
-    """Of each thread: registers that did not suffice. Triton brings the tool along."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def resources(made):
+    """What a compiled kernel takes: registers and bytes of the stack (registers that did not suffice) of each
+    thread, bytes of shared memory of each program, and instructions of a turn of its longest loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", used)[1])
+        used = _told("cuobjdump", "--dump-resource-usage", file.name)
+        code = _told("nvdisasm", "-c", file.name)
+    found = {key: int(re.search(rf"{key.upper()}:(\d+)", used)[1]) for key in ("reg", "stack")}
+    return {
+        "registers": found["reg"],
+        "stack": found["stack"],
+        "shared": made.metadata.shared,
+        "threads": 32 * made.metadata.num_warps,
+        "loop_instructions": _loop(code),
+    }
+
+
+def _told(tool, *arguments):
+    """By a tool that Triton brings along."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _loop(code):
+    """Instructions between a branch back and where it goes to, at the most; 0 where there is none."""
+    labels, number, longest = {}, 0, 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = number
+        elif re.search(r"/\*[0-9a-f]{4,}\*/\s", line):
+            number += 1
+            branch = re.search(r"BRA.*?(\.L_x_\d+)", line)
+            if branch and branch[1] in labels:
+                longest = max(longest, number - labels[branch[1]])
+    return longest
 
 
 if __name__ == "__main__":
     for target in map(int, sys.argv[1:]):
         for described, made in kernels(target):
-            print(target, described, bytes_on_the_stack(made))
+            print(json.dumps({"capability": target, "kernel": described} | resources(made)), flush=True)

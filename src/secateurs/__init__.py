@@ -22,6 +22,7 @@ from secateurs.evaluation import (
     plot,
 )
 from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
+from secateurs.planning.plan import Plan, PlanSettings, plan
 from secateurs.pruning.allocation.owl import OWL
 from secateurs.pruning.allocation.sensitivity import Sensitivity
 from secateurs.pruning.mlp.sparsellm import SparseLLM
@@ -75,6 +76,8 @@ __all__ = [
     "Masks",
     "Measurement",
     "Pattern",
+    "Plan",
+    "PlanSettings",
     "PruneSettings",
     "RecoverSettings",
     "RecoveryReport",
@@ -108,6 +111,7 @@ __all__ = [
     "logits_where_labels",
     "parse_pattern",
     "perplexity",
+    "plan",
     "plot",
     "profile",
     "prune",

@@ -27,6 +27,8 @@ from secateurs.evaluation.measure import EvaluateSettings, evaluate
 from secateurs.evaluation.plot import PlotSettings, plot
 from secateurs.evaluation.speed import BenchSettings, bench
 from secateurs.evaluation.speed import table as table_of_costs
+from secateurs.planning.plan import PlanSettings, plan
+from secateurs.planning.plan import table as table_of_plan
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.pruning.walk import prune
@@ -96,6 +98,15 @@ def _prune(model: str, settings: PruneSettings) -> None:
         print(f"pruned by the local solver alone: {', '.join(report.alone)}")
     if settings.recover:
         print(RecoveryReport.read(report.output))
+
+
+def _plan(model: str, settings: PlanSettings) -> None:
+    from rich.console import Console
+
+    planned = plan(model, settings)
+    Console().print(table_of_plan(planned))
+    for line in planned.warnings:
+        warnings.warn(line, stacklevel=2)
 
 
 def _recover(model: str, settings: RecoverSettings) -> None:
@@ -181,6 +192,11 @@ def _demo(settings: DemoSettings) -> None:
 
 VERBS: dict[str, Verb] = {
     "prune": Verb(PruneSettings, _prune),
+    "plan": Verb(
+        PlanSettings,
+        _plan,
+        about="A model folder, of which config.json will do, a .gguf file, or a name on the hub.",
+    ),
     "recover": Verb(RecoverSettings, _recover),
     "profile": Verb(ProfileSettings, _profile),
     "train": Verb(TrainSettings, _train),

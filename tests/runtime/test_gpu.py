@@ -57,6 +57,32 @@ def test_triton_products_and_expansion(
     assert torch.equal(gpu.expand(packed, offsets, layout, first, rows).cpu(), weight[first:])
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 11),
+    st.integers(1, 1100),
+    st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+)
+def test_one_token_against_float64(
+    rows: int, columns: int, sparsity: float, dtype: torch.dtype, has_bias: bool
+) -> None:
+    """Rows that fill no program, columns that fill no block or word of the mask, and words whose highest bit
+    is set."""
+    weight = sparse(rows, columns, sparsity, dtype)
+    packed, layout = pack(weight)
+    offsets = row_offsets("w", packed, layout).to(DEVICE)
+    x, bias = torch.randn(1, columns).to(dtype), torch.randn(rows).to(dtype) if has_bias else None
+    there = None if bias is None else bias.to(DEVICE)
+    y = gpu.linear(x.to(DEVICE), packed.to(DEVICE), offsets, there, layout).cpu()
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    assert y.dtype == dtype
+    assert ((y.double() - exact).abs() <= ROUNDING[dtype] * exact.abs() + 2.0**-20 * size + 2.0**-24).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 24),

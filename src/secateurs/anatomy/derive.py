@@ -6,7 +6,7 @@ of the channel is the gate's activation.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
@@ -81,6 +81,10 @@ class BlockAnatomy:
     """Of each parameter that holds experts: the share of them that a token goes to."""
     experts: tuple[Matrix, ...]
     """Of each parameter that holds experts, also of those in `dense`: the first one's matrix."""
+
+    def reads_mixed(self, group: Iterable[Matrix]) -> bool:
+        """Whether any of some matrices is an o."""
+        return any("o" in self.roles.get(matrix.name, ()) for matrix in group)
 
     @property
     def alone(self) -> tuple[str, ...]:

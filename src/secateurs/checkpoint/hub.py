@@ -10,10 +10,14 @@ from secateurs.values import SCALES
 IGNORED = [*PICKLED, *FOREIGN, *ADAPTERS, "consolidated*.safetensors", "*/*.safetensors", "original/*"]
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model given as a folder, a .gguf file or a name on the Hugging Face hub.
 
     A .gguf file, also one that is all the weights of a folder, is unpacked at first (`unpacked_folder`).
+
+    Args:
+        model: as people give it.
+        weights: whether they are to be fetched from the hub, or config.json alone.
 
     Raises:
         ValueError: neither a folder here, nor a .gguf file that can be read, nor a model that the hub gives.
@@ -35,6 +39,8 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if not weights:
+            return Path(snapshot_download(str(model), allow_patterns=["config.json"]))
         snapshot_download(str(model), ignore_patterns=IGNORED)
         # The one sub-folder whose weights are read. Of what is not there nothing comes.
         return Path(snapshot_download(str(model), allow_patterns=[SCALES]))

@@ -26,6 +26,7 @@ class Checkpoint:
     Args:
         folder: holds `config.json` and `model.safetensors`, or the shards that
             `model.safetensors.index.json` lists.
+        weights: whether they are looked for. Without, it is as if there were none.
 
     Raises:
         ValueError: the folder, its config, its index or one of its shards is missing, truncated or
@@ -35,7 +36,7 @@ class Checkpoint:
     edited = False
     """Whether `config` is another than the folder's."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, weights: bool = True) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"no model folder at '{self.folder}'")
@@ -45,8 +46,8 @@ class Checkpoint:
                 "trained on (merge_and_unload in PEFT), and give the merged folder"
             )
         self.config = read_json(self.folder / "config.json")
-        promised = self._promised()
-        self.files = sorted(set(promised.values())) or [SINGLE]
+        promised = self._promised() if weights else {}
+        self.files = sorted(set(promised.values())) or [SINGLE] * weights
         self.file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}

@@ -4,6 +4,9 @@ A program keeps a few rows. It walks their columns a block at a time: the mask's
 them (where each value lies), a load of only the values that exist, and the product; a token never waits for a
 dense weight to be written. Up to 16 tokens share one pass, through the tensor cores. Codes of a few bits are
 found in the same way (docs/format.md); activations stay as they are, where the CPU's kernels round them.
+
+One token and values as they are have a kernel of their own, which counts bits by words (docs/runtime.md says
+what that costs). It has been compiled and interpreted, but not run on a card.
 """
 
 from typing import Any, NamedTuple
@@ -29,8 +32,11 @@ class Tile(NamedTuple):
     """How many blocks of columns are under way at once: their masks are fetched ahead."""
 
 
-ALONE = Tile(1, 2048, 4)
+VECTOR = Tile(4, 256, 1)
 """For one token."""
+
+ALONE = Tile(1, 2048, 4)
+"""For one token, where values are codes."""
 
 TOGETHER = Tile(16, 256, 4)
 """For more; the tensor cores' smallest tile has 16 rows."""
@@ -182,6 +188,60 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _popcount(word):  # type: ignore[no-untyped-def]
+    """Bits that are set in each int32: an instruction, of which LLVM knows this form."""
+    bits = word.to(tl.uint32, bitcast=True)
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _vector_kernel(  # type: ignore[no-untyped-def]
+    x,
+    mask,
+    values,
+    offsets,
+    bias,
+    y,
+    rows,
+    columns,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One token. A lane has a column of each word of the mask: where its value lies is the word's start plus
+    the bits below its own, so that a warp reads values that follow each other, and nothing is added up over
+    columns but at the end."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    lane = tl.arange(0, 32)
+    below = ~((tl.zeros((32,), dtype=tl.int32) - 1) << lane)
+    row_words = (columns + 63) // 64 * 2
+    low = tl.load(offsets + row, mask=inside, other=0)
+    total = tl.zeros((ROWS, WORDS, 32), dtype=tl.float32)
+    for start in tl.range(0, row_words, WORDS, num_stages=STAGES):
+        at = start + tl.arange(0, WORDS)
+        known = inside[:, None] & (at < row_words)[None, :]
+        word = tl.load(mask + row[:, None] * row_words + at[None, :], mask=known, other=0)
+        count = _popcount(word)
+        first = low[:, None] + tl.cumsum(count, axis=1) - count
+        low += tl.sum(count, axis=1)
+        place = first[:, :, None] + _popcount(word[:, :, None] & below[None, None, :])
+        kept = (word[:, :, None] >> lane[None, None, :]) & 1 == 1
+        weight = tl.load(values + place, mask=kept, other=0.0)
+        column = at[:, None] * 32 + lane[None, :]
+        part = tl.load(x + column, mask=column < columns, other=0.0)
+        total += weight.to(tl.float32) * part.to(tl.float32)[None, :, :]
+    result = tl.sum(tl.sum(total, axis=2), axis=1)
+    if HAS_BIAS:
+        result += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row, result.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _expand_kernel(  # type: ignore[no-untyped-def]
     mask,
     values,
@@ -271,6 +331,24 @@ def linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layo
     assert tokens <= DIRECT_TOKENS
     packed, y = _packed(weight, layout), x.new_empty(tokens, layout.rows)
     alone = tokens == 1
+    if alone and layout.codes is None:
+        with torch.cuda.device_of(x):
+            _vector_kernel[(triton.cdiv(layout.rows, VECTOR.rows),)](
+                x.contiguous(),
+                packed.mask,
+                packed.values,
+                offsets,
+                packed.values if bias is None else bias,
+                y,
+                layout.rows,
+                columns,
+                HAS_BIAS=bias is not None,
+                ROWS=VECTOR.rows,
+                WORDS=VECTOR.columns // 32,
+                STAGES=VECTOR.stages,
+                num_warps=VECTOR.warps,
+            )
+        return y
     factor = FACTORS[x.dtype] if x.dtype == layout.dtype else tl.float32
     tile = ALONE if alone else TOGETHER_FLOAT32 if factor == tl.float32 else TOGETHER
     with torch.cuda.device_of(x):

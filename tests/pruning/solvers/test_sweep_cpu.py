@@ -81,7 +81,7 @@ def test_a_whole_layer(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sweep_cpu, "sweep", counted)
     actual = sparsegpt.SparseGPT(block=32).solve(weight, statistics, pattern).weight
     assert len(calls) == 3
-    monkeypatch.setattr(sparsegpt, "_sweep_for", lambda weight: sweep.sweep)
+    monkeypatch.setattr(sparsegpt, "sweep_for", lambda weight: sweep.sweep)
     expected = sparsegpt.SparseGPT(block=32).solve(weight, statistics, pattern).weight
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 

@@ -51,6 +51,6 @@ def test_a_whole_layer(pattern, monkeypatch):
     weight = weight_of(20, 72).to(DEVICE)
     statistics = Statistics.from_inputs(correlated_inputs(200, 72).to(DEVICE))
     expected = sparsegpt.SparseGPT(block=32).solve(weight, statistics, pattern).weight
-    monkeypatch.setattr(sparsegpt, "_sweep_for", lambda weight: sweep_triton.sweep)
+    monkeypatch.setattr(sparsegpt, "sweep_for", lambda weight: sweep_triton.sweep)
     actual = sparsegpt.SparseGPT(block=32).solve(weight, statistics, pattern).weight
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from secateurs import ranks
-from secateurs.anatomy import Matrix
+from secateurs.anatomy import BlockAnatomy, Matrix
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.pruning.block.block import Advance, Block, Clock, Streams, Work, prune_apart
 from secateurs.pruning.block.experts import Expert, Experts, channels, experts_of, route
@@ -21,6 +21,19 @@ from secateurs.pruning.solvers.solver import Solver, rounded
 from secateurs.pruning.solvers.statistics import Statistics
 
 Sequential = Literal["block", "sublayer", "linear"]
+
+
+def stages_of(anatomy: BlockAnatomy, sequential: Sequential) -> list[tuple[Group, ...]]:
+    """Groups of matrices whose inputs are measured in one pass; experts come after all of them."""
+    groups = tuple(group for group in anatomy.groups if group[0].expert is None)
+    readers = [i for i, group in enumerate(groups) if anatomy.reads_mixed(group)]
+    attention = readers[-1] + 1 if readers else 0
+    stages: dict[Sequential, list[tuple[Group, ...]]] = {
+        "block": [groups],
+        "sublayer": [groups[:attention], groups[attention:]],
+        "linear": [(group,) for group in groups],
+    }
+    return [stage for stage in stages[sequential] if stage]
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Local:
     def prune(self, block: Block, streams: Streams, clock: Clock, advance: Advance) -> BlockReport:
         """See `BlockPruner.prune`."""
         report = BlockReport()
-        for stage in self._stages(block):
+        for stage in stages_of(block.anatomy, self.sequential):
             if not block.wanted(chain(*stage)):
                 for matrix in chain(*stage):
                     advance(block.name(matrix), None)
@@ -63,21 +76,6 @@ class Local:
         for experts in experts_of(block):
             self.prune_experts(block, experts, streams.pruned, clock, advance, report)
         return report
-
-    def _stages(self, block: Block) -> tuple[tuple[Group, ...], ...]:
-        """Groups of matrices whose inputs are measured in one pass; experts come after all of them."""
-        anatomy = block.anatomy
-        groups = tuple(group for group in anatomy.groups if group[0].expert is None)
-        readers = [
-            i for i, group in enumerate(groups) if any("o" in anatomy.roles.get(m.name, ()) for m in group)
-        ]
-        attention = readers[-1] + 1 if readers else 0
-        stages = {
-            "block": (groups,),
-            "sublayer": (groups[:attention], groups[attention:]),
-            "linear": tuple((group,) for group in groups),
-        }[self.sequential]
-        return tuple(stage for stage in stages if stage)
 
     def _pruned(self, block: Block, matrix: Matrix, moments: Statistics) -> Pruned:
         linear = block.linear(matrix)

@@ -50,15 +50,15 @@ class SparseGPT:
         # (in, out), so that a column of the layer is contiguous.
         pruned = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
         pruned[statistics.norms == 0] = 0
-        sweep = _sweep_for(pruned)
+        sweep = sweep_for(pruned)
         for now, inverse in blocks(pruned, factor, whole_groups(self.block, pattern)):
             here = Mask(pattern.kept[:, now]) if isinstance(pattern, Mask) else pattern
             sweep(pruned[now], inverse, here)
         return Solution(finished(pruned.T.contiguous()))
 
 
-def _sweep_for(weight: Tensor) -> Callable[[Tensor, Tensor, Pattern], None]:
-    """The kernel for it where there is one, otherwise `sweep`."""
+def sweep_for(weight: Tensor) -> Callable[[Tensor, Tensor, Pattern], None]:
+    """The kernel for a weight (in, out) where there is one, otherwise `sweep`."""
     if weight.is_cuda and find_spec("triton"):
         from secateurs.pruning.solvers import sweep_triton
 

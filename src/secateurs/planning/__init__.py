@@ -1,0 +1,1 @@
+"""What a run costs before it is run: memory, disk and time, from a configuration alone."""

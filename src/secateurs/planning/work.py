@@ -1,0 +1,365 @@
+"""What a run of `prune` computes, counted: operations, bytes and calls by phase, from a model's anatomy.
+
+This is the walk of `pruning/walk.py`, `block/local.py` and `block/joint.py` once more, without a tensor in
+it. Amounts are those of the busiest of the ranks. `tests/planning` holds them against what a run does.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from secateurs.anatomy import MLP, BlockAnatomy, Matrix
+from secateurs.pattern import NM, Pattern
+from secateurs.pruning.block.joint import Joint
+from secateurs.pruning.block.local import Local, stages_of
+from secateurs.pruning.block.measure import Group
+from secateurs.pruning.block.refine import JUDGES, TOKENS_A_STEP
+from secateurs.pruning.mlp.linear import solving_cost
+from secateurs.pruning.mlp.problem import CHUNK, HELD_OUT
+from secateurs.pruning.mlp.sparsellm import SparseLLM
+from secateurs.pruning.solvers.admm import ADMM, RHO
+from secateurs.pruning.solvers.solver import Solver
+from secateurs.pruning.solvers.sparsegpt import SparseGPT
+from secateurs.pruning.solvers.statistics import PANEL
+from secateurs.pruning.solvers.sweep import whole_groups
+
+Phase = Literal["load", "run", "solve", "refine", "write"]
+
+Kind = Literal[
+    "products", "sums", "float32", "factors", "sweep", "ranked", "passed", "moved", "calls", "shapes", "disk"
+]
+"""products: floating-point operations (FLOPs) of products in the dtype that the model runs in; sums: of those
+that are summed over tokens in float32, such as second moments; float32: of products in it; factors: of
+factorisations, inverses and triangular solves; sweep: of SparseGPT's inner loop; ranked: weights among which
+a threshold is found; passed: values in the model's dtype that elementwise work of its own code goes through;
+moved: bytes that other elementwise work reads and writes; calls: kernels that are started; shapes: products
+of as many tokens as none before, for which a processor's library makes a kernel in half precision; disk:
+bytes read and written there."""
+
+FLOPS: tuple[Kind, ...] = ("products", "sums", "float32", "factors", "sweep")
+
+
+class Amounts(dict[tuple[Phase, Kind], float]):
+    """How much of each kind of work, by phase; what is not there is 0."""
+
+    def __missing__(self, key: tuple[Phase, Kind]) -> float:
+        return 0.0
+
+    def add(self, more: "Amounts") -> None:
+        """Also that."""
+        for key, amount in more.items():
+            self[key] += amount
+
+
+PASSES = {"forward": 3, "admm": 24, "polish": 36, "local": 12, "step": 60, "adam": 57}
+"""How often elementwise work goes through what it works on: each value that a matrix is given or gives in a
+forward pass; read or written, a weight in an iteration of ADMM, in one of conjugate gradients, and in a
+solver else; a channel in a step of SparseLLM; and bytes for each weight in a step of the descent."""
+
+CALLS = {"forward": 60, "group of an expert": 20, "matrix": 30, "iteration": 25, "step": 400}
+"""Kernels of a batch's way through a block, and through each group of matrices of an expert; of a matrix that
+is solved, and of an iteration on it; and of a step of the descent."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Calibration sequences as one rank has them."""
+
+    samples: int
+    length: int
+    batch_size: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    @property
+    def batches(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """What is done to one block.
+
+    Args:
+        anatomy: of the block.
+        pruner: how it is pruned.
+        pattern: of all of its matrices.
+        text: the calibration text.
+        dtype_bytes: of the dtype that the model runs in.
+        low: whether SparseLLM multiplies tokens in that dtype, and not in float32.
+        halves: whether of second moments only the half from the diagonal on is computed.
+        ranks: that share the work.
+    """
+
+    anatomy: BlockAnatomy
+    pruner: Joint | Local
+    pattern: Pattern
+    text: Text
+    dtype_bytes: int
+    low: bool
+    halves: bool
+    ranks: int = 1
+
+    @property
+    def amounts(self) -> Amounts:
+        """All of it but for pushing its result on (`pushed`)."""
+        return Amounts(
+            self._joint(self.pruner) if isinstance(self.pruner, Joint) else self._local(self.pruner)
+        )
+
+    def pushed(self) -> Amounts:
+        """What makes the next block's input."""
+        return self._forward("run", self.text.tokens)
+
+    @cached_property
+    def weights(self) -> int:
+        """That are pruned."""
+        return sum(rows * columns for rows, columns in (m.shape for m in self.anatomy.matrices.values()))
+
+    # A block's forward pass.
+
+    def share(self, matrix: Matrix) -> float:
+        """Of the tokens, those that a matrix sees."""
+        return 1.0 if matrix.expert is None else self.anatomy.routed.get(matrix.weight, 1.0)
+
+    def _forward(
+        self, phase: Phase, tokens: float, until: Group | None = None, *, times: float = 1
+    ) -> Amounts:
+        """Tokens' way through a block as far as a group's input, or to its end."""
+        flops = values = 0.0
+        calls, shapes = CALLS["forward"], 0
+        for group in self.anatomy.groups:
+            if self.anatomy.reads_mixed(group) and self.anatomy.heads is not None:
+                heads = self.anatomy.heads
+                flops += 2.0 * heads.count * heads.dim * self.text.length  # two products, half of each masked
+            if group is until:
+                break
+            for matrix in group:
+                flops += 2.0 * self.share(matrix) * matrix.shape[0] * matrix.shape[1]
+                values += self.share(matrix) * sum(matrix.shape)
+            if group[0].expert is not None:
+                calls += CALLS["group of an expert"]
+                shapes += 1
+        batches = max(tokens / (self.text.length * self.text.batch_size), 1)
+        return Amounts(
+            {
+                (phase, "products"): times * tokens * flops,
+                (phase, "passed"): times * tokens * values * PASSES["forward"],
+                (phase, "calls"): times * batches * calls,
+                (phase, "shapes"): times * batches * shapes,
+            }
+        )
+
+    # Sums over tokens.
+
+    def _sums(self, phase: Phase, flops: float, values: float) -> Amounts:
+        return Amounts({(phase, "sums"): flops, (phase, "moved"): values * self.dtype_bytes})
+
+    def _moment(self, phase: Phase, tokens: float, width: int) -> Amounts:
+        """The second moment of inputs."""
+        columns = width + min(PANEL, width) if self.halves else 2 * width
+        return self._sums(phase, tokens * width * columns, 2 * tokens * width)
+
+    def _products(self, phase: Phase, tokens: float, rows: int, columns: int) -> Amounts:
+        """Of targets with inputs."""
+        return self._sums(phase, 2.0 * tokens * rows * columns, 2 * tokens * (rows + columns))
+
+    # Solvers.
+
+    def _solved(self, solver: Solver, group: Sequence[Matrix], *, fitted: bool = False) -> Amounts:
+        """Matrices that see the same input, shared out over ranks as `ranks.shared_out` does."""
+        loads: list[list[Matrix]] = [[] for _ in range(self.ranks)]
+        for matrix in sorted(group, key=lambda m: -solving_cost(*m.shape)):
+            min(loads, key=lambda load: sum(solving_cost(*m.shape) for m in load)).append(matrix)
+        busiest = max(loads, key=lambda load: sum(solving_cost(*m.shape) for m in load))
+        amounts = self._factored(solver, group[0].shape[1], fitted=fitted)
+        for matrix in busiest:
+            amounts.add(self._solved_one(solver, *matrix.shape, fitted=fitted))
+        return amounts
+
+    def _factored(self, solver: Solver, columns: int, *, fitted: bool) -> Amounts:
+        """What matrices share that see the same input."""
+        cubes = 0.0
+        if isinstance(solver, ADMM):
+            cubes = float(len(RHO))  # a third for the factor, two for the inverse
+        if isinstance(solver, SparseGPT) or fitted:
+            cubes += 1 / 3
+        return Amounts(
+            {
+                ("solve", "factors"): cubes * columns**3,
+                ("solve", "moved"): 8.0 * columns**2 * 4,
+            }
+        )
+
+    def _solved_one(self, solver: Solver, rows: int, columns: int, *, fitted: bool) -> Amounts:
+        size, square = float(rows * columns), float(rows * columns**2)
+        amounts: Amounts = Amounts({("solve", "float32"): 4 * square})  # the error
+        amounts["solve", "moved"] += PASSES["local"] * 4 * size
+        amounts["solve", "calls"] += CALLS["matrix"]
+        ranked = 0.0 if isinstance(self.pattern, NM) else 1.0
+        if fitted:
+            amounts["solve", "float32"] += 2 * square
+            amounts["solve", "factors"] += 2 * square
+        if isinstance(solver, SparseGPT):
+            block = whole_groups(solver.block, self.pattern)
+            amounts["solve", "float32"] += square + 2 * size * block
+            amounts["solve", "factors"] += float(columns * min(block, columns) ** 2)
+            amounts["solve", "sweep"] += size * block
+            amounts["solve", "ranked"] += ranked * size
+            amounts["solve", "calls"] += CALLS["iteration"] * columns / block
+        elif isinstance(solver, ADMM):
+            iterations = solver.iterations + solver.polish
+            amounts["solve", "float32"] += 2 * square * (3 + iterations)
+            amounts["solve", "moved"] += (
+                4 * size * (PASSES["admm"] * solver.iterations + PASSES["polish"] * solver.polish)
+            )
+            amounts["solve", "ranked"] += size * solver.iterations
+            amounts["solve", "calls"] += CALLS["iteration"] * iterations
+        else:
+            amounts["solve", "ranked"] += ranked * size
+        return amounts
+
+    # Ways to prune.
+
+    @property
+    def expert_groups(self) -> list[Group]:
+        return [group for group in self.anatomy.groups if group[0].expert is not None]
+
+    def _local(self, pruner: Local) -> Amounts:
+        amounts = Amounts()
+        for stage in stages_of(self.anatomy, pruner.sequential):
+            if self.text.samples:
+                amounts.add(self._forward("run", self.text.tokens, stage[-1]))
+                for group in stage:
+                    amounts.add(self._moment("run", self.text.tokens, group[0].shape[1]))
+            for group in stage:
+                amounts.add(self._solved(pruner.solver, group))
+        experts = self.expert_groups
+        if experts and self.text.samples:
+            amounts.add(self._forward("run", self.text.tokens))
+        for group in experts:
+            amounts.add(self._expert(pruner.solver, group))
+        return amounts
+
+    def expert_tokens(self, group: Group) -> float:
+        """Those routed to an expert, and those drawn from all."""
+        drawn = self.expert_groups[0][0].shape[1]
+        return self.share(group[0]) * self.text.tokens + drawn / self.ranks
+
+    def _expert(self, solver: Solver, group: Group) -> Amounts:
+        """Matrices of an expert that share an input."""
+        tokens = self.expert_tokens(group)
+        amounts = self._moment("run", tokens, group[0].shape[1])
+        amounts["run", "passed"] += PASSES["forward"] * tokens * sum(sum(matrix.shape) for matrix in group)
+        if not self._is_down(group):
+            amounts["run", "products"] += 2 * tokens * _size(group)
+        # As many experts at a time as there are ranks.
+        for key, amount in replace(self, ranks=1)._solved(solver, group).items():
+            amounts[key] += amount / self.ranks
+        return amounts
+
+    def _is_down(self, group: Group) -> bool:
+        return any("down" in self.anatomy.roles.get(matrix.name, ()) for matrix in group)
+
+    def _joint(self, pruner: Joint) -> Amounts:
+        text, method = self.text, pruner.method
+        amounts = Amounts()
+        if pruner.target != "layer":
+            streams = 1 if pruner.target == "block" or pruner.repair == 1 else 2
+            amounts.add(self._forward("run", text.tokens, times=streams))
+        for group in self.apart:
+            fitted = self.is_fitted(pruner, group)
+            amounts.add(self._forward("run", text.tokens, self._group_of(group[0])))
+            amounts.add(self._moment("run", text.tokens, group[0].shape[1]))
+            if fitted:
+                amounts.add(self._products("run", text.tokens, *group[0].shape))
+            amounts.add(self._solved(method.solver, group, fitted=fitted))
+        for mlp in self.mlps:
+            if mlp.down.expert is None:
+                amounts.add(self._forward("run", text.tokens, self._group_of(mlp.first[0])))
+                amounts.add(self._sparsellm(method, mlp, text.tokens))
+        experts = self.expert_groups
+        if experts:
+            amounts.add(self._forward("run", text.tokens))
+        for mlp in self.mlps:
+            if mlp.down.expert is not None:
+                tokens = self.expert_tokens(self._group_of(mlp.first[0]))
+                amounts["run", "products"] += 2 * tokens * _size((*mlp.first, mlp.down))
+                amounts.add(self._sparsellm(method, mlp, tokens))
+        if pruner.refine and pruner.target != "layer":
+            amounts.add(self._descent(pruner.refine))
+        return amounts
+
+    @property
+    def apart(self) -> list[Group]:
+        """What is pruned matrix by matrix: all but MLPs that are understood, and experts."""
+        solved = {m.name for mlp in self.mlps for m in (*mlp.first, mlp.down)}
+        groups = (
+            tuple(m for m in g if m.name not in solved and m.expert is None) for g in self.anatomy.groups
+        )
+        return [group for group in groups if group]
+
+    def is_fitted(self, pruner: Joint, group: Group) -> bool:
+        """Whether matrices are fitted to what lies beyond them before they are pruned."""
+        return pruner.target != "layer" and self.anatomy.reads_mixed(group)
+
+    @property
+    def mlps(self) -> list[MLP]:
+        return [mlp for mlp in self.anatomy.mlps if mlp.activation is not None]
+
+    def _group_of(self, matrix: Matrix) -> Group:
+        return next(group for group in self.anatomy.groups if matrix in group)
+
+    def _sparsellm(self, method: SparseLLM, mlp: MLP, tokens: float) -> Amounts:
+        """An MLP as one problem: see `mlp/sparsellm.py`."""
+        rounds = method.rounds
+        first, (hidden, channels) = sum(m.shape[0] for m in mlp.first), mlp.down.shape
+        width = mlp.first[0].shape[1]
+        solving = tokens * (1 - 1 / HELD_OUT) if rounds else tokens
+        through = 2.0 * solving * first * width
+        amounts = self._moment("solve", solving, width)
+        product: Kind = "products" if self.low else "float32"
+        amounts["solve", product] += through
+        for number in range(rounds + 1):
+            amounts.add(self._solved(method.solver, mlp.first, fitted=number > 0))
+            amounts["solve", product] += through
+            amounts["solve", "passed"] += PASSES["forward"] * solving * (first + channels)
+            amounts.add(self._moment("solve", solving, channels))
+            amounts.add(self._products("solve", solving, hidden, channels))
+            amounts.add(self._solved(method.solver, [mlp.down], fitted=True))
+            if number < rounds:
+                amounts["solve", product] += 4 * solving * hidden * channels
+                amounts.add(self._products("solve", solving, first, width))
+                amounts["solve", "float32"] += 2 * solving * hidden**2 + 4.0 * hidden**2 * channels
+                amounts["solve", "factors"] += hidden**3
+                amounts["solve", "moved"] += 4 * PASSES["step"] * solving * first
+            if rounds:
+                held = tokens / HELD_OUT
+                amounts["solve", product] += 2 * held * (first * width + hidden * channels)
+            amounts["solve", "calls"] += solving / CHUNK * CALLS["forward"] * (4 if rounds else 1)
+        return amounts
+
+    def _descent(self, passes: int) -> Amounts:
+        """See `block/refine.py`: in float32, but multiplied in the dtype of the model where that is fast."""
+        text = self.text
+        shown = min(text.length, TOKENS_A_STEP)
+        steps = passes * -(-text.samples * self.ranks // max(1, TOKENS_A_STEP // shown))
+        judged = 2 * max(1, text.samples // JUDGES) * text.length
+        own = passes * text.samples * shown
+        if text.samples * self.ranks * shown and max(1, TOKENS_A_STEP // shown) < self.ranks:
+            own = steps * shown  # where a step has fewer sequences than there are ranks, they take turns
+        amounts = self._forward("refine", judged)
+        # Back again is twice the way there, of float32 where the way there was of the model's.
+        amounts.add(self._forward("refine", own, times=3))
+        amounts["refine", "shapes"] = 3.0 * steps * len(self.expert_groups)
+        amounts["refine", "passed"] *= 4 / self.dtype_bytes
+        amounts["refine", "moved"] += steps * PASSES["adam"] * self.weights
+        amounts["refine", "calls"] += steps * CALLS["step"]
+        return amounts
+
+
+def _size(matrices: Iterable[Matrix]) -> float:
+    return float(sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices))

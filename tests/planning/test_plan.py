@@ -1,0 +1,181 @@
+"""What a plan says of a run, held against what the run does."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import secateurs
+from secateurs.planning.machine import CARDS, Machine, measured
+from secateurs.planning.work import Amounts
+
+SAMPLES, LENGTH = 6, 48
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+POSITIONS = {"max_position_embeddings": 64}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    here = tmp_path_factory.mktemp("models")
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES, **POSITIONS, intermediate_size=160))
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
+    moe = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **POSITIONS, **experts, num_key_value_heads=2))
+    for name, model in (("llama", llama), ("moe", moe)):
+        model.save_pretrained(here / name)
+    return {"llama": here / "llama", "moe": here / "moe"}
+
+
+@pytest.fixture
+def config_alone(models: dict[str, Path], tmp_path: Path) -> Path:
+    shutil.copy(models["llama"] / "config.json", tmp_path)
+    return tmp_path
+
+
+class Count(TorchDispatchMode):
+    """FLOPs of products and of factorisations that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm"):
+            first = args[1] if name.startswith(("add", "badd")) else args[0]
+            self.flops["products"] += 2 * result.numel() * first.shape[-1]
+        elif name.startswith("_scaled_dot_product"):
+            backward = "backward" in name
+            query, key = args[1:3] if backward else args[:2]
+            self.flops["products"] += (5 if backward else 2) * query.numel() * key.shape[-2]
+        elif name == "linalg_cholesky_ex":
+            self.flops["factors"] += len(args[0]) ** 3 / 3
+        elif name == "cholesky_inverse":
+            self.flops["factors"] += len(args[0]) ** 3 * 2 / 3
+        elif name == "linalg_solve_triangular":
+            self.flops["factors"] += args[1].numel() * len(args[0])
+        return result
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("llama", {"method": "wanda"}),
+        ("llama", {"method": "wanda", "sequential": "sublayer"}),
+        ("llama", {"method": "sparsegpt:block=32", "sequential": "linear"}),
+        ("llama", {"method": "admm"}),
+        ("llama", {"method": "admm", "target": "block"}),
+        ("llama", {"method": "sparsellm", "refine": 2}),
+        ("llama", {"method": "sparsellm:solver=sparsegpt,iterations=2", "target": "layer"}),
+        ("llama", {"method": "sparsellm", "effort": "best", "refine": 0}),
+        ("moe", {"method": "admm"}),
+        ("moe", {"method": "sparsellm", "refine": 0}),
+    ],
+    ids=str,
+)
+def test_operations_are_those_of_the_run(models, tmp_path, model, settings):
+    ids = torch.randint(100, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+    with Count() as counted:
+        secateurs.prune(
+            models[model], output=tmp_path / "out", calibration=ids, device="cpu", batch_size=2, **settings
+        )
+    said = secateurs.plan(
+        models[model], device="a100", samples=SAMPLES, length=LENGTH, batch_size=2, **settings
+    ).flops
+    planned = {
+        "products": said["products"] + said["sums"] + said["float32"],
+        "factors": said["factors"],
+    }
+    for kind, flops in planned.items():
+        assert flops == pytest.approx(counted.flops[kind], rel=0.1, abs=2e6), kind
+
+
+def test_time_is_linear_in_depth_and_samples_and_memory_does_not_grow_with_depth(config_alone):
+    def planned(blocks: int, samples: int) -> secateurs.Plan:
+        config = json.loads((config_alone / "config.json").read_text())
+        (config_alone / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
+        return secateurs.plan(config_alone, device="h100", method="sparsegpt", samples=samples)
+
+    one, two, three = (planned(blocks, 64) for blocks in (4, 8, 12))
+    assert three.seconds["run"] - two.seconds["run"] == pytest.approx(two.seconds["run"] - one.seconds["run"])
+    assert one.device_bytes == two.device_bytes == three.device_bytes
+    some, more, most = (planned(4, samples).seconds["run"] for samples in (64, 128, 192))
+    assert most - more == pytest.approx(more - some)
+
+
+def test_ranks_share_the_tokens_and_the_solvers(config_alone):
+    one, two = (secateurs.plan(config_alone, device="h100", samples=64, ranks=ranks) for ranks in (1, 2))
+    assert two.tokens == one.tokens
+    assert two.seconds["run"] == pytest.approx(one.seconds["run"] / 2, rel=0.1)
+    assert one.seconds["solve"] / 2 <= two.seconds["solve"] < one.seconds["solve"]
+
+
+def test_the_plan_counts_the_weights_that_the_run_prunes(models):
+    said = secateurs.plan(models["llama"], device="l40s")
+    model = LlamaForCausalLM.from_pretrained(models["llama"])
+    linears = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert said.pruned == sum(linear.weight.numel() for linear in linears)
+    assert said.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert said.disk_bytes == 4 * said.parameters
+
+
+def test_what_does_not_fit_or_takes_long_is_said(tmp_path):
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+    )
+    config.save_pretrained(tmp_path)
+    said = secateurs.plan(tmp_path, device="rtx4090", method="sparsellm")
+    assert not said.fits
+    assert len(said.warnings) == 2
+    assert "GB are needed" in said.warnings[0]
+    assert "this takes" in said.warnings[1]
+    assert secateurs.plan(tmp_path, device="h200", method="wanda").warnings == []
+
+
+def test_magnitude_needs_no_text(config_alone):
+    said = secateurs.plan(config_alone, device="a100", method="magnitude")
+    assert said.tokens == 0
+    assert said.flops["products"] == 0
+
+
+def test_this_machine_is_tested():
+    tested = measured("cpu", torch.float32)
+    assert all(rate > 0 for rate in tested.rates.values())
+    made = Machine("half as fast", False, 1, {kind: rate / 2 for kind, rate in tested.rates.items()})
+    work = Amounts({("run", "products"): 1e12})
+    assert made.seconds(work)["run"] == pytest.approx(2 * tested.seconds(work)["run"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"device": "h1000"}, "h1000"),
+        ({"ranks": 0}, "ranks"),
+        ({"ranks": 9, "samples": 8}, "one for each"),
+        ({"length": 100_000}, "64 positions"),
+        ({"length": 0}, "length"),
+        ({"method": "thanos"}, "unknown method"),
+        ({"pattern": "170%"}, "170%"),
+        ({"samples": 0}, "samples"),
+    ],
+)
+def test_mistakes_are_one_line(config_alone, settings, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        secateurs.plan(config_alone, **{"device": "h100", **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        secateurs.plan(tmp_path, device="h100")
+
+
+def test_every_card_plans(config_alone):
+    seconds = {name: secateurs.plan(config_alone, device=name).total_seconds for name in CARDS}
+    assert seconds["h200"] < seconds["a100"]
