@@ -124,6 +124,15 @@ def test_prompts_that_nothing_can_go_on_with_are_one_line(
         report([outputs["measured"]], output=tmp_path / "page.html", prompt=(prompt,))
 
 
+def test_a_folder_called_dense_is_not_taken_for_the_dense_model(
+    outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    pruned = shutil.copytree(outputs["wanda"], tmp_path / "dense")
+    page = report([pruned], output=tmp_path / "page.html", prompt=("ab",), tokens=2).read_text()
+    columns = page.partition('<div class="columns">')[2]
+    assert columns.index(f"<h4>{outputs['source']}</h4>") < columns.index("<h4>dense</h4>")
+
+
 def test_figures_measured_otherwise_are_not_in_one_chart(outputs: dict[str, Path], tmp_path: Path) -> None:
     for name, length in (("a", 512), ("b", 1024), ("c", 1024)):
         (tmp_path / name).mkdir()

@@ -39,8 +39,8 @@ def homes_of(skeleton: PreTrainedModel, grids: Mapping[str, Grid]) -> dict[str, 
         return {}
     if strangers := grids.keys() - skeleton.state_dict().keys():
         raise ValueError(
-            f"there are scales of '{min(strangers)}', which the model does not have: delete '{SCALES}' in its "
-            "folder to do without"
+            f"there are scales of '{min(strangers)}', which the model does not have: delete '{SCALES}' in "
+            "its folder to do without"
         )
     known = packables(skeleton) | traced_packables(skeleton)
     homes = {one.parameter: one for one in known.values() if one.parameter in grids}
@@ -61,8 +61,8 @@ class Levels:
     Args:
         model: the rounded model, without adapters.
         grids: by parameter, its grid, and its scales (..., rows, groups).
-        homes: of these, see `homes_of`. One whose weights are not on its grid any more is left out: it is like
-            any other.
+        homes: of these, see `homes_of`. One whose weights are not on its grid any more is left out: it is
+            like any other.
     """
 
     def __init__(self, model: nn.Module, grids: Mapping[str, Grid], homes: Mapping[str, Packable]) -> None:

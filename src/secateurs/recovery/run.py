@@ -1,8 +1,8 @@
 """Train what is left of a pruned model towards the dense model's predictions: what `secateurs recover` runs.
 
-Everything is Trainer's, with another loss and a callback that holds the zeros and the levels. As with `secateurs train` the
-output is the input's folder with other weights, which appears when it is complete; until then the same
-command resumes from the last checkpoint.
+Everything is Trainer's, with another loss and a callback that holds the zeros and the levels. As with
+`secateurs train` the output is the input's folder with other weights, which appears when it is complete;
+until then the same command resumes from the last checkpoint.
 """
 
 import math
@@ -73,9 +73,10 @@ def recover(model: str | Path, *, settings: RecoverSettings, progress: bool = Fa
     """Train what is left of a pruned model towards the dense model's predictions, into a new folder.
 
     Weights are trained in float32 (with LoRA: the adapters), with products in bfloat16 where the device is
-    fast at them. Zeros stay where they are, and of what was rounded the scales are trained. The output is the model's folder with other weights, each tensor
-    in the dtype it came in. If they do no better on text that was held out, the weights in it are the model's
-    own. If the run is interrupted, the same call continues it.
+    fast at them. Zeros stay where they are, and of what was rounded the scales are trained. The output is
+    the model's folder with other weights, each tensor in the dtype it came in. If they do no better on text
+    that was held out, the weights in it are the model's own. If the run is interrupted, the same call
+    continues it.
 
     Args:
         model: a pruned model's folder with safetensors, or a name on the hub. It is only read.

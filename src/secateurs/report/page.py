@@ -76,8 +76,9 @@ def report(folders: Sequence[str | Path], *, settings: ReportSettings) -> Path:
     sources = read_sources([folders] if isinstance(folders, str | Path) else folders)
     against = None if settings.against is None else resolve(settings.against)
     dense = against or next((source.made_from for source in sources if source.made_from), None)
-    models = {"dense": dense} if dense else {}
-    models |= {source.name: source.folder for source in sources if source.has_model}
+    made = {source.name: source.folder for source in sources if source.has_model}
+    models = {"dense" if "dense" not in made else str(dense): dense} if dense else {}
+    models |= made
     # First, for what may be wrong with a prompt.
     said = texts(models, prompts_of(settings.prompt), settings.tokens, settings.device)
     found = [
