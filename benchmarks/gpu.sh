@@ -59,7 +59,7 @@ tests+=(tests/pruning/test_on_gpu.py tests/training/test_training_on_gpu.py)
         --results "$out/gpu_tiles.json"
     part training 70 "$python" benchmarks/sat_step_time.py --rates 0.5 "${sat[@]}" \
         --results "$out/gpu_sat_step_time.json"
-    part compiled 90 "$python" benchmarks/sat_step_time.py --rates 0.5 --compile "${sat[@]}" \
+    part compiled 80 "$python" benchmarks/sat_step_time.py --rates 0.5 --compile "${sat[@]}" \
         --results "$out/gpu_sat_step_time_compiled.json"
     part pruning 210 "$python" benchmarks/prune_gpu.py "${prune[@]}" --results "$out/gpu_prune.json"
     if [ "$2" != rehearse ]; then # torch multiplies them on GPUs alone
