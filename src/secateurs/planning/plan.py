@@ -26,7 +26,7 @@ BASE, RUNNING = 30e6, 40e6
 """Bytes that a process takes of memory for code and buffers once it works, and once blocks have run."""
 
 BEGIN, OF_A_BLOCK = 0.2, 0.05
-"""Seconds of Python and small files in a run and for each block, whatever is in it, as narrow models had them."""
+"""Seconds of Python and small files in a run and for each block, whatever is in it; of narrow models."""
 
 KERNELS, OF_A_KERNEL = 1024, 1.1e6
 """How many kernels for products of one shape a processor's library (oneDNN) keeps, and the bytes of one. Each
