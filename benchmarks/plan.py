@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 import secateurs
-from common import RESULTS, Record, arguments, environment, print_row, print_table, save
+from common import RESULTS, Record, arguments, environment, load, print_row, print_table, save
 from job import in_processes
 from random_models import VOCABULARY, random_llama, random_tokens
 from secateurs import demo
@@ -87,13 +87,19 @@ def small_experts(folder: Path) -> Path:
     return folder
 
 
+@cache
+def made(results: Path) -> dict[Any, Record]:
+    """Runs that the results had at first, by part and name."""
+    return {(row["part"], row["name"]): row["run"] for row in load(results) if "run" in row and "name" in row}
+
+
 def compare(part: str, jobs: dict[Any, Record], rows: list[Record], about: Record, results: Path) -> None:
-    """Plan and run each, and add it to the rows."""
+    """Plan and run each, and add it to the rows. A run that the results have is not made again."""
     for name, job in jobs.items():
         model, method = job["model"], job["method"]
         samples, length = job.pop("samples"), job.pop("length")
         said = secateurs.plan(model, device="cpu", method=method, samples=samples, length=length)
-        [run] = in_processes({name: job}, 1)[name]
+        run = made(results).get((part, name)) or in_processes({name: job}, 1)[name][0]
         above = run["peak_bytes"] - run["import_bytes"]
         row = {
             "part": part,
@@ -224,6 +230,7 @@ def main() -> None:
     about["threads"] = torch.get_num_threads()
     about["rates"] = measured("cpu", torch.bfloat16).rates
     rows: list[Record] = []
+    made(settings.results)  # before it is written anew
     header = ["", "method", "planned s", "s", "ratio", "planned MB", "MB", "ratio"]
     with patch.object(planning, "measured", cache(measured)):  # the test is the same for all
         for part in settings.only:

@@ -25,6 +25,9 @@ from secateurs.settings import takes
 BASE, RUNNING = 30e6, 40e6
 """Bytes that a process takes of memory for code and buffers once it works, and once blocks have run."""
 
+BEGIN, OF_A_BLOCK = 0.2, 0.05
+"""Seconds of Python and small files in a run and for each block, whatever is in it; of narrow models."""
+
 KERNELS, OF_A_KERNEL = 1024, 1.1e6
 """How many kernels for products of one shape a processor's library (oneDNN) keeps, and the bytes of one. Each
 is used about three times: tokens are routed alike when a batch passes again."""
@@ -223,6 +226,9 @@ def plan(model: str | Path, *, settings: PlanSettings) -> Plan:
     amounts = _amounts(blocks, parameters * dtype.itemsize)
     outside = [t.numel() for name, t in named.items() if not name.startswith(f"{anatomy.path}.")]
     memory = [BlockMemory(block, text_config.hidden_size) for block in blocks]
+    seconds = machine.seconds(amounts)
+    seconds["load"] += BEGIN
+    seconds["write"] += OF_A_BLOCK * len(blocks)
     host, device, place = _memory(memory, machine, max(outside, default=0) * dtype.itemsize)
     if low and not machine.is_gpu:
         host += OF_A_KERNEL * min(KERNELS, _of_kind(amounts, "shapes") / 3)
@@ -236,7 +242,7 @@ def plan(model: str | Path, *, settings: PlanSettings) -> Plan:
         parameters=parameters,
         pruned=sum(block.weights for block in blocks),
         tokens=samples * settings.ranks * length,
-        seconds=machine.seconds(amounts),
+        seconds=seconds,
         flops={kind: _of_kind(amounts, kind) for kind in FLOPS},
         host_bytes=int(host),
         device_bytes=int(device),
