@@ -216,8 +216,9 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             model=adapted,
             args=arguments,
             processing_class=tokenizer,
-            callbacks=[*callbacks, watch],  # the clock last: it counts what the others do
+            callbacks=[watch],  # the clock last: it counts what the others do
         )
+        run.callback_handler.callbacks[:0] = callbacks  # first: loggers are to see what they log
         run.remove_callback(PrinterCallback)
         last = work.last_checkpoint()
         if last is not None:
