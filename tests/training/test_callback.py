@@ -187,6 +187,13 @@ def lora(model: PreTrainedModel, **settings: Any) -> Any:
     return get_peft_model(model, config)
 
 
+def test_dora_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    run = trainer(lora(build("llama"), use_dora=True), tmp_path, SparsityAcceleratedTraining(0.5))
+    with pytest.raises(ValueError, match="only plain LoRA is supported: leave out DoRA"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
 def test_with_lora_base_and_adapters_are_sliced_alike(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)

@@ -480,7 +480,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
         ("load_best_model_at_end: true", "requires the save and eval strategy to match"),
         ("metric_for_best_model: accuracy", "metric_for_best_model is one of loss"),
         ("deepspeed: ds.json", "no 'deepspeed' here: parameters are held whole"),
-        ("fsdp: full_shard", "no 'fsdp' here: parameters are held whole"),
+        ("fsdp: true", "fsdp only works in distributed training"),
         ("push_to_hub: true", "no 'push_to_hub' here: upload the output folder"),
         ("packing: true", "no 'packing' here"),
         ("max_length: 99999", "'max_length' is not for this file to say, but for --length"),

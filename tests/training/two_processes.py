@@ -3,24 +3,32 @@
 The loss is taken from the logits in float64: transformers computes its own in float32.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
+import folders
 from families import build, tokens
 from secateurs.training.adaptive import AdaptivePruning
 from secateurs.training.callback import SparsityAcceleratedTraining
 from secateurs.training.cutting import whole_of
+from secateurs.training.report import TrainingReport
+from secateurs.training.run import train
 from secateurs.training.sparse import SparseTraining
+from secateurs.training.watch import Watch
 
 MODEL = "gpt_neox"  # its norms are computed in the weights' own precision, unlike Llama's
 STEPS = 8
@@ -160,6 +168,74 @@ def trainer(folder: Path, world: int) -> tuple[list[float], list[Tensor]]:
     return losses, [parameter.detach() for parameter in model.parameters()]
 
 
+COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kept": ("gpt2", {}),
+    "fallen": ("llama", {"prune_to": "50%"}),
+}
+"""Models that `secateurs.train` trains, and how: one with zeros, its head tied, and one to prune."""
+
+
+def make_models(folder: Path) -> None:
+    """The models in a folder, and a text."""
+    for name in ("gpt2", "llama"):
+        folders.save(folder / name, name)
+    config = json.loads((folder / "gpt2/config.json").read_text())
+    without_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    (folder / "gpt2/config.json").write_text(json.dumps(config | without_dropout))
+    stored = folders.tensors_of(folder / "gpt2")
+    for name, tensor in stored.items():
+        if name.endswith("mlp.c_fc.weight"):
+            tensor[::2] = 0
+    folders.rewrite(folder / "gpt2", stored)
+    (folder / "text.txt").write_text("".join(f"It was the {n}th cold evening. " for n in range(80)))
+
+
+def command(folder: Path, how: str, world: int, *, stop: int | None = None) -> TrainingReport:
+    """What `secateurs train` does, sharded if there are two processes; or that until it is stopped."""
+    # By default Adam makes whole steps where a gradient is 0 but for rounding.
+    settings = folder / f"{world}.yaml"
+    sharding = "fsdp: true\nfsdp_config: {activation_checkpointing: true}\n" if world > 1 else ""
+    settings.write_text(
+        f"adam_epsilon: 0.01\nlr_scheduler_type: constant\nsave_steps: 3\nlogging_steps: 1\n{sharding}"
+    )
+    name, options = COMMANDS[how]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorState, "__init__", _sharding_on_cpus)
+        if stop is not None:
+            own = Watch.on_step_end
+
+            def on_step_end(watch: Watch, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                own(watch, args, state, control, **kwargs)
+                if state.global_step == stop:
+                    raise KeyboardInterrupt
+
+            patch.setattr(Watch, "on_step_end", on_step_end)
+        return train(
+            folder / name,
+            output=folder / f"{how}-{world}",
+            text=folder / "text.txt",
+            validation=folder / "text.txt",
+            settings=settings,
+            length=32,
+            batch_size=4 // world,
+            learning_rate=0.01,
+            steps=8,
+            device="cpu",
+            **options,
+        )
+
+
+_own_init = AcceleratorState.__init__
+
+
+def _sharding_on_cpus(state: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    """In place of accelerate's own, which on CPUs leaves sharding out without a word."""
+    _own_init(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        state.fsdp_plugin = fsdp_plugin
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
 def _process(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
@@ -168,6 +244,12 @@ def _process(rank: int, folder: Path) -> None:
         results[optimizer] = plain_loop(rank, 2, optimizer)
     for how in PRUNED:
         results[how] = pruned(rank, 2, how)
+    for how in COMMANDS:
+        if how == "kept":
+            with pytest.raises(KeyboardInterrupt):
+                command(folder, how, 2, stop=5)
+            distributed.barrier()
+        command(folder, how, 2)
     found = {
         f"{run}.losses": torch.tensor(losses, dtype=torch.float64) for run, (losses, _) in results.items()
     }
@@ -178,7 +260,8 @@ def _process(rank: int, folder: Path) -> None:
 
 
 def two_processes(folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes finds."""
+    """What each of two processes finds; `command` leaves its outputs in the folder."""
+    make_models(folder)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "PYTHONPATH": ":".join(sys.path)}
     multiprocessing.start_processes(_process, (folder,), nprocs=2, start_method="spawn")
     return [_read(folder / f"{rank}.safetensors") for rank in range(2)]

@@ -48,7 +48,7 @@ from secateurs.recovery.steps import Recovery, held_out_loss, hold_out, in_order
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
 from secateurs.text import TooShortError, check_tokens, load_tokenizer
-from secateurs.training.arguments import read_settings, trainer_arguments
+from secateurs.training.arguments import is_sharded, read_settings, trainer_arguments
 from secateurs.training.folder import STATELESS, TrainingFolder, bytes_at_once
 from secateurs.training.loop import (
     for_training,
@@ -143,10 +143,6 @@ def recover_folder(
     }
     work = TrainingFolder(Path(settings.output), identity, run)
     arguments = _arguments(trainer, work)
-    if grids and arguments.fsdp:
-        raise ValueError(
-            f"'{checkpoint.folder}' was rounded: what is trained of it cannot be sharded by fsdp"
-        )
     if work.finished():
         if arguments.should_save:
             work.clear()
@@ -263,6 +259,8 @@ def _trainer(settings: RecoverSettings, length: int, processes: int) -> dict[str
 def _arguments(trainer: dict[str, Any], work: TrainingFolder) -> TrainingArguments:
     with silent():
         arguments = trainer_arguments(TrainingArguments, {**trainer, "output_dir": str(work.checkpoints)})
+    if is_sharded():
+        raise ValueError("recovery holds parameters whole: leave out fsdp; several processes share the text")
     if arguments.n_gpu > 1:
         raise ValueError("several GPUs, one process: start recovery with torchrun, or choose one GPU")
     return arguments
@@ -285,8 +283,6 @@ def _check_room(
     """See whether disk and memory hold what cannot be done without: on one device, activations left out."""
     checkpoints = bytes_at_once(checkpoint, arguments, rows=rows, lora=settings.lora)
     work.check_room(checkpoints + checkpoint.tensor_bytes + bytes_of_companions(checkpoint.folder))
-    if arguments.fsdp:
-        return
     needed = checkpoint.tensor_bytes
     if not settings.lora:  # float32 weights, their gradients, and what the optimiser keeps of each
         weights = sum(math.prod(shape) for shape in checkpoint.shapes.values())

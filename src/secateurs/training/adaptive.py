@@ -332,11 +332,17 @@ class AdaptivePruning(TrainerCallback):
         self.step()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write the share of zeros beside the loss."""
-        if state.log_history and "loss" in state.log_history[-1]:
-            state.log_history[-1]["sparsity"] = self.sparsity
+        if logs and "loss" in logs:
+            for entry in (logs, state.log_history[-1]):  # callbacks after this one are given `logs`
+                entry["sparsity"] = self.sparsity
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

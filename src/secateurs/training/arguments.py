@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 
@@ -44,10 +46,10 @@ TAKEN = {
     "use_cpu": "--device",
 }
 # What it may not ask for, and why.
-SCRIPTS = "parameters are held whole here: use the callback in a script of your own (docs/training.md)"
+SCRIPTS = "parameters are held whole here, or sharded by fsdp (docs/training.md)"
 FOLDERS = "that is a matter of the model's folder"
 ABSENT = {
-    **dict.fromkeys(("deepspeed", "fsdp", "parallelism_config"), SCRIPTS),
+    **dict.fromkeys(("deepspeed", "parallelism_config"), SCRIPTS),
     **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), FOLDERS),
     **dict.fromkeys(("packing", "eval_packing", "padding_free"), "a row is one conversation"),
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "the loss is always the answers'"),
@@ -86,7 +88,7 @@ def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
             value of another type.
     """
     content = read_yaml(path)
-    hints = get_type_hints(kind)
+    hints = {**get_type_hints(kind), "fsdp": bool | str | None}  # its annotation has no switch yet
     known = {field.name for field in dataclasses.fields(kind) if field.init}
     for name, value in content.items():
         if name in TAKEN:
@@ -178,6 +180,14 @@ def _check_numbers(settings: dict[str, Any]) -> None:
         raise ValueError(f"metric_for_best_model is one of {', '.join(METRICS)}, not {metric}")
 
 
+def is_sharded() -> bool:
+    """Whether FSDP shards what a Trainer trains, by its arguments or by what launched it.
+
+    It is known once there are `trainer_arguments`.
+    """
+    return AcceleratorState().distributed_type == DistributedType.FSDP
+
+
 @contextmanager
 def set_aside(arguments: TrainingArguments) -> Iterator[TrainingArguments]:
     """Arguments for a Trainer that leaves nothing behind and tells no logger."""
@@ -200,6 +210,10 @@ def _rehearse(arguments: TrainingArguments) -> None:
     row = {"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.zeros(2, dtype=torch.int64)}
     with set_aside(arguments) as others, torch.random.fork_rng(devices=[]):
         trainer = Trainer(LlamaForCausalLM(config), others, train_dataset=[row], eval_dataset=[row])
+        if arguments.fsdp and not is_sharded():
+            raise ValueError("fsdp is for several processes with a GPU each: start training with torchrun")
+        if is_sharded() and not trainer.accelerator.is_fsdp2:
+            raise ValueError("version 1 of FSDP owns the weights' shapes: say version: 2 in fsdp_config")
         trainer.create_optimizer_and_scheduler(num_training_steps=10)
         trainer.get_train_dataloader()
         if arguments.use_liger_kernel:

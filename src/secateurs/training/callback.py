@@ -18,10 +18,16 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
     """Sparsity-Accelerated Training for `transformers.Trainer` and everything built on it.
 
     Checkpoints are those of plain training, with what a resumed run needs in `trainer_state.json`. Training
-    leaves the plain, dense model.
+    leaves the plain, dense model. What is logged with each loss also has `SparseTraining.figures`.
 
     Example:
         Trainer(model, args, train_dataset=data, callbacks=[SparsityAcceleratedTraining(rate=0.5)]).train()
+
+    Trainer asks its loggers (TensorBoard, wandb...) before callbacks that it is given, so they do not see
+    these figures. They do where the callback comes first:
+
+        trainer = Trainer(model, args, train_dataset=data)
+        trainer.callback_handler.callbacks.insert(0, SparsityAcceleratedTraining(rate=0.5))
 
     Args:
         rate: highest share of heads and channels that a step omits, in [0, 1); 0.5 if left out. "auto" omits
@@ -70,6 +76,7 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
         }
         self.training = SparseTraining(**settings)
         """The run's state: what progress bars and summaries read."""
+        self._told: dict[str, float] = {}
         self._settings = settings | {"schedule": schedule if isinstance(schedule, str) else repr(schedule)}
 
     def on_train_begin(
@@ -97,12 +104,21 @@ class SparsityAcceleratedTraining(TrainerCallback, ExportableState):
         self.training.step()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Write the rate of the step that is done beside its loss."""
-        if state.log_history and "loss" in state.log_history[-1]:
-            done = max(0, self.training.step_number - 1)
-            state.log_history[-1]["omission_rate"] = self.training.schedule.rate(done)
+        """Write beside a step's loss how sparse the step was; of the blocks only what has changed."""
+        if not logs or "loss" not in logs:
+            return
+        shares = self.training.shares_kept
+        changed = {name: share for name, share in shares.items() if self._told.get(name) != share}
+        self._told = shares
+        for entry in (logs, state.log_history[-1]):  # callbacks after this one are given `logs`
+            entry.update(self.training.figures | changed)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -390,7 +390,10 @@ def _linears(layer: nn.Module, where: str, outputs: bool) -> list[nn.Linear | Co
     if hasattr(layer, "base_layer"):
         adapters: Any = getattr(layer, "lora_B" if outputs else "lora_A", None)
         if adapters is None or len(getattr(layer, "lora_magnitude_vector", ())):
-            raise ValueError(f"cannot omit parts of '{where}': of adapters only plain LoRA is supported")
+            raise ValueError(
+                f"cannot omit parts of '{where}': of adapters only plain LoRA is supported: leave out DoRA "
+                "and others, or sparse steps"
+            )
         parts = [layer.base_layer, *adapters.values()]
     for part in parts:
         if not isinstance(part, nn.Linear | Conv1D):
@@ -405,7 +408,10 @@ def _sliced_parameters(
     dim = int(isinstance(linear, Conv1D) == outputs)  # Conv1D stores (in, out)
     weight: Any = linear.weight
     if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[dim] != len(unit):
-        raise ValueError(f"cannot omit parts of '{where}': its weights are quantised or partitioned")
+        raise ValueError(
+            f"cannot omit parts of '{where}': its weights are quantised or partitioned: load them as "
+            "they are (bfloat16, float32), and shard by FSDP2 if at all"
+        )
     parameters = [(weight, dim)]
     if outputs and linear.bias is not None:
         parameters.append((linear.bias, 0))

@@ -67,8 +67,8 @@ class TrainingFolder:
         )
         if taken and not self._is_marked():
             raise ValueError(
-                f"'{self.partial}' holds an unfinished run with other settings, data, model or versions: "
-                "delete it or give another output folder"
+                f"'{self.partial}' holds an unfinished run with other settings, data, model, versions or "
+                "another number of processes: delete it or give another output folder"
             )
         return False
 
@@ -194,4 +194,5 @@ def bytes_at_once(
     saved = math.ceil(arguments.num_train_epochs) if arguments.save_strategy == "epoch" else steps / every
     # The oldest is deleted once the newest is there.
     count = min(math.ceil(saved), (arguments.save_total_limit or math.inf) + 1)
-    return int(count) * (4 * trained * (1 + states) + (weights // 8 if masks else 0))
+    copies = 1 + states + bool(arguments.fsdp)  # accelerate saves sharded weights beside Trainer's own file
+    return int(count) * (4 * trained * copies + (weights // 8 if masks else 0))

@@ -96,7 +96,8 @@ class FrozenOptimizer:
                 late = behind.nonzero().flatten()
                 if len(late):
                     device = piece.parameter.device
-                    group = self._late[device, self._groups[id(piece.parameter)]["betas"]]
+                    betas = tuple(self._groups[id(piece.parameter)]["betas"])  # a list after some checkpoints
+                    group = self._late[device, betas]
                     group.append((piece, late.to(device), behind[late].to(device, torch.float32)))
         elif type(self.optimizer).__name__ == "Adafactor":
             for piece, state, key, dim in self._sliced_state():

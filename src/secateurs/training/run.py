@@ -38,6 +38,7 @@ from secateurs.training.arguments import (
     LORA_DEFAULTS,
     arguments_kind,
     hardware,
+    is_sharded,
     read_settings,
     set_aside,
     trainer_arguments,
@@ -173,6 +174,9 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     trainer["output_dir"] = str(work.checkpoints)
     with silent():
         arguments = trainer_arguments(kind, {**trainer, **data.settings})
+    sharded = is_sharded()
+    if sharded and lora:
+        raise ValueError("adapters are trained whole here: leave out lora, or fsdp")
     if settings.omission and arguments.n_gpu > 1:
         raise ValueError("several GPUs, one process: start training with torchrun, or choose one GPU")
     if work.finished():
@@ -195,7 +199,8 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     set_seed(arguments.seed)
     adapted: Any = with_adapters(loaded, lora) if lora else loaded
     masks = Masks.of_zeros(adapted) if pruned and not pruning else None
-    callbacks: list[TrainerCallback] = [KeepZeros(masks)] if masks else []
+    # Sharding makes other parameters: their zeros are found when it is done.
+    callbacks: list[TrainerCallback] = [KeepZeros(None if sharded else masks)] if masks else []
     if pruning:
         pruning.check(adapted)
         callbacks.append(pruning)
@@ -208,20 +213,24 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     with arguments.main_process_first(local=False):
         if arguments.should_save:
             work.begin()
-    # Compiled, the head would be compiled anew for every number of labels; and DataParallel copies modules.
-    as_it_is = arguments.torch_compile or arguments.n_gpu > 1
+    # Compiled, the head would be compiled anew for every number of labels; DataParallel copies modules; and
+    # a sharded head's weight is there for as long as the model's own code runs.
+    as_it_is = arguments.torch_compile or arguments.n_gpu > 1 or sharded
     lean = nullcontext() if as_it_is else logits_where_labels(loaded)
     with silent(), for_training(loaded), lean:
         run = data.trainer(
             model=adapted,
             args=arguments,
             processing_class=tokenizer,
-            callbacks=[*callbacks, watch],  # the clock last: it counts what the others do
+            callbacks=[watch],  # the clock last: it counts what the others do
         )
+        run.callback_handler.callbacks[:0] = callbacks  # first: loggers are to see what they log
         run.remove_callback(PrinterCallback)
         last = work.last_checkpoint()
         if last is not None:
             watch.resume(last)
+        if sharded:
+            weights.release()
         try:
             with work.saving():
                 make_steps(run, last)
@@ -231,7 +240,12 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             masks = pruning.masks
         if lora:
             (masks.merge_lora if masks else merge)(adapted)
+        if sharded:
+            weights.gather(loaded, arguments.device)
         weights.round()
+        if sharded:
+            weights.scatter(loaded)
+        shares = shares_of(loaded) if pruning else None
         loss = None if data.validation is None else run.evaluate()["eval_loss"]
     if arguments.should_save:
         record = {
@@ -245,7 +259,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             "dense_flops": sparse.training.flops_dense if settings.omission else None,
             "rates": described(sparse.training.peaks or []) if settings.omission == "auto" else None,
             "whole": proven.whole if proven else None,
-            "pruning": pruning and {**pruning.record, "sparsity": shares_of(loaded)},
+            "pruning": pruning and {**pruning.record, "sparsity": shares},
             "train_loss": recent_loss(run.state),
             "history": history(run.state),
             "validation_loss": loss,

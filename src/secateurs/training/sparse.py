@@ -17,7 +17,7 @@ from secateurs.training.ladder import SCHEDULES, Schedule, check_rate, named_sch
 from secateurs.training.omission import Omission, unwrapped
 from secateurs.training.rates import Rates, given_rates, measured_rates
 from secateurs.training.selection import SELECTIONS, Select, select, share_out
-from secateurs.training.units import KINDS, Kind, Units, multiple_of, units_kept
+from secateurs.training.units import KINDS, NAMES, Kind, Units, multiple_of, units_kept
 from secateurs.training.work import Work
 
 SMOOTHING = 0.7
@@ -218,6 +218,27 @@ class SparseTraining:
         share = self.rate / self.schedule.peak if self.schedule.peak else 0.0
         peaks = self.peaks or [dict.fromkeys(block.units, 0.0) for block in self.omission.blocks]
         return [{kind: share * peak for kind, peak in of.items()} for of in peaks]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """How sparse training is, for a log: the omission rate of the optimiser step that was made last, the
+        share of the FLOPs saved so far, and the speed-up that this would make if time were FLOPs."""
+        saved = 1 - self.flops_done / self.flops_dense if self.flops_dense else 0.0
+        return {
+            "omission_rate": self.schedule.rate(max(0, self.step_number - 1)),
+            "flops_saved": saved,
+            "speedup_by_flops": 1 / (1 - saved),
+        }
+
+    @property
+    def shares_kept(self) -> dict[str, float]:
+        """The share of each block's heads and channels that runs: `heads_kept/0`, `channels_kept/0`..."""
+        return {
+            f"{NAMES[kind]}_kept/{number}": 1.0 if mask is None else float(mask.double().mean())
+            for number, (block, kept) in enumerate(zip(self.omission.blocks, self.kept, strict=True))
+            for kind, mask in kept.items()
+            if kind in block.units
+        }
 
     def _keep(self, rates: Rates) -> list[dict[Kind, int]]:
         """Units that each group of each block keeps at these rates."""

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.pieces import Piece, pieces_of
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.finite import all_finite
+from secateurs.training.cutting import local, whole_of
 
 
 class StoredWeights:
@@ -51,6 +53,24 @@ class StoredWeights:
     def _check_others(self) -> None:
         for name in self.checkpoint.file_of.keys() - self._places.keys():
             self.checkpoint.load([name])  # names what is not finite, which must not turn up after training
+
+    def release(self) -> None:
+        """Let go of the model, for others are to hold its tensors, in parts."""
+        self._own = {}
+
+    def gather(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Take hold of the tensors of a model that is sharded, copied to main memory: a collective call."""
+        state = model.state_dict()
+        self._own = {name: whole_of(tensor.to(device)).cpu() for name, tensor in state.items()}
+
+    @torch.no_grad()
+    def scatter(self, model: PreTrainedModel) -> None:
+        """Give a model that is sharded the values that `gather` took from it, as they are now."""
+        for name, tensor in model.state_dict().items():
+            value = self._own[name]
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            local(tensor).copy_(local(value))
 
     @torch.no_grad()
     def round(self) -> None:
