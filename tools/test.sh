@@ -14,4 +14,4 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
-exec .venv/bin/pytest --numprocesses auto --dist worksteal
+exec .venv/bin/pytest --numprocesses auto --dist loadscope
