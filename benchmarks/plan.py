@@ -87,19 +87,17 @@ def small_experts(folder: Path) -> Path:
     return folder
 
 
-@cache
-def made(results: Path) -> dict[Any, Record]:
-    """Runs that the results had at first, by part and name."""
-    return {(row["part"], row["name"]): row["run"] for row in load(results) if "run" in row and "name" in row}
+KEPT: dict[tuple[str, str], Record] = {}
+"""Runs that are not made again, by part and name."""
 
 
 def compare(part: str, jobs: dict[Any, Record], rows: list[Record], about: Record, results: Path) -> None:
-    """Plan and run each, and add it to the rows. A run that the results have is not made again."""
+    """Plan and run each, and add it to the rows."""
     for name, job in jobs.items():
         model, method = job["model"], job["method"]
         samples, length = job.pop("samples"), job.pop("length")
         said = secateurs.plan(model, device="cpu", method=method, samples=samples, length=length)
-        run = made(results).get((part, name)) or in_processes({name: job}, 1)[name][0]
+        run = KEPT.get((part, name)) or in_processes({name: job}, 1)[name][0]
         above = run["peak_bytes"] - run["import_bytes"]
         row = {
             "part": part,
@@ -225,12 +223,15 @@ def main() -> None:
     parser: argparse.ArgumentParser = arguments(__doc__)
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--results", type=Path, default=RESULTS / "plan.json")
+    parser.add_argument("--keep-runs", action="store_true", help="that the results have, and plan them anew")
     settings = parser.parse_args()
     about = environment() | {"samples": SAMPLES, "length": LENGTH, "pattern": PATTERN}
     about["threads"] = torch.get_num_threads()
     about["rates"] = measured("cpu", torch.bfloat16).rates
     rows: list[Record] = []
-    made(settings.results)  # before it is written anew
+    if settings.keep_runs:
+        found = (row for row in load(settings.results) if "name" in row and "run" in row)
+        KEPT.update({(row["part"], row["name"]): row["run"] for row in found})
     header = ["", "method", "planned s", "s", "ratio", "planned MB", "MB", "ratio"]
     with patch.object(planning, "measured", cache(measured)):  # the test is the same for all
         for part in settings.only:

@@ -22,11 +22,12 @@ import secateurs
 from secateurs import cli
 
 ROOT = Path(__file__).parents[1]
-RUN = ("docs/index.md", "docs/choose.md", "docs/recipes.md", "docs/extend.md")
+RUN = ("docs/index.md", "docs/choose.md", "docs/recipes.md", "docs/plan.md", "docs/extend.md")
 PARSED = sorted({"README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))} - {*RUN})
 
 SMALL = {
     "prune": ("--samples", "8", "--length", "32"),
+    "plan": ("--length", "32"),
     "recover": ("--samples", "8", "--length", "32", "--tokens", "2048"),
     "sweep": ("--samples", "8", "--length", "32"),
     "train": ("--length", "32", "--batch-size", "2"),

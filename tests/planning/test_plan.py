@@ -141,7 +141,7 @@ def test_what_does_not_fit_or_takes_long_is_said(tmp_path):
 def test_magnitude_needs_no_text(config_alone):
     said = secateurs.plan(config_alone, device="a100", method="magnitude")
     assert said.tokens == 0
-    assert said.flops["products"] == 0
+    assert said.flops["products"] == said.seconds["run"] == 0
 
 
 def test_this_machine_is_tested():
@@ -163,6 +163,7 @@ def test_this_machine_is_tested():
         ({"method": "thanos"}, "unknown method"),
         ({"pattern": "170%"}, "170%"),
         ({"samples": 0}, "samples"),
+        ({"pattern": "3:7"}, "model.layers.0.self_attn.q_proj has 64 inputs"),
     ],
 )
 def test_mistakes_are_one_line(config_alone, settings, says):

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import psutil
 import torch
@@ -40,10 +40,10 @@ class Machine:
     """Of each kind of work, amounts a second."""
 
     def seconds(self, amounts: Amounts) -> dict[Phase, float]:
-        """What work takes, by phase."""
-        spent: dict[Phase, float] = {}
+        """What work takes, by phase, in their order."""
+        spent: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
         for (phase, kind), amount in amounts.items():
-            spent[phase] = spent.get(phase, 0.0) + amount / self.rates[kind]
+            spent[phase] += amount / self.rates[kind]
         return spent
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from secateurs.anatomy import anatomy_of, skeleton
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.checkpoint.config import read_config
-from secateurs.device import multiplies_bfloat16
+from secateurs.device import multiplies_bfloat16, resolve_device
 from secateurs.planning.machine import CARDS, Machine, card, measured
 from secateurs.planning.memory import BlockMemory
 from secateurs.planning.work import FLOPS, Amounts, BlockWork, Kind, Phase, Text
@@ -171,8 +171,8 @@ class Plan:
         if not self.fits:
             needed = self.device_bytes if self.is_gpu else self.host_bytes
             told.append(
-                f"{_size(needed)} are needed, {self.machine} has {_size(self.memory)}: give fewer samples, "
-                "or shorter ones, or more ranks"
+                f"{_size(needed)} are needed, {self.machine} has {_size(self.memory)}: fewer or shorter "
+                "samples and more ranks hold less text, sparsegpt less of a matrix, and refine 0 no optimiser"
             )
         if self.total_seconds > LONG:
             told.append(
@@ -201,19 +201,19 @@ def plan(model: str | Path, *, settings: PlanSettings) -> Plan:
     if limit is not None and length > limit:
         raise ValueError(f"length {length} is more than the {limit} positions that the model was made for")
     pruning = settings.of_prune(length)
-    named: Any = text_config.dtype or config.dtype
-    dtype: torch.dtype = named or torch.float32
+    named: Any = config.dtype
+    dtype: torch.dtype = text_config.dtype or named or torch.float32
     machine = card(settings.card, dtype) if settings.card else measured(settings.device, dtype)
     samples = 0 if pruning.calibration is None else math.ceil(settings.samples / settings.ranks)
     text = Text(samples, length, settings.batch_size or max(1, 2048 // length))
     anatomy = anatomy_of(config)
+    for number, block in enumerate(anatomy.blocks):
+        for matrix in block.matrices.values():
+            pruning.wanted.check_width(f"{anatomy.path}.{number}.{matrix.name}", matrix.shape[1])
     pruner = pruning.pruner
     assert isinstance(pruner, Joint | Local)
-    low = dtype == torch.bfloat16 and (
-        machine.is_gpu
-        if settings.card
-        else multiplies_bfloat16(torch.device("cuda" if machine.is_gpu else "cpu"))
-    )
+    is_fast = settings.card is not None or multiplies_bfloat16(resolve_device(settings.device))
+    low = is_fast and dtype == torch.bfloat16
     blocks = [
         BlockWork(
             block, pruner, pruning.wanted, text, dtype.itemsize, low, not machine.is_gpu, settings.ranks
@@ -221,10 +221,10 @@ def plan(model: str | Path, *, settings: PlanSettings) -> Plan:
         for block in anatomy.blocks
     ]
     whole = skeleton(config, dtype)
-    named = dict(whole.named_parameters())  # a shared one once
-    parameters = sum(tensor.numel() for tensor in named.values())
+    sizes = {name: tensor.numel() for name, tensor in whole.named_parameters()}  # a shared one once
+    parameters = sum(sizes.values())
     amounts = _amounts(blocks, parameters * dtype.itemsize)
-    outside = [t.numel() for name, t in named.items() if not name.startswith(f"{anatomy.path}.")]
+    outside = [size for name, size in sizes.items() if not name.startswith(f"{anatomy.path}.")]
     memory = [BlockMemory(block, text_config.hidden_size) for block in blocks]
     seconds = machine.seconds(amounts)
     seconds["load"] += BEGIN

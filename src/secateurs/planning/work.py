@@ -112,7 +112,7 @@ class BlockWork:
 
     def pushed(self) -> Amounts:
         """What makes the next block's input."""
-        return self._forward("run", self.text.tokens)
+        return self._forward("run", self.text.tokens) if self.text.samples else Amounts()
 
     @cached_property
     def weights(self) -> int:
