@@ -637,6 +637,17 @@ def test_a_mistake_in_a_process(place: Place) -> None:
     assert not place.output.exists()
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["prune", "--help"]])
+def test_a_reader_that_has_gone(arguments: list[str]) -> None:
+    """As with `| head`."""
+    ends = os.pipe()
+    os.close(ends[0])
+    run = [sys.executable, "-c", "from secateurs.cli import main; main()", *arguments]
+    result = subprocess.run(run, stdout=ends[1], stderr=subprocess.PIPE, text=True)
+    os.close(ends[1])
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_ctrl_c_in_a_process(place: Place) -> None:
     """The signal comes while a layer is being solved."""
     script = (

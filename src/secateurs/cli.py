@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -231,6 +232,10 @@ def main() -> None:
             if not ranks.is_main():
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             _run(sys.argv[1:])
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has read enough; what is still to be flushed goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # as a shell has it: 128 and the signal's number
         except KeyboardInterrupt:
             _end(130, "interrupted: run the same command again")
         except torch.OutOfMemoryError as error:
