@@ -3,6 +3,8 @@
 Sliding windows are shorter than the text of `tokens`, so that the masks of the layers differ.
 """
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -60,7 +62,8 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """The tiny model called `name` in FAMILIES, in evaluation mode."""
-    model = AutoModelForCausalLM.from_config(FAMILIES[name], dtype=dtype)
+    # A model writes into its configuration.
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name]), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

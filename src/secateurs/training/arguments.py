@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import os
 import tempfile
 import types
 import warnings
@@ -47,6 +48,8 @@ TAKEN = {
 }
 # What it may not ask for, and why.
 SCRIPTS = "parameters are held whole here, or sharded by fsdp (docs/training.md)"
+SHARDING = "ACCELERATE_USE_FSDP"
+"""Where accelerate keeps whether FSDP shards."""
 FOLDERS = "that is a matter of the model's folder"
 ABSENT = {
     **dict.fromkeys(("deepspeed", "parallelism_config"), SCRIPTS),
@@ -142,6 +145,7 @@ def trainer_arguments(kind: type[TrainingArguments], settings: dict[str, Any]) -
     """
     from transformers.integrations import get_available_reporting_integrations
 
+    launched = SHARDING in os.environ
     try:
         _check_numbers(settings)
         with warnings.catch_warnings():
@@ -157,6 +161,8 @@ def trainer_arguments(kind: type[TrainingArguments], settings: dict[str, Any]) -
                 )
         _rehearse(arguments)
     except Exception as error:  # of whatever kind: nothing but the settings can be at fault yet
+        if not launched:  # what accelerate has put there would shard the next run of this process
+            os.environ.pop(SHARDING, None)
         raise ValueError(f"Trainer's settings: {' '.join(str(error).split())}") from error
     return arguments
 
