@@ -176,7 +176,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_models(folder: Path) -> None:
-    """The models in a folder, and a text."""
+    """The models in a folder, a text, and settings for one process and two."""
     for name in ("gpt2", "llama"):
         folders.save(folder / name, name)
     config = json.loads((folder / "gpt2/config.json").read_text())
@@ -188,16 +188,14 @@ def make_models(folder: Path) -> None:
             tensor[::2] = 0
     folders.rewrite(folder / "gpt2", stored)
     (folder / "text.txt").write_text("".join(f"It was the {n}th cold evening. " for n in range(80)))
+    # By default Adam makes whole steps where a gradient is 0 but for rounding.
+    settings = "adam_epsilon: 0.01\nlr_scheduler_type: constant\nsave_steps: 3\nlogging_steps: 1\n"
+    (folder / "1.yaml").write_text(settings)
+    (folder / "2.yaml").write_text(f"{settings}fsdp: true\nfsdp_config: {{activation_checkpointing: true}}\n")
 
 
 def command(folder: Path, how: str, world: int, *, stop: int | None = None) -> TrainingReport:
     """What `secateurs train` does, sharded if there are two processes; or that until it is stopped."""
-    # By default Adam makes whole steps where a gradient is 0 but for rounding.
-    settings = folder / f"{world}.yaml"
-    sharding = "fsdp: true\nfsdp_config: {activation_checkpointing: true}\n" if world > 1 else ""
-    settings.write_text(
-        f"adam_epsilon: 0.01\nlr_scheduler_type: constant\nsave_steps: 3\nlogging_steps: 1\n{sharding}"
-    )
     name, options = COMMANDS[how]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AcceleratorState, "__init__", _sharding_on_cpus)
@@ -215,7 +213,7 @@ def command(folder: Path, how: str, world: int, *, stop: int | None = None) -> T
             output=folder / f"{how}-{world}",
             text=folder / "text.txt",
             validation=folder / "text.txt",
-            settings=settings,
+            settings=folder / f"{world}.yaml",
             length=32,
             batch_size=4 // world,
             learning_rate=0.01,
