@@ -167,10 +167,15 @@ def two_of_four(shapes: list[tuple[int, int]], tokens: int, rounds: int, device:
         "dense": partial(block.run_dense, x),
     }
     times = measured(runs, rounds, device)
+    return against_dense("2:4", tokens, times)
+
+
+def against_dense(name: str, tokens: int, times: dict[str, list[float]]) -> Record:
+    """A row of results."""
     return {
-        "pattern": "2:4",
+        "pattern": name,
         "tokens": tokens,
-        "speedup": speedup(times, "2:4", "dense"),
+        "speedup": speedup(times, name, "dense"),
         "seconds": medians(times),
     }
 
@@ -195,12 +200,7 @@ def four_bits(
         "dense": partial(block.run_dense, x),
     }
     times = measured(runs, rounds, device)
-    return {
-        "pattern": "int4",
-        "tokens": tokens,
-        "speedup": speedup(times, "int4", "dense"),
-        "seconds": medians(times),
-    }
+    return against_dense("int4", tokens, times)
 
 
 def compare_tiles(

@@ -19,12 +19,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 import secateurs
 from common import RESULTS, Record, arguments, environment, load, print_row, print_table, save
 from job import in_processes
-from random_models import VOCABULARY, random_llama, random_tokens
+from random_models import random_experts, random_llama, random_tokens
 from secateurs import demo
 from secateurs.planning import plan as planning
 from secateurs.planning.machine import measured
@@ -66,25 +66,6 @@ LARGE: dict[str, Any] = {
         dtype=torch.bfloat16,
     ),
 }
-
-
-def small_experts(folder: Path) -> Path:
-    """A saved bfloat16 model of two blocks of width 512 with 8 experts of 384 channels, of which 2 see a
-    token."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=384,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 KEPT: dict[tuple[str, str], Record] = {}
@@ -136,7 +117,7 @@ def against_runs(rows: list[Record], about: Record, results: Path) -> None:
             "width 512": random_llama(here / "512", 2, "bfloat16"),
             "width 512, float32": random_llama(here / "512-32", 2, "float32"),
             "width 1024": random_llama(here / "1024", 1, "bfloat16", width=1024, channels=2752),
-            "8 experts": small_experts(here / "experts"),
+            "8 experts": random_experts(here / "experts"),
         }
         tokens = {
             name: random_tokens(

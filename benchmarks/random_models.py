@@ -30,12 +30,31 @@ def random_llama(folder: Path, layers: int, dtype: str, *, width: int = 512, cha
     return folder
 
 
-def block_of_experts(folder: Path, vocabulary: int) -> Path:
-    """A saved bfloat16 model of one block like those of Qwen3-30B-A3B: width 2048, 32 query and 4 key-value
-    heads of 128, 128 experts of 768 channels of which 8 see a token. No tokenizer."""
+def random_experts(folder: Path, vocabulary: int = VOCABULARY, **shape: int) -> Path:
+    """A saved random bfloat16 Qwen3-MoE of two blocks of width 512 with 8 experts of 384 channels, of which 2
+    see a token, but for what `shape` says of its configuration. No tokenizer."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=vocabulary,
+    small = {
+        "hidden_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 384,
+    }
+    config = Qwen3MoeConfig(vocab_size=vocabulary, **(small | shape))
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def block_of_experts(folder: Path, vocabulary: int) -> Path:
+    """One block like those of Qwen3-30B-A3B: width 2048, 32 query and 4 key-value heads of 128, 128 experts
+    of 768 channels of which 8 see a token."""
+    return random_experts(
+        folder,
+        vocabulary,
         hidden_size=2048,
         num_hidden_layers=1,
         num_attention_heads=32,
@@ -46,8 +65,6 @@ def block_of_experts(folder: Path, vocabulary: int) -> Path:
         moe_intermediate_size=768,
         norm_topk_prob=True,
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def random_ids(samples: int, length: int, vocabulary: int = VOCABULARY) -> Tensor:
