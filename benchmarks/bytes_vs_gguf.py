@@ -16,12 +16,9 @@ cell in the results is not repeated: interrupt at will, and run the same command
 
 import json
 import statistics
-import subprocess
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 import tyro
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -29,9 +26,9 @@ from transformers import AutoTokenizer
 import secateurs
 from common import RESULTS, Record, environment, load, save
 from job import in_processes
+from llama_cpp import NEW_TOKENS, importance_matrix, quantised, speed_of_folder, speed_of_gguf
 from scores import print_quality, quality
 from secateurs.checkpoint import Checkpoint, resolve
-from secateurs.runtime.generate import Pace, greedy_tokens
 from secateurs.runtime.load import load_model
 from secateurs.text import calibration_blocks, evaluation_tokens
 from timing import in_turns
@@ -50,27 +47,6 @@ OURS: tuple[Ours, ...] = (
     ("sparsegpt", "0%", "int2:group=32", "int4"),
     ("sparsellm", "50%", "int4", "int4"),
 )
-NEW_TOKENS = 64
-
-
-def quantised(gguf: Path, kind: str, llama: Path, matrix: Path, cache: Path) -> Path:
-    """llama.cpp's file of that kind."""
-    output = cache / f"{gguf.stem}-{kind}.gguf"
-    if not output.exists():
-        command = [llama / "llama-quantize", "--allow-requantize", "--imatrix", matrix, gguf, output, kind]
-        subprocess.run(command, check=True, capture_output=True)
-    return output
-
-
-def importance_matrix(gguf: Path, llama: Path, ids: torch.Tensor, tokenizer: Any, cache: Path) -> Path:
-    output = cache / f"{gguf.stem}-imatrix.gguf"
-    if not output.exists():
-        text = cache / "calibration.txt"
-        text.write_text("".join(tokenizer.batch_decode(ids)))
-        chunks = ["-c", str(ids.shape[1]), "--chunks", str(len(ids))]
-        command = [llama / "llama-imatrix", "-m", gguf, "-f", text, "-o", output, *chunks, "-t", "1"]
-        subprocess.run(command, check=True, capture_output=True)
-    return output
 
 
 def pruned(model: Path, form: Ours, tokens: Path, cache: Path) -> tuple[Path, Path, Record]:
@@ -86,23 +62,6 @@ def pruned(model: Path, form: Ours, tokens: Path, cache: Path) -> tuple[Path, Pa
     if not small.exists():
         secateurs.compress(output, small)
     return output, small, json.loads((cache / f"{name}.json").read_text())
-
-
-def speed_of_gguf(file: Path, llama: Path, threads: int) -> float:
-    """Tokens a second."""
-    command = [llama / "llama-bench", "-m", file, "-p", "0", "-n", str(NEW_TOKENS), "-r", "1"]
-    command += ["-t", str(threads), "-o", "json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout)[0]["avg_ts"])
-
-
-def speed_of_folder(model: Any, threads: int) -> float:
-    torch.set_num_threads(threads)
-    pace = Pace()
-    for _ in greedy_tokens(model, torch.ones(1, 1, dtype=torch.long), pace):
-        if pace.tokens == NEW_TOKENS:
-            break
-    return pace.tokens_per_second
 
 
 def main(
@@ -150,7 +109,7 @@ def main(
     files: dict[str, Path] = {}
     matrix = importance_matrix(gguf, llama, ids, tokenizer, cache)
     for kind in types:
-        files[kind] = quantised(gguf, kind, llama, matrix, cache)
+        files[kind] = quantised(gguf, kind, llama, cache, matrix)
         if ("llama.cpp", kind) not in known:
             add("llama.cpp", kind, Path(resolve(files[kind])), files[kind].stat().st_size, None)
     smalls: dict[str, Path] = {}

@@ -86,18 +86,21 @@ def prune_by_magnitude(model: LlamaForCausalLM, sparsity: float) -> None:
             layer.weight.data[layer.weight.data.abs() < threshold] = 0
 
 
-def round_to_nearest(model: LlamaForCausalLM, values: Values) -> dict[str, tuple[Values, Tensor]]:
-    """Rounds the weights of the blocks that are left, with the scale at which each group's largest is the
-    highest level; gives what `write_scales` takes."""
+def round_to_nearest(
+    model: LlamaForCausalLM, values: Values, embedding: Values | None = None
+) -> dict[str, tuple[Values, Tensor]]:
+    """Rounds the weights of the blocks that are left, and perhaps the embedding's, with the scale at which
+    each group's largest is the highest level; gives what `write_scales` takes."""
     scales = {}
-    for name, layer in model.model.layers.named_modules(prefix="model.layers"):
-        if isinstance(layer, torch.nn.Linear):
-            weight = layer.weight.data
-            largest = weight.unflatten(1, (-1, values.group)).abs().amax(2)
-            scale = (largest.float() / values.highest).bfloat16()
-            rounded = values.decode(values.encode(weight, scale), scale) * (weight != 0)
-            layer.weight.data = rounded.to(weight.dtype)
-            scales[f"{name}.weight"] = (values, scale)
+    for name, weight in model.named_parameters():
+        grid = embedding if name == "model.embed_tokens.weight" else values
+        if grid is None or weight.dim() == 1 or name == "lm_head.weight":
+            continue
+        largest = weight.data.unflatten(1, (-1, grid.group)).abs().amax(2)
+        scale = (largest.float() / grid.highest).bfloat16()
+        rounded = grid.decode(grid.encode(weight.data, scale), scale) * (weight.data != 0)
+        weight.data = rounded.to(weight.dtype)
+        scales[name] = (grid, scale)
     return scales
 
 

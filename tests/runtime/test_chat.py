@@ -49,10 +49,16 @@ def test_each_answer_is_to_all_that_was_said(templated: Path) -> None:
     assert "".join(said).strip() == first
     assert pace.tokens == 8
     assert pace.tokens_per_second > 0
+    lengths: list[int] = []
+    embedding = chat.model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     chat.answer("Nobody?", lambda piece: None)
     asked = f"[user] Who is there?\n[assistant] {first}\n[user] Nobody?\n[assistant]"
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     assert chat.messages[-1]["content"] == generated(templated, asked, 8)
+    whole = AutoTokenizer.from_pretrained(templated)(asked).input_ids
+    assert 0 < lengths[0] < len(whole), "what was read before is not read again"
+    assert lengths[1:] == [1] * 7
     chat.reset()
     assert chat.messages == []
 

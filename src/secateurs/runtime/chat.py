@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase, TextStreamer
+from transformers.cache_utils import DynamicLayer
 
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.checkpoint.config import quiet, read_config
@@ -46,6 +47,8 @@ class Chat:
         self.positions = positions_of(read_config(Checkpoint(folder)))
         check_text(settings.system or "", "the system prompt")
         self.messages: list[Message] = []
+        self.cache: DynamicCache | None = None
+        self.read = torch.empty(0, dtype=torch.long)
         self.reset()
         self._ids([*self.messages, {"role": "user", "content": "Hello."}])  # before weights are read
         self.model = load_model(folder, settings.device)
@@ -84,21 +87,41 @@ class Chat:
         how: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}
         if stop:
             how |= {"stop_strings": [f"\n{stop}"], "tokenizer": self.tokenizer}
+        if (cache := self._kept_for(ids)) is not None:
+            how["past_key_values"] = cache
         try:
             with quiet():
-                cast(Any, self.model).generate(
+                output = cast(Any, self.model).generate(
                     ids.to(self.model.device),
                     attention_mask=torch.ones_like(ids).to(self.model.device),
                     max_new_tokens=room,
                     num_beams=1,
                     streamer=stream,
+                    return_dict_in_generate=True,
                     **how,
                 )
+            self._keep(output.sequences.cpu(), output.get("past_key_values"))
         except KeyboardInterrupt:
             stream.end()
         if answer := stream.text.strip():
             self.messages = [*asked, {"role": "assistant", "content": answer}]
         return stream.pace
+
+    def _keep(self, sequence: Tensor, cache: Cache | None) -> None:
+        """Keys and values of all that was read, for the next question, where they are all that a model keeps
+        and none are dropped: they can be cut where the next sequence parts from this one."""
+        if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
+            self.cache, self.read = cache, sequence[0, : cache.get_seq_length()]
+
+    def _kept_for(self, ids: Tensor) -> DynamicCache | None:
+        """Keys and values of the tokens that these, (1, tokens), begin with. They are kept no longer: an
+        answer that is cut off leaves them half written."""
+        cache, self.cache = self.cache, None
+        if cache is not None:
+            both = min(len(self.read), ids.shape[1] - 1)
+            same = (self.read[:both] == ids[0, :both]).long().cumprod(0).sum()
+            cache.crop(int(same) - len(self.read))
+        return cache
 
     def _ids(self, messages: list[Message]) -> Tensor:
         """A conversation up to the answer's first token, (1, tokens)."""

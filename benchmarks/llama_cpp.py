@@ -1,0 +1,85 @@
+"""llama.cpp's programs, as a rival: what it makes of a GGUF file, and how fast it and we decode.
+
+They are best built on the machine, with GGML_NATIVE: llama-quantize, llama-imatrix and llama-bench in one
+folder.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from transformers import LlamaForCausalLM
+
+from secateurs.runtime.generate import Pace, greedy_tokens
+
+NEW_TOKENS = 64
+"""Decoded one by one, after an empty prompt."""
+
+
+def write_gguf(model: LlamaForCausalLM, file: Path) -> Path:
+    """A float16 file of a Llama, without a tokenizer, and with the rows of q and k as they are: for its speed
+    alone."""
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.named_parameters():  # a tied head is no second parameter
+        theirs = names.get_name(name, try_suffixes=(".weight",))
+        kind = torch.float32 if weight.ndim == 1 else torch.float16
+        writer.add_tensor(theirs, weight.detach().to(kind).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def quantised(file: Path, kind: str, llama: Path, cache: Path, matrix: Path | None = None) -> Path:
+    """llama.cpp's file of that kind, with an importance matrix if there is one."""
+    output = cache / f"{file.stem}-{kind}.gguf"
+    if not output.exists():
+        told = [] if matrix is None else ["--imatrix", matrix]
+        command = [llama / "llama-quantize", "--allow-requantize", *told, file, output, kind]
+        subprocess.run(command, check=True, capture_output=True)
+    return output
+
+
+def importance_matrix(gguf: Path, llama: Path, ids: torch.Tensor, tokenizer: Any, cache: Path) -> Path:
+    output = cache / f"{gguf.stem}-imatrix.gguf"
+    if not output.exists():
+        text = cache / "calibration.txt"
+        text.write_text("".join(tokenizer.batch_decode(ids)))
+        chunks = ["-c", str(ids.shape[1]), "--chunks", str(len(ids))]
+        command = [llama / "llama-imatrix", "-m", gguf, "-f", text, "-o", output, *chunks, "-t", "1"]
+        subprocess.run(command, check=True, capture_output=True)
+    return output
+
+
+def speed_of_gguf(file: Path, llama: Path, threads: int) -> float:
+    """Tokens a second."""
+    command = [llama / "llama-bench", "-m", file, "-p", "0", "-n", str(NEW_TOKENS), "-r", "1"]
+    command += ["-t", str(threads), "-o", "json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout)[0]["avg_ts"])
+
+
+def speed_of_folder(model: Any, threads: int) -> float:
+    torch.set_num_threads(threads)
+    pace = Pace()
+    for _ in greedy_tokens(model, torch.ones(1, 1, dtype=torch.long), pace):
+        if pace.tokens == NEW_TOKENS:
+            break
+    return pace.tokens_per_second
