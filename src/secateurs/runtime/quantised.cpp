@@ -385,7 +385,7 @@ AVX512_VNNI void row_in_registers(const Matrix& matrix, int64_t row, const Token
         }
     }
     asm volatile("" ::: "memory");  // they are read one at a time from here on
-    constexpr int kAhead = Masked ? 1536 : 4096;  // bytes that are fetched before they are needed
+    constexpr int kAhead = 1536;  // bytes that are fetched before they are needed
     int64_t unit = 0, at = 0;
     // Only four bits come in two streams.
     const uint8_t*& second = Bits == 4 ? high : low;
