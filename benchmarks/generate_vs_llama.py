@@ -2,8 +2,9 @@
 
 The geometry is that of Llama-3.2-1B, the weights are random: speed does not depend on what they say. The
 embedding, which is the head too and a fifth of all weights, is at eight bits with us where nothing else is
-said, and at what llama.cpp's kinds give it (Q6_K in most). One token after another after an empty prompt, by llama-bench and by our
-generation through transformers; figures are medians over rounds, and ratios are within a round.
+said, and at what llama.cpp's kinds give it (Q6_K in most). One token after another after an empty prompt, by
+llama-bench and by our generation through transformers; figures are medians over rounds, and ratios are
+within a round.
 
     python benchmarks/generate_vs_llama.py --llama ../llama.cpp/build/bin --cache ../cache
 """
