@@ -5,7 +5,7 @@
     omission: 0.5
 
 axolotl makes its Trainer, loggers and all, and then hands it over: sparse steps come before all other
-callbacks, so that loggers are told of them. What its YAML may say is `SparseArguments`, checked as it is read.
+callbacks, so that loggers are told of them. What its YAML may say is `SparseArguments`, checked when read.
 """
 
 from typing import Any, Literal
