@@ -588,7 +588,9 @@ def test_optimisers_of_other_packages_are_those_that_trainer_misses() -> None:
         try:
             Trainer.get_optimizer_cls_and_kwargs(arguments)
         except (ImportError, ValueError) as error:
-            missed |= {name.value: p for p in ("torchao", "bitsandbytes") if p in str(error)}
+            for package in ("torchao", "bitsandbytes"):
+                if package in str(error):
+                    missed[name.value] = package
     if importlib.util.find_spec("bitsandbytes") or importlib.util.find_spec("torchao"):
         assert missed.items() <= PACKAGES.items()
     else:

@@ -119,7 +119,8 @@ def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
     package = PACKAGES.get(str(content.get("optim")))
     if package and importlib.util.find_spec(package) is None:
         raise ValueError(
-            f"'{path}': optim {content['optim']} needs {package}, which is not installed: pip install {package}"
+            f"'{path}': optim {content['optim']} needs {package}, which is not installed: "
+            f"pip install {package}"
         )
     return content
 
