@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from huggingface_hub import constants
+from transformers import TrainingArguments
 
 import folders
 import gguf_files
 import secateurs
 from secateurs import cli
+from secateurs.training.arguments import read_settings
 
 ROOT = Path(__file__).parents[1]
 RUN = ("docs/index.md", "docs/choose.md", "docs/recipes.md", "docs/plan.md", "docs/extend.md")
@@ -137,6 +140,21 @@ def test_a_page_does_what_it_says(page: str, place: Path, run: Run, parse: Run) 
         elif block.language == "python" and block.runs:
             code = "\n" * block.line + block.text  # so that a traceback has the page's lines
             exec(compile(code, str(ROOT / page), "exec"), names)
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "chat", "lora", "prune-to"])
+def test_a_recipe_trains(recipe: str, place: Path, run: Run) -> None:
+    file = ROOT / f"docs/recipes/{recipe}.yaml"
+    run(["train", "--config", str(file), *SMALL["train"]])
+    assert (place / yaml.safe_load(file.read_text())["output"] / "model.safetensors").is_file()
+
+
+def test_the_recipe_for_several_gpus_is_understood() -> None:
+    """That it shards is shown in tests/training/test_distributed.py, by the same settings."""
+    assert read_settings(ROOT / "docs/recipes/fsdp2.yaml", TrainingArguments) == {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "activation_checkpointing": True},
+    }
 
 
 @pytest.mark.parametrize("page", PARSED)

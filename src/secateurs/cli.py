@@ -217,7 +217,10 @@ VERBS: dict[str, Verb] = {
 }
 
 OVER_RANKS = ("prune", "eval")
-"""Verbs that several processes work on together. (Those that train leave that to Trainer.)"""
+"""Verbs that several processes work on together."""
+
+BY_TRAINER = ("train", "recover")
+"""Verbs that leave that to Trainer."""
 
 CONFIG = Option("config", "config", Path | None, None, "A YAML file with any of these options.")
 
@@ -227,9 +230,10 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     with contextlib.ExitStack() as stack:
         try:
-            if next(iter(sys.argv[1:]), "") in OVER_RANKS:
+            name = next(iter(sys.argv[1:]), "")
+            if name in OVER_RANKS:
                 stack.enter_context(ranks.together())
-            if not ranks.is_main():
+            if not ranks.is_main() or (name in BY_TRAINER and os.environ.get("RANK", "0") != "0"):
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             _run(sys.argv[1:])
             sys.stdout.flush()

@@ -238,6 +238,29 @@ def test_lora_equals_training_the_dense_model_with_neurons_silenced() -> None:
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-9, atol=1e-13, msg=name)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_two_accumulated_batches_are_one_twice_as_large(tmp_path: Path, rate: float) -> None:
+    """Their numbers of labels differ: the loss is the mean over both. The rate counts steps."""
+
+    def train(**settings: Any) -> tuple[PreTrainedModel, list[int]]:
+        model, shapes = build("llama", torch.float64), Shapes()
+        sat = SparsityAcceleratedTraining(rate, importance="magnitude", probe_every=2)
+        run = trainer(model, tmp_path, shapes, sat, optim="sgd", batches=2 * STEPS, **settings)
+        for row in run.train_dataset[1::4]:
+            row["labels"] = row["labels"].clone()
+            row["labels"][:-3] = -100
+        run.args.data_seed = run.args.seed = 0
+        run.train()
+        assert run.state.global_step == STEPS
+        return model, shapes.channels
+
+    one, channels = train(per_device_train_batch_size=2 * BATCH)
+    two, same = train(gradient_accumulation_steps=2)
+    assert channels == same == ([80] * STEPS if rate == 0 else [40] * 4 + [48, 64, 72] + [80] * 3)
+    for name, weight in two.named_parameters():
+        torch.testing.assert_close(weight, one.get_parameter(name), rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_sft_trainer(tmp_path: Path) -> None:
     import trl
     from datasets import Dataset

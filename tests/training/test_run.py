@@ -1,6 +1,7 @@
 """Training a model folder: what comes out, and that an interrupted run ends like one that was not."""
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -14,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 import folders
 from secateurs import compress, inspect, perplexity, prune
-from secateurs.training.arguments import read_settings
+from secateurs.training.arguments import PACKAGES, read_settings
 from secateurs.training.data import CHAT_TEMPLATE, packed_blocks
 from secateurs.training.report import TrainingReport
 from secateurs.training.run import train
@@ -472,7 +474,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
         ("max_steps: -5", "max_steps is at least 1, not -5"),
         ("num_train_epochs: 0", "num_train_epochs is above 0, not 0"),
         ("save_steps: 0", "save_steps is above 0, not 0"),
-        ("optim: paged_adamw_8bit", "Trainer's settings: .*bitsandbytes"),
+        ("optim: paged_adamw_8bit", "needs bitsandbytes, which is not installed: pip install bitsandbytes"),
+        ("optim: adamw_torch_8bit", "needs torchao, which is not installed: pip install torchao"),
         ("lr_scheduler_type: cosine_with_min_lr", "min_lr"),
         ("dataloader_num_workers: -1", "num_workers"),
         ("adam_beta1: 2", "Invalid beta"),
@@ -498,6 +501,8 @@ def test_mistakes_in_the_settings(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("secateurs.training.run.load_model", load)
+    if content.startswith("optim"):  # nor are data read
+        monkeypatch.setattr("secateurs.training.run.packed_blocks", load)
     with pytest.raises(ValueError, match=message):
         train(model, output=tmp_path / "out", text=text, settings=settings, length=32, device="cpu")
     assert folders.everything_in(tmp_path) == before
@@ -573,3 +578,20 @@ def test_settings_as_people_write_them(content: str, expected: Any, tmp_path: Pa
     [value] = read_settings(file, TrainingArguments).values()
     assert value == expected
     assert type(value) is type(expected)
+
+
+def test_optimisers_of_other_packages_are_those_that_trainer_misses() -> None:
+    """Against transformers itself: of all its optimisers those for which it asks for these two packages."""
+    missed: dict[str, str] = {}
+    for name in OptimizerNames:
+        arguments = TrainingArguments(optim=name.value, use_cpu=True)
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(arguments)
+        except (ImportError, ValueError) as error:
+            for package in ("torchao", "bitsandbytes"):
+                if package in str(error):
+                    missed[name.value] = package
+    if importlib.util.find_spec("bitsandbytes") or importlib.util.find_spec("torchao"):
+        assert missed.items() <= PACKAGES.items()
+    else:
+        assert missed == PACKAGES

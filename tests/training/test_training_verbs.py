@@ -240,3 +240,12 @@ def test_an_output_that_another_run_began(place: Place) -> None:
     status, _, err = place.train("--text", text, "--omission", "0.25")
     assert status == 2
     assert "exists and is not this run's" in err
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", "the report\n"), ("1", "")])
+def test_of_several_processes_the_first_prints(
+    place: Place, rank: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli, "train", lambda *_, **__: "the report")
+    assert place.train("--text", "text.txt")[:2] == (0, shown)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import tempfile
@@ -67,6 +68,15 @@ LEAST = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 0,
 }
+PACKAGES = {
+    **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "torchao"),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "lion_8bit", "lion_32bit"), "bitsandbytes"),
+    **dict.fromkeys(("ademamix", "ademamix_8bit", "paged_adamw_8bit", "paged_adamw_32bit"), "bitsandbytes"),
+    **dict.fromkeys(("paged_ademamix_8bit", "paged_ademamix_32bit"), "bitsandbytes"),
+    **dict.fromkeys(("paged_lion_8bit", "paged_lion_32bit"), "bitsandbytes"),
+    **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"), "bitsandbytes"),
+}
+"""Optimisers of other packages, which Trainer misses only when data have been read."""
 ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps")
 METRICS = ("loss", "mean_token_accuracy", "entropy")
 OPTIONAL = {"max_steps": -1, "save_total_limit": None}
@@ -88,7 +98,7 @@ def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
 
     Raises:
         ValueError: the file cannot be read, or says what is no setting of `kind`, or not for it to say, or a
-            value of another type.
+            value of another type, or an optimiser whose package is missing.
     """
     content = read_yaml(path)
     hints = {**get_type_hints(kind), "fsdp": bool | str | None}  # its annotation has no switch yet
@@ -106,6 +116,12 @@ def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
             content[name] = _fitted(value, hints[name])
         except TypeError as error:
             raise ValueError(f"'{path}': '{name}' is {error}") from None
+    package = PACKAGES.get(str(content.get("optim")))
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"'{path}': optim {content['optim']} needs {package}, which is not installed: "
+            f"pip install {package}"
+        )
     return content
 
 
