@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,15 @@ def test_what_does_not_fit_or_takes_long_is_said(tmp_path):
     assert "GB are needed" in said.warnings[0]
     assert "this takes" in said.warnings[1]
     assert secateurs.plan(tmp_path, device="h200", method="wanda").warnings == []
+
+
+def test_the_host_has_to_hold_the_activations_that_it_keeps(config_alone):
+    said = secateurs.plan(config_alone, device="cpu", method="wanda")
+    assert said.fits
+    kept = replace(said, is_gpu=True, machine="a card", device_bytes=1, host_bytes=2 * said.host_memory)
+    assert not kept.fits
+    assert "the host has" in kept.warnings[0]
+    assert replace(kept, host_memory=None).fits
 
 
 def test_magnitude_needs_no_text(config_alone):

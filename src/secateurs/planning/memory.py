@@ -21,17 +21,17 @@ from secateurs.pruning.solvers.sparsegpt import SparseGPT
 WEIGHTS = {SparseGPT: 4, ADMM: 12}
 """Copies of a matrix in float32 that a solver works with at once."""
 
-COPIES = 5
-"""The same of other solvers."""
+COPIES = 8
+"""The same of other solvers: most while a threshold is found."""
 
 FITTED = 3
 """More, while it is fitted."""
 
-REFINED = 40
-"""Bytes for each weight in the descent: float32 weights, gradients and two moments, a mask, what autocast
-makes of them, what they are at last, and what an allocator has not given back of all that."""
+REFINED = 21
+"""Bytes for each weight in the descent: its float32 value, gradient and two moments, a mask of one, what it
+is multiplied as, and what it is at last."""
 
-FORWARD = 2
+FORWARD = 4 / 3
 """Of the values that a block's matrices give for a batch, how many are there at once, with what is made of
 them."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.table import Table
 
@@ -22,8 +23,13 @@ from secateurs.pruning.methods import Method
 from secateurs.pruning.settings import Effort, PruneSettings
 from secateurs.settings import takes
 
-BASE, RUNNING = 30e6, 40e6
-"""Bytes that a process takes of memory for code and buffers once it works, and once blocks have run."""
+BASE, BLOCK = 40e6, 0.25e6
+"""Bytes that a process comes to hold beside what the imports do, whatever the model: mostly its libraries'
+code, which is read from disk as it is first used; and for each block, its modules and its record."""
+
+HEAP = 1.3
+"""Bytes that a processor's allocator (glibc's) holds for each in use at the peak: what lies free between
+others it keeps. Giving every large buffer back at once would avoid that, and takes a third more time."""
 
 BEGIN, OF_A_BLOCK = 0.2, 0.05
 """Seconds of Python and small files in a run and for each block, whatever is in it; of narrow models."""
@@ -154,6 +160,8 @@ class Plan:
     """Of the pruned model's files."""
     memory: int
     """Of the device, in bytes."""
+    host_memory: int | None
+    """Of the host, in bytes; None where the card is looked up, whose host is not known."""
 
     @property
     def total_seconds(self) -> float:
@@ -161,18 +169,26 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device's memory holds what the run takes of it."""
-        return (self.device_bytes if self.is_gpu else self.host_bytes) <= self.memory
+        """Whether memory holds what the run takes of it: the device's, and of the host what one process does,
+        as far as the host is known."""
+        return not self._short
+
+    @property
+    def _short(self) -> list[tuple[int, str, int]]:
+        """Memories that are too small: bytes needed, whose, and bytes there."""
+        each = [(self.host_bytes, "the host", self.host_memory)]
+        if self.is_gpu:
+            each.insert(0, (self.device_bytes, self.machine, self.memory))
+        return [(needed, whose, there) for needed, whose, there in each if there and needed > there]
 
     @property
     def warnings(self) -> list[str]:
         """What should be known before the run begins."""
         told = []
-        if not self.fits:
-            needed = self.device_bytes if self.is_gpu else self.host_bytes
+        for needed, whose, there in self._short:
             told.append(
-                f"{_size(needed)} are needed, {self.machine} has {_size(self.memory)}: fewer or shorter "
-                "samples and more ranks hold less text, sparsegpt less of a matrix, and refine 0 no optimiser"
+                f"{_size(needed)} are needed, {whose} has {_size(there)}: fewer or shorter samples and more "
+                "ranks hold less text, sparsegpt less of a matrix, and refine 0 no optimiser"
             )
         if self.total_seconds > LONG:
             told.append(
@@ -249,6 +265,7 @@ def plan(model: str | Path, *, settings: PlanSettings) -> Plan:
         activations_on=place,
         disk_bytes=parameters * dtype.itemsize,
         memory=machine.memory,
+        host_memory=None if settings.card else psutil.virtual_memory().total,
     )
 
 
@@ -282,12 +299,12 @@ def _memory(blocks: list[BlockMemory], machine: Machine, widest: float) -> tuple
     stored = max(block.parameters for block in known)
     if not machine.is_gpu:
         peak = max(2 * parameters + held.activations + held.work for parameters, held in moments)
-        return BASE + max(embedding, RUNNING + peak), 0.0, "host"
+        return BASE + BLOCK * len(blocks) + max(embedding, HEAP * peak), 0.0, "host"
     on_device = activations < ROOM * machine.memory
     device = max(
         parameters + held.work + (held.activations if on_device else 0.0) for parameters, held in moments
     )
-    host = BASE + max(2 * widest, 2 * stored + (0.0 if on_device else activations))
+    host = BASE + BLOCK * len(blocks) + max(2 * widest, 2 * stored + (0.0 if on_device else activations))
     return host, max(device, widest + stream), "device" if on_device else "host"
 
 
