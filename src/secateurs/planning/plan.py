@@ -29,7 +29,7 @@ code, which is read from disk as it is first used; and for each block, its modul
 
 HEAP = 1.3
 """Bytes that a processor's allocator (glibc's) holds for each in use at the peak: what lies free between
-others it keeps. Giving every large buffer back at once would avoid that, and takes a third more time."""
+others it keeps, since giving every large buffer back at once would take more time."""
 
 BEGIN, OF_A_BLOCK = 0.2, 0.05
 """Seconds of Python and small files in a run and for each block, whatever is in it; of narrow models."""
