@@ -59,6 +59,10 @@ def test_each_answer_is_to_all_that_was_said(templated: Path) -> None:
     whole = AutoTokenizer.from_pretrained(templated)(asked).input_ids
     assert 0 < lengths[0] < len(whole), "what was read before is not read again"
     assert lengths[1:] == [1] * 7
+    chat.messages = [{"role": "assistant", "content": "Nobody."}]  # nothing in common with what was read
+    chat.answer("Where?", lambda piece: None)
+    asked = "[assistant] Nobody.\n[user] Where?\n[assistant]"
+    assert chat.messages[-1]["content"] == generated(templated, asked, 8)
     chat.reset()
     assert chat.messages == []
 

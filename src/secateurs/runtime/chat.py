@@ -117,10 +117,11 @@ class Chat:
         """Keys and values of the tokens that these, (1, tokens), begin with. They are kept no longer: an
         answer that is cut off leaves them half written."""
         cache, self.cache = self.cache, None
-        if cache is not None:
-            both = min(len(self.read), ids.shape[1] - 1)
-            same = (self.read[:both] == ids[0, :both]).long().cumprod(0).sum()
-            cache.crop(int(same) - len(self.read))
+        both = min(len(self.read), ids.shape[1] - 1)
+        same = int((self.read[:both] == ids[0, :both]).long().cumprod(0).sum())
+        if cache is None or not same:
+            return None
+        cache.crop(same - len(self.read))
         return cache
 
     def _ids(self, messages: list[Message]) -> Tensor:

@@ -80,13 +80,15 @@ def _linear(
     dtype: torch.dtype,
     *codes: Any,
 ) -> Tensor:
-    layout = _layout(weight, offsets, columns, dtype, *codes)
-    assert x.shape[-1] == columns
-    assert x.device == weight.device
-    return _multiply(x, weight, offsets, bias, layout)
+    return _multiply(x, weight, offsets, bias, _layout(weight, offsets, columns, dtype, *codes))
 
 
 def _multiply(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    # Kernels trust what they are given.
+    assert x.shape[-1] == layout.columns
+    assert x.device == weight.device
+    assert len(weight) == layout.bytes
+    assert weight.is_contiguous()
     dtype = layout.dtype
     tokens = x.reshape(-1, layout.columns)
     shape = (*x.shape[:-1], layout.rows)
@@ -209,6 +211,7 @@ def _nobody_watches(x: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and type(x) is Tensor
+        and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
     )
