@@ -17,7 +17,7 @@ STEP = Axis("step", whole=True)
 ESTIMATE = (
     "Plain training is an estimate, not a run: the same losses, each at the time until then multiplied by "
     "the speed-up by FLOPs until then. Time that a step spends on other things than products is not saved, "
-    "so that plain training would be somewhat faster than this, and it would have losses of its own."
+    "so that plain training may well be faster than this, and it would have losses of its own."
 )
 
 
@@ -51,10 +51,10 @@ def training(sources: Sequence[Source]) -> Section:
         ):
             if any(key in entry for entry in history):
                 figures.append(_over_steps(history, key, title, axis))
+        figures.append(Facts("The run", [*report.facts[:-1], *_costs(report)]))
         if shares := _shares_trained(history):
             title = "Share of heads and channels that trained, mean over the steps"
             figures.append(heat_map(title, shares, percent, least=POINT, unit="share that trained"))
-        figures.append(Facts("The run", [*report.facts[:-1], *_costs(report)]))
         groups.append(Group(source.name, figures))
     lead = "Losses as they were logged on the way, and which heads and channels steps left out until then."
     return Section("training", "Training", lead, groups)
