@@ -24,6 +24,7 @@ from secateurs.evaluation.inspection import (
     inspect_layer,
 )
 from secateurs.pattern import NM, Unstructured
+from secateurs.values import Values
 
 
 def look(weight: Tensor, dense: Tensor | None = None) -> LayerInspection:
@@ -158,6 +159,35 @@ def test_a_compressed_model_is_the_same(name: str, tmp_path: Path) -> None:
     assert any(tensor.dtype == torch.uint8 for tensor in tensors_of(tmp_path / "small").values())
     whole, small = inspect(tmp_path / "out", against=source), inspect(tmp_path / "small", against=source)
     assert small.layers == whole.layers
+
+
+def test_bits_of_a_rounded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was asked for, of the rounded folder and of the compressed one alike."""
+    source = save(tmp_path / "source", "llama", torch.bfloat16)
+    prune(
+        source,
+        output=tmp_path / "out",
+        method="magnitude",
+        allocation={"*.down_proj": "50%", "*.up_proj": "0%"},
+        values="int4:group=32",
+        embedding="int8:group=128",
+    )
+    compress(tmp_path / "out", tmp_path / "small")
+    for folder in ("out", "small"):
+        found = inspect(tmp_path / folder)
+        of_kinds = {kind: {layer.values for layer in layers} for kind, layers in found.kinds.items()}
+        assert of_kinds["down"] == of_kinds["up"] == {Values(4, 32)}
+        assert of_kinds["q"] == {None}
+        assert set(found.tables.values()) == {Values(8, 128)}
+        print_tables(found)
+        out = capsys.readouterr().out
+        assert "int4/32" in out
+        assert "as stored" in out
+        assert "embed_tokens.weight: int8, whole grid, a scale for every 128 inputs" in out
+    plain = inspect(source)
+    assert not plain.tables
+    print_tables(plain)
+    assert "as stored" not in capsys.readouterr().out
 
 
 def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
