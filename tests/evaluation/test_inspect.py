@@ -234,6 +234,10 @@ def test_experts_of_a_block_are_shown_together(tmp_path: Path, capsys: pytest.Ca
 def test_mistakes(tmp_path: Path) -> None:
     source, other = save(tmp_path / "source", "llama"), save(tmp_path / "other", "llama")
     save(tmp_path / "opt", "opt")
+    (tmp_path / "file").write_text("some notes")
+    for place in (tmp_path / "file", tmp_path / "file" / "pictures"):
+        with pytest.raises(ValueError, match=r"pictures cannot be put into '.*file.*': give another folder"):
+            inspect(source, output=place)
     with pytest.raises(ValueError, match="compare with the model that it was pruned from"):
         inspect(source, against=tmp_path / "opt")
     config = json.loads((other / "config.json").read_text())

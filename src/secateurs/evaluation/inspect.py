@@ -18,6 +18,7 @@ from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.scales import read_scales
 from secateurs.evaluation.inspect_pictures import draw
 from secateurs.evaluation.inspection import LARGEST, MEDIAN, Inspection, LayerInspection, inspect_layer
+from secateurs.evaluation.plot import check_folder
 from secateurs.runtime.parameters import Parameters
 from secateurs.settings import takes
 from secateurs.values import Values
@@ -51,9 +52,12 @@ def inspect(model: str | Path, *, settings: InspectSettings) -> Inspection:
         model: a model folder, dense or compressed, or a name on the hub; pruned by whatever means.
 
     Raises:
-        ValueError: a folder is broken, of no supported family, quantised, or the two models differ in shape.
+        ValueError: a folder is broken, of no supported family, quantised, or the two models differ in shape;
+            or pictures cannot be put where they are wanted.
     """
     against, output = settings.against, settings.output
+    if output is not None:
+        check_folder(Path(output))
     pruned, dense = Weights(model), None if against is None else Weights(against)
     for name, shape in pruned.shapes.items():
         if dense is not None and dense.shapes.get(name) != shape:
