@@ -1,5 +1,6 @@
 """The command line: what it does, and that each mistake is one line and exit status 2."""
 
+import io
 import json
 import os
 import shutil
@@ -396,6 +397,20 @@ def test_mistakes_in_the_command(place: Place, arguments: list[str], parts: list
     [line] = result.err.splitlines()
     assert line.startswith("secateurs: ")
     assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("arguments", [["prune", "model"], ["prune", "model", "--no", "1"], ["graft"]])
+def test_what_boxes_are_drawn_with_is_not_said(
+    place: Place, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """They are of other characters where standard output is not UTF-8."""
+    said = set()
+    for encoding in ("utf-8", "ascii"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+            said.add(place.run(arguments).err)
+    [line] = said
+    assert not any(drawn in line for drawn in ("│", "─", "---"))
 
 
 @pytest.mark.parametrize("text", ["", " \n\n\t"])

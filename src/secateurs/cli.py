@@ -330,9 +330,16 @@ def _name(flag: str) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """What tyro says in a box, as far as it says what is wrong, in a line."""
+    """What tyro says in a box, as far as it says what is wrong, in a line.
+
+    Where standard output is not UTF-8 the box is one of dashes, and what is wrong comes after the first.
+    """
+
+    def is_rule(line: str) -> bool:
+        return bool(line) and set(line) <= set("─╰╯-")
+
     lines = [line.strip("│ ") for line in text.splitlines()[1:]]
-    told = itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)
+    told = itertools.takewhile(lambda line: not is_rule(line), itertools.dropwhile(is_rule, lines))
     return " ".join(" ".join(told).split())
 
 

@@ -69,6 +69,7 @@ def refuse(folder: Path, *parts: str) -> None:
 
 def test_no_folder(tmp_path: Path) -> None:
     refuse(tmp_path / "missing", "no model folder at", "missing")
+    refuse(tmp_path, "is no model folder: it has no config.json")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1]", b"\xff\xfe", '"text"'])

@@ -24,6 +24,7 @@ from secateurs.evaluation.inspection import (
     inspect_layer,
 )
 from secateurs.pattern import NM, Unstructured
+from secateurs.values import Values
 
 
 def look(weight: Tensor, dense: Tensor | None = None) -> LayerInspection:
@@ -160,6 +161,35 @@ def test_a_compressed_model_is_the_same(name: str, tmp_path: Path) -> None:
     assert small.layers == whole.layers
 
 
+def test_bits_of_a_rounded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was asked for, of the rounded folder and of the compressed one alike."""
+    source = save(tmp_path / "source", "llama", torch.bfloat16)
+    prune(
+        source,
+        output=tmp_path / "out",
+        method="magnitude",
+        allocation={"*.down_proj": "50%", "*.up_proj": "0%"},
+        values="int4:group=32",
+        embedding="int8:group=128",
+    )
+    compress(tmp_path / "out", tmp_path / "small")
+    for folder in ("out", "small"):
+        found = inspect(tmp_path / folder)
+        of_kinds = {kind: {layer.values for layer in layers} for kind, layers in found.kinds.items()}
+        assert of_kinds["down"] == of_kinds["up"] == {Values(4, 32)}
+        assert of_kinds["q"] == {None}
+        assert set(found.tables.values()) == {Values(8, 128)}
+        print_tables(found)
+        out = capsys.readouterr().out
+        assert "int4/32" in out
+        assert "as stored" in out
+        assert "embed_tokens.weight: int8, whole grid, a scale for every 128 inputs" in out
+    plain = inspect(source)
+    assert not plain.tables
+    print_tables(plain)
+    assert "as stored" not in capsys.readouterr().out
+
+
 def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(tmp_path / "source", "llama")
     prune(source, output=tmp_path / "out", method="magnitude", pattern="2:4")
@@ -204,6 +234,10 @@ def test_experts_of_a_block_are_shown_together(tmp_path: Path, capsys: pytest.Ca
 def test_mistakes(tmp_path: Path) -> None:
     source, other = save(tmp_path / "source", "llama"), save(tmp_path / "other", "llama")
     save(tmp_path / "opt", "opt")
+    (tmp_path / "file").write_text("some notes")
+    for place in (tmp_path / "file", tmp_path / "file" / "pictures"):
+        with pytest.raises(ValueError, match=r"pictures cannot be put into '.*file.*': give another folder"):
+            inspect(source, output=place)
     with pytest.raises(ValueError, match="compare with the model that it was pruned from"):
         inspect(source, against=tmp_path / "opt")
     config = json.loads((other / "config.json").read_text())

@@ -33,6 +33,12 @@ def test_each_text_has_its_figure(folder: Path, tmp_path: Path) -> None:
         assert str(figure).startswith(f"{text}: perplexity {expected:.4f} (")
 
 
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    for missing in (tmp_path / "missing", str(tmp_path / "missing")):
+        with pytest.raises(ValueError, match=r"\Ano model folder at '.*missing'\Z"):
+            load_model(missing)
+
+
 def test_the_dtype_is_the_stored_one(folder: Path) -> None:
     model = load_model(folder, "cpu")
     assert model.dtype == torch.bfloat16

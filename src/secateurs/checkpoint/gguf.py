@@ -110,7 +110,7 @@ def unpacked_folder(file: Path) -> Path:
 
 def _unpack(file: Path, folder: Path, place: Path) -> None:
     """Fill a new folder, which is going to `place`."""
-    with TemporaryDirectory() as scratch, _readable(file), quiet():
+    with TemporaryDirectory() as scratch, _readable(file, scratch), quiet():
         from transformers.integrations.gguf import read_gguf_metadata
 
         # In a folder by itself: transformers would also read what lies beside it.
@@ -142,14 +142,15 @@ def _one_of(file: Path, count: int) -> str:
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Whatever transformers stumbles over becomes one line that names the file."""
+def _readable(file: Path, scratch: str) -> Iterator[None]:
+    """Whatever transformers stumbles over becomes one line that names the file, not its link in `scratch`."""
     try:
         yield
     except Exception as error:  # the reader, numpy and the model's code each raise their own
         if str(error).startswith(f"'{file}'") or getattr(error, "errno", None) is not None:
             raise
-        raise ValueError(f"'{file}' cannot be unpacked ({short(error)})") from error
+        reason = short(error).replace(f"{scratch}/model.gguf", file.name)
+        raise ValueError(f"'{file}' cannot be unpacked ({reason})") from error
 
 
 def _weights(

@@ -40,11 +40,13 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"no model folder at '{self.folder}'")
-        if not (self.folder / "config.json").exists() and (self.folder / "adapter_config.json").exists():
-            raise ValueError(
-                f"'{self.folder}' holds adapters and no model: merge them into the model that they were "
-                "trained on (merge_and_unload in PEFT), and give the merged folder"
-            )
+        if not (self.folder / "config.json").exists():
+            if (self.folder / "adapter_config.json").exists():
+                raise ValueError(
+                    f"'{self.folder}' holds adapters and no model: merge them into the model that they were "
+                    "trained on (merge_and_unload in PEFT), and give the merged folder"
+                )
+            raise ValueError(f"'{self.folder}' is no model folder: it has no config.json")
         self.config = read_json(self.folder / "config.json")
         promised = self._promised() if weights else {}
         self.files = sorted(set(promised.values())) or [SINGLE] * weights
@@ -95,7 +97,7 @@ class Checkpoint:
         for name in names:
             if name.endswith(".safetensors"):
                 return f"; '{name}' is there, but nothing says what belongs to the model"
-        return ""
+        return ": get the model's weights, too"
 
     def _open(self, file: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Where the weights went: what a pruned model's layers have lost, kept, and become.
+"""Where the weights went: what a pruned or rounded model's layers have lost, kept, and become.
 
 Works on the files alone, one layer in memory at a time, so on any model folder, whoever pruned it.
 """
@@ -15,10 +15,13 @@ from torch import Tensor
 from secateurs.anatomy import anatomy_of
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.checkpoint.names import skeleton_of
+from secateurs.checkpoint.scales import read_scales
 from secateurs.evaluation.inspect_pictures import draw
 from secateurs.evaluation.inspection import LARGEST, MEDIAN, Inspection, LayerInspection, inspect_layer
+from secateurs.evaluation.plot import check_folder
 from secateurs.runtime.parameters import Parameters
 from secateurs.settings import takes
+from secateurs.values import Values
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings:
-    """Show where a model's weights went: zeros, structure and what was kept, layer by layer.
+    """Show where a model's weights went: zeros, structure, bits and what was kept, layer by layer.
 
     Any model folder will do, whoever pruned it.
 
@@ -49,9 +52,12 @@ def inspect(model: str | Path, *, settings: InspectSettings) -> Inspection:
         model: a model folder, dense or compressed, or a name on the hub; pruned by whatever means.
 
     Raises:
-        ValueError: a folder is broken, of no supported family, quantised, or the two models differ in shape.
+        ValueError: a folder is broken, of no supported family, quantised, or the two models differ in shape;
+            or pictures cannot be put where they are wanted.
     """
     against, output = settings.against, settings.output
+    if output is not None:
+        check_folder(Path(output))
     pruned, dense = Weights(model), None if against is None else Weights(against)
     for name, shape in pruned.shapes.items():
         if dense is not None and dense.shapes.get(name) != shape:
@@ -62,9 +68,16 @@ def inspect(model: str | Path, *, settings: InspectSettings) -> Inspection:
     inspection = Inspection(
         str(model),
         [
-            inspect_layer(name, kind, pruned.read(name), None if dense is None else dense.read(name))
+            inspect_layer(
+                name,
+                kind,
+                pruned.read(name),
+                None if dense is None else dense.read(name),
+                pruned.values.get(name),
+            )
             for name, kind in pruned.kinds.items()
         ],
+        pruned.tables,
     )
     if output is not None:
         draw(inspection, Path(output))
@@ -94,6 +107,15 @@ class Weights:
             for name in self._matrices
         }
         self.shapes = {name: matrix.shape for name, (_, matrix) in self._matrices.items()}
+        grids = {name: values for name, (values, _) in read_scales(checkpoint.folder).items()}
+        grids |= self._parameters.grids
+        self.values = {
+            name: grids[parameter] for name, (parameter, _) in self._matrices.items() if parameter in grids
+        }
+        """The grids of the layers that are rounded, as the folder's scales or packed weights have them."""
+        others = grids.keys() - {parameter for parameter, _ in self._matrices.values()}
+        self.tables = {name: grids[name] for name in sorted(others)}
+        """Those of other parameters, which are embeddings and heads."""
 
     def read(self, name: str, most: int | None = None) -> Tensor:
         """A layer's weight, (out, in), float32; only evenly spaced rows of one of more than `most` values."""
@@ -114,16 +136,24 @@ def print_tables(inspection: Inspection) -> None:
         console = Console(width=160)  # a file is no reason to cut columns
     console.print(_table("layer", inspection.lines))
     console.print(_table("kind", inspection.kinds))
-    console.print(f"{inspection.model}: {inspection.sparsity:.2%} zeros in {len(inspection.layers)} layers")
+    said = [f"{inspection.model}: {inspection.sparsity:.2%} zeros in {len(inspection.layers)} layers"]
+    said += [f"{name}: {values}" for name, values in inspection.tables.items()]
+    for line in said:
+        console.print(line, soft_wrap=True)
 
 
 def _table(what: str, groups: dict[str, list[LayerInspection]]) -> "Table":
     """One line for each group of layers: means over weights, the least and most, and sums of what is dead."""
     from rich.table import Table
 
-    table = Table(caption="rows, columns: least and most zeros in one, and how many hold nothing else")
+    rounded = any(layer.values for layers in groups.values() for layer in layers)
+    caption = "rows, columns: least and most zeros in one, and how many hold nothing else"
+    if rounded:
+        caption += "; values: bits, and inputs that share a scale"
+    table = Table(caption=caption)
     table.add_column(what)
-    columns = ["zeros", "n:m", "rows", "dead", "columns", "dead", "median |w|"]
+    columns = ["zeros", "n:m", *(["values"] if rounded else []), "rows", "dead", "columns", "dead"]
+    columns.append("median |w|")
     compared = any(layer.before for layers in groups.values() for layer in layers)
     if compared:
         columns += ["before", *(f"top {share:.0%} kept" for share in LARGEST)]
@@ -136,6 +166,8 @@ def _table(what: str, groups: dict[str, list[LayerInspection]]) -> "Table":
             f"{_mean(layers, [layer.sparsity for layer in layers]):.1%}",
             (patterns.pop() or "") if len(patterns) == 1 else "",
         ]
+        if rounded:
+            cells.append(", ".join(sorted({_bits(layer.values) for layer in layers})))
         for spreads in ([layer.rows for layer in layers], [layer.columns for layer in layers]):
             least, most = min(spread.least for spread in spreads), max(spread.most for spread in spreads)
             cells += [f"{least:.0%} to {most:.0%}", str(sum(spread.dead for spread in spreads))]
@@ -148,6 +180,10 @@ def _table(what: str, groups: dict[str, list[LayerInspection]]) -> "Table":
                 cells.append(f"{_mean(layers, kept):.1%}")
         table.add_row(name, *cells)
     return table
+
+
+def _bits(values: Values | None) -> str:
+    return "as stored" if values is None else f"int{values.bits}/{values.group}"
 
 
 def _mean(layers: list[LayerInspection], values: list[float]) -> float:

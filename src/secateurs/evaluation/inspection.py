@@ -1,14 +1,15 @@
 """What there is to see of a linear layer, pruned or not: zeros, their structure, what was kept."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from secateurs.evaluation.plot import place
+from secateurs.values import Values
 
 LARGEST = (0.01, 0.1)
 """Shares of the dense model's largest weights that are followed."""
@@ -70,6 +71,8 @@ class LayerInspection:
     """In the dense model, if there is one to compare with."""
     largest_kept: tuple[float, ...] | None
     """How many of the dense layer's largest weights by magnitude are not zero, for each of LARGEST."""
+    values: Values | None = None
+    """The grid that it was rounded to: bits, and how many inputs share a scale. None if it was not."""
 
     @property
     def weights(self) -> int:
@@ -95,6 +98,8 @@ class Inspection:
 
     model: str
     layers: list[LayerInspection]
+    tables: Mapping[str, Values] = field(default_factory=dict)
+    """The grids of the embedding and the head, by the parameter's name, if they were rounded."""
 
     @property
     def sparsity(self) -> float:
@@ -121,7 +126,9 @@ def _grouped(
     return groups
 
 
-def inspect_layer(name: str, kind: str, weight: Tensor, dense: Tensor | None) -> LayerInspection:
+def inspect_layer(
+    name: str, kind: str, weight: Tensor, dense: Tensor | None, values: Values | None = None
+) -> LayerInspection:
     """Look at one layer.
 
     Args:
@@ -129,6 +136,7 @@ def inspect_layer(name: str, kind: str, weight: Tensor, dense: Tensor | None) ->
         kind: see `LayerInspection`.
         weight: (out, in), float32.
         dense: the same before pruning, or None.
+        values: the grid that it was rounded to, or None.
     """
     zero = weight == 0
     unit = _rms(weight if dense is None else dense)
@@ -144,6 +152,7 @@ def inspect_layer(name: str, kind: str, weight: Tensor, dense: Tensor | None) ->
         after=_distribution(weight, unit),
         before=None if dense is None else _distribution(dense, unit),
         largest_kept=None if dense is None else tuple(_kept(zero, dense.abs(), share) for share in LARGEST),
+        values=values,
     )
 
 

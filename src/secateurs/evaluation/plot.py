@@ -4,6 +4,7 @@ matplotlib's figures are made directly, without pyplot: no window, no backend, n
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -54,6 +55,7 @@ def plot(folder: str | Path, *, settings: PlotSettings) -> list[Path]:
     if not report.layers:
         raise ValueError(f"of '{folder}' there is nothing to plot: experts were dropped, and no layer pruned")
     output = folder / "plots" if settings.output is None else Path(settings.output)
+    check_folder(output)
     files = save(_layers(report), output, "layers")
     if report.mlps:
         files += save(_convergence(report.mlps), output, "convergence")
@@ -139,6 +141,14 @@ def place(name: str) -> tuple[int, str]:
     if len(rest) > 2 and rest[-2].isdigit():
         rest[-2] = "*"
     return block, ".".join(rest)
+
+
+def check_folder(output: Path) -> None:
+    """Raises ValueError if pictures cannot be put into a folder of that name."""
+    place = output.resolve()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"pictures cannot be put into '{output}': give another folder")
 
 
 def save(figure: "Figure", folder: Path, name: str) -> list[Path]:

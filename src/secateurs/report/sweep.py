@@ -81,7 +81,7 @@ def _sweep(folder: Path, output: Path, settings: SweepSettings, console: Console
         for field in dataclasses.fields(settings)
         if field.name not in GRID
     }
-    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file():
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file()):
         raise ValueError(f"'{output}' holds something else: give another output folder")
     shared = _Shared(folder, settings, console)
     identity = {"model": str(folder.resolve()), **chosen, **shared.identity}

@@ -7,25 +7,27 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from secateurs.checkpoint import Checkpoint
+from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.checkpoint.config import model_class, quiet, read_config, short
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.device import resolve_device
 
 
-def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    model: str | Path, device: str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """A model folder's model, in evaluation mode.
 
     Args:
-        folder: holds `config.json` and safetensors.
+        model: a folder that holds `config.json` and safetensors, a .gguf file, or a name on the hub.
         device: "cpu", "cuda", "cuda:1"...; by default a GPU where there is one.
         dtype: of its parameters; by default what its config.json names, or else the one that it is stored in.
 
     Raises:
-        ValueError: the files are broken, quantised, or lack weights that the model has. Found before weights
-            are read, where that is possible.
+        ValueError: there is no such model; or its files are broken, quantised, or lack weights that it has.
+            Found before weights are read, where that is possible.
     """
-    where = resolve_device(device)
+    where, folder = resolve_device(device), resolve(model)
     checkpoint = Checkpoint(folder)
     skeleton_of(checkpoint)
     kind, config = model_class(read_config(checkpoint))
@@ -33,16 +35,16 @@ def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | Non
         # By themselves transformers would add adapters that lie in the folder, and not know prefixes.
         with quiet():
             if checkpoint.renamed or (folder / "adapter_config.json").exists():
-                model = _from_tensors(kind, config, checkpoint, dtype)
+                loaded = _from_tensors(kind, config, checkpoint, dtype)
             else:
-                model = kind.from_pretrained(
+                loaded = kind.from_pretrained(
                     folder, config=config, dtype=dtype or "auto", use_safetensors=True
                 )
     except (RuntimeError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(
             f"'{folder}' does not hold what its config.json describes ({short(error)})"
         ) from None
-    return model.eval().to(where)
+    return loaded.eval().to(where)
 
 
 def _from_tensors(

@@ -13,6 +13,7 @@ from secateurs.runtime.kernels import expand
 from secateurs.runtime.layout import ExpertsLayout, Layout
 from secateurs.runtime.packable import packables, traced_packables
 from secateurs.runtime.quantizer import SecateursConfig, matching_layers
+from secateurs.values import Values
 
 
 class Parameters:
@@ -53,6 +54,15 @@ class Parameters:
         """The stored tensor of each that is packed."""
         self._layer = {self.packables[name].parameter: name for name in self.layouts}
         self._last: tuple[str, Tensor] | None = None
+
+    @property
+    def grids(self) -> dict[str, Values]:
+        """Of the parameters whose packed values are codes."""
+        return {
+            self.packables[name].parameter: layout.codes.values
+            for name, layout in self.layouts.items()
+            if layout.codes is not None
+        }
 
     def read(self, name: str) -> Tensor:
         """A parameter, dense, in the dtype it is stored in; the last one read is kept, for experts.
