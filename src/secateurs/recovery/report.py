@@ -82,8 +82,6 @@ class RecoveryReport(TrainerReport):
         ]
         if self.rounded:
             lines.append(f"{self.rounded} weights stay on the grids that they were rounded to")
-        elif not self.zeros:
-            lines.append("the model has no zeros to hold: all its weights were trained")
         what = f"divergence from {self.settings['towards']} on held-out text: {self.before:.4f} before, "
         lines.append(f"{what}{self.after:.4f} after")
         if not self.kept:

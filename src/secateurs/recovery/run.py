@@ -7,6 +7,7 @@ until then the same command resumes from the last checkpoint.
 
 import math
 import os
+import warnings
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -166,6 +167,8 @@ def recover_folder(
     adapted: Any = with_adapters(loaded, settings.lora) if settings.lora else loaded
     masks = Masks.of_zeros(adapted)
     levels = Levels(loaded, grids, homes)
+    if arguments.should_save and not (masks.count or levels.count):
+        warnings.warn(f"'{checkpoint.folder}' has no zeros: all its weights are trained", stacklevel=2)
     watch = Watch(None, keep=arguments.save_total_limit, shown=progress)
     arguments.save_total_limit = None
     with silent(), for_training(loaded):
