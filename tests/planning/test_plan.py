@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import secateurs
+from secateurs.cli import main
 from secateurs.planning.machine import CARDS, Machine, measured
 from secateurs.planning.work import Amounts
+from secateurs.settings import options
 
 SAMPLES, LENGTH = 6, 48
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
@@ -146,6 +148,33 @@ def test_the_host_has_to_hold_the_activations_that_it_keeps(config_alone):
     assert not kept.fits
     assert "the host has" in kept.warnings[0]
     assert replace(kept, host_memory=None).fits
+
+
+def test_all_options_of_prune_are_options_of_plan():
+    known = {option.name: option.type for option in options(secateurs.PlanSettings)}
+    for option in options(secateurs.PruneSettings):
+        assert known[option.name] == option.type
+
+
+def test_a_command_of_prune_is_one_of_plan(config_alone, monkeypatch, capsys):
+    of_prune = ["--calibration", "no-such-text.txt=0.5", "self:temperature=0.9", "--pattern", "60%"]
+    of_prune += ["--values", "int4:group=32", "--embedding", "int8", "--allocation", "owl:level=layer"]
+    of_prune += ["--effort", "fast", "--repair", "0.4", "--seed", "3", "--bos", "yes", "--field", "words"]
+    of_prune += ["--length", "32", "--recover", "4096", "--output", "there", "--max-shard-size", "1GB"]
+    monkeypatch.setattr("sys.argv", ["secateurs", "plan", str(config_alone), *of_prune, "--device", "h100"])
+    main()
+    said = capsys.readouterr().out
+    assert all(f"time: {phase}" in said for phase in ("text", "survey", "solve", "recover"))
+
+
+def test_a_file_of_settings_for_prune_is_one_for_plan(config_alone, monkeypatch, capsys):
+    (config_alone / "run.yaml").write_text(
+        "calibration: {text.txt: 0.5, self: 0.5}\nbudget: 1MB\noutput: there\nlength: 32\n"
+    )
+    arguments = ["secateurs", "plan", str(config_alone), "--config", str(config_alone / "run.yaml")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--device", "h100"])
+    main()
+    assert "time: survey" in capsys.readouterr().out
 
 
 def test_magnitude_needs_no_text(config_alone):

@@ -15,8 +15,10 @@ from torch.nn.functional import linear, silu
 from secateurs.device import resolve_device
 from secateurs.pattern import NM, Unstructured
 from secateurs.planning.work import Amounts, Kind, Phase
+from secateurs.pruning.solvers.rounding import Rounding, kernel_for
 from secateurs.pruning.solvers.sparsegpt import sweep_for
 from secateurs.pruning.solvers.statistics import Statistics
+from secateurs.values import Values
 
 SIZE = 1024
 """Of the matrices of the self-test."""
@@ -85,6 +87,8 @@ class Efficiency(NamedTuple):
     """Elementwise work, of the bandwidth."""
     bytes_ranked: float = 2100.0
     """What finding a threshold takes for each weight, as bytes of the bandwidth."""
+    bytes_rounded: float = 4000.0
+    """What rounding takes for each weight, as bytes of the bandwidth: a guess, no run was measured."""
     bytes_swept: float = 60.0
     """What SparseGPT's inner loop takes for each FLOP, as bytes of the bandwidth."""
     calls: float = 1e5
@@ -112,6 +116,7 @@ def card(name: str, dtype: torch.dtype) -> Machine:
             "factors": share.factors * of.float32,
             "sweep": of.bandwidth / share.bytes_swept,
             "ranked": of.bandwidth / share.bytes_ranked,
+            "rounded": of.bandwidth / share.bytes_rounded,
             "passed": share.moved * of.bandwidth / (3 * dtype.itemsize),  # two read and one written, say
             "moved": share.moved * of.bandwidth,
             "calls": share.calls,
@@ -147,6 +152,7 @@ def measured(device: str | None, dtype: torch.dtype) -> Machine:
         "factors": (SIZE**3, lambda: torch.cholesky_inverse(torch.linalg.cholesky(definite))),
         "sweep": (128 * 128 * SIZE, lambda: sweep(block, corner, NM(2, 4))),
         "ranked": (SIZE**2, lambda: Unstructured(0.5).keep(matrix)),
+        "rounded": (64 * SIZE, lambda: _round(matrix[:64])),
         "passed": (2 * tokens.numel(), lambda: silu(stream) * stream),
         "moved": (4 * 4 * large[0].numel(), lambda: large[0].addcmul_(large[1], large[2])),
         "calls": (1, lambda: small.add_(1)),
@@ -158,6 +164,15 @@ def measured(device: str | None, dtype: torch.dtype) -> Machine:
     else:
         name, memory = f"this machine, threads {torch.get_num_threads()}", psutil.virtual_memory().total
     return Machine(name, where.type == "cuda", memory, rates | {"disk": DISK})
+
+
+def _round(columns: torch.Tensor) -> None:
+    """What `Rounding` does to a group of columns by itself."""
+    kernel, keep, values = kernel_for(columns), torch.ones_like(columns, dtype=torch.bool), Values(4)
+    push, after = torch.zeros(len(columns), len(columns), device=columns.device), columns.clone()
+    scale = kernel.choose_scales(columns, keep, torch.ones_like(columns[:, 0]), values)
+    for _ in range(1 + Rounding.passes):
+        kernel.settle(after, columns, keep, scale, push, values)
 
 
 def _of_moment(device: torch.device) -> float:

@@ -13,12 +13,13 @@ from secateurs.pruning.block.joint import Joint
 from secateurs.pruning.block.local import Local, stages_of
 from secateurs.pruning.block.measure import Group
 from secateurs.pruning.block.refine import TOKENS_A_STEP
+from secateurs.pruning.block.rounding import ToGrids
 from secateurs.pruning.mlp.problem import CHUNK
 from secateurs.pruning.solvers.admm import ADMM, RHO
 from secateurs.pruning.solvers.solver import Solver
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
 
-WEIGHTS = {SparseGPT: 4, ADMM: 12}
+WEIGHTS = {SparseGPT: 4, ToGrids: 6, ADMM: 12}
 """Copies of a matrix in float32 that a solver works with at once."""
 
 COPIES = 8
@@ -82,8 +83,11 @@ class BlockMemory:
 
     def moments(self) -> list[Held]:
         """What is held at each moment that may be the peak, beside the block itself."""
-        pruner = self.work.pruner
-        return self._joint(pruner) if isinstance(pruner, Joint) else self._local(pruner)
+        return [
+            held
+            for pruner in self.work.pruners
+            for held in (self._joint(pruner) if isinstance(pruner, Joint) else self._local(pruner))
+        ]
 
     def _forward(self) -> float:
         """A batch on its way."""
@@ -98,9 +102,11 @@ class BlockMemory:
             kept, copies = kept + len(RHO), WEIGHTS[ADMM]
         elif isinstance(solver, SparseGPT):
             kept, copies = kept + 1, WEIGHTS[SparseGPT]
+        elif isinstance(solver, ToGrids):
+            kept, copies = kept + 2, WEIGHTS[ToGrids]
         if fitted:
             copies += FITTED
-            kept += not isinstance(solver, SparseGPT)
+            kept += not isinstance(solver, SparseGPT | ToGrids)
         square, size = 4.0 * columns**2, 4.0 * rows * columns
         making = 1 if kept > 1 else 0
         return _Solving(kept * square, max(making * square, copies * size))
@@ -159,7 +165,6 @@ class BlockMemory:
             solving = sum(self._solving(method.solver, down, fitted=True))
             found.append(Held(held + kept, shared + extra + solving))
         if pruner.refine and pruner.target != "layer":
-            values = sum(self.work.share(m) * sum(m.shape) for m in self.work.anatomy.matrices.values())
-            work = REFINED * self.work.weights + BACKWARD * TOKENS_A_STEP * values
+            work = REFINED * self.work.weights + BACKWARD * TOKENS_A_STEP * self.work.values
             found.append(Held(streams + result, work))
         return found
