@@ -16,10 +16,11 @@ from secateurs.pruning.block.refine import TOKENS_A_STEP
 from secateurs.pruning.block.rounding import ToGrids
 from secateurs.pruning.mlp.problem import CHUNK
 from secateurs.pruning.solvers.admm import ADMM, RHO
+from secateurs.pruning.solvers.rounding import Rounding
 from secateurs.pruning.solvers.solver import Solver
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
 
-WEIGHTS = {SparseGPT: 4, ToGrids: 6, ADMM: 12}
+WEIGHTS = {SparseGPT: 4, Rounding: 6, ToGrids: 6, ADMM: 12}
 """Copies of a matrix in float32 that a solver works with at once."""
 
 COPIES = 8

@@ -17,6 +17,7 @@ from secateurs.pruning.allocation.owl import OWL
 from secateurs.pruning.allocation.sensitivity import MEASURED, SOLVER, Sensitivity
 from secateurs.pruning.allocation.survey import Allocator
 from secateurs.pruning.block.rounding import ToGrids
+from secateurs.pruning.solvers.rounding import Rounding
 from secateurs.pruning.solvers.solver import Solver
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
 from secateurs.pruning.tables import ROWS
@@ -137,18 +138,20 @@ def surveyed(model: Whole, allocator: Allocator) -> Cost:
 
 def forms_measured(model: Whole) -> Cost:
     """What a budget is spent by: every matrix pruned and rounded alone, `allocation/fitting.py`."""
-    return _attempted(model, [SparseGPT()] * (len(SHARES) - 1) + [ToGrids()] * len(GRIDS), TOKENS)
+    return _attempted(model, [SparseGPT()] * (len(SHARES) - 1) + [Rounding(grid) for grid in GRIDS], TOKENS)
 
 
 def _measured(model: Whole) -> Amounts:
     """Second moments of all inputs, and the way to the next block."""
     total = Amounts({("run", "disk"): model.bytes})
     for block, count in model.kinds():
-        of_block = block.forward("run", block.text.tokens, times=2)
+        until = None if block.expert_groups else block.anatomy.groups[-1]
+        of_block = block.forward("run", block.text.tokens, until)
         for group in block.anatomy.groups:
             tokens = block.text.tokens * block.share(group[0])
             of_block.add(block.moment("run", tokens, group[0].shape[1]))
         total.add(of_block, count)
+    total.add(sum_of(block.pushed() for block in model.blocks[:-1]))
     return total
 
 
@@ -161,7 +164,7 @@ def _attempted(model: Whole, attempts: Sequence[Solver], tokens: int) -> Cost:
         one = replace(block, pattern=Unstructured(0.5))
         for group in block.anatomy.groups:
             rows, columns = group[0].shape
-            for solver in set(attempts):
+            for solver in {type(solver): solver for solver in attempts}.values():
                 total.add(one.factored(solver, columns), count)
             for matrix in group:
                 for solver in attempts:

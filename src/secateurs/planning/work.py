@@ -25,6 +25,7 @@ from secateurs.pruning.solvers.solver import Solver
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
 from secateurs.pruning.solvers.statistics import PANEL
 from secateurs.pruning.solvers.sweep import whole_groups
+from secateurs.values import Values
 
 Phase = Literal["text", "load", "survey", "run", "solve", "refine", "write", "recover"]
 """text: what the model writes itself; survey: what is measured on the dense model, such as experts."""
@@ -220,7 +221,7 @@ class BlockWork:
         cubes = 0.0
         if isinstance(solver, ADMM):
             cubes = float(len(RHO))  # a third for the factor, two for the inverse
-        if isinstance(solver, SparseGPT | ToGrids) or fitted:
+        if isinstance(solver, SparseGPT | Rounding | ToGrids) or fitted:
             cubes += 1 / 3
         return Amounts(
             {
@@ -247,12 +248,14 @@ class BlockWork:
         if isinstance(solver, SparseGPT):
             block = whole_groups(solver.block, self.pattern)
             amounts["solve", "float32"] += square + 2 * size * block
-            amounts["solve", "factors"] += float(columns * min(block, columns) ** 2)
+            amounts["solve", "factors"] += _inverted(columns, block)
             amounts["solve", "sweep"] += size * block
             amounts["solve", "ranked"] += ranked * size
             amounts["solve", "calls"] += CALLS["iteration"] * columns / block
         elif isinstance(solver, ToGrids):
             amounts.add(rounding(rows, columns))
+        elif isinstance(solver, Rounding):
+            amounts.add(rounding(rows, columns, solver.values.group))
         elif isinstance(solver, ADMM):
             iterations = solver.iterations + solver.polish
             amounts["solve", "float32"] += 2 * square * (3 + iterations)
@@ -404,16 +407,22 @@ class BlockWork:
         return amounts
 
 
-def rounding(rows: int, columns: int) -> Amounts:
+def rounding(rows: int, columns: int, group: int = Values.group) -> Amounts:
     """What a matrix (out, in) is rounded by: see `solvers/rounding.py`."""
-    size, group = float(rows * columns), 64
+    size = float(rows * columns)
     amounts = Amounts({("solve", "rounded"): size})
     amounts["solve", "float32"] = (1 + 2 * Rounding.passes) * size * columns
     amounts["solve", "float32"] += 2 * Rounding.passes * size * group
-    amounts["solve", "factors"] = float(columns * min(group, columns) ** 2)
+    amounts["solve", "factors"] = _inverted(columns, group)
     amounts["solve", "moved"] = 4 * PASSES["rounding"] * size
     amounts["solve", "calls"] = (1 + Rounding.passes) * CALLS["iteration"] * columns / group
     return amounts
+
+
+def _inverted(columns: int, block: int) -> float:
+    """Of the factor's blocks along the diagonal."""
+    whole, rest = divmod(columns, block)
+    return float(whole * block**3 + rest**3)
 
 
 def sum_of(amounts: Iterable[Amounts]) -> Amounts:
