@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import RESULTS, Record, arguments, environment, print_row, print_table, save
-from llama_cpp import NEW_TOKENS, quantised, speed_of_folder, speed_of_gguf, write_gguf
+from llama_cpp import NEW_TOKENS, build_of, quantised, speed_of_folder, speed_of_gguf, write_gguf
 from random_models import prune_by_magnitude, round_to_nearest
 from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.scales import write_scales
@@ -93,6 +93,7 @@ def main() -> None:
     settings.cache.mkdir(parents=True, exist_ok=True)
     models = write_models(settings.llama, settings.cache)
     loaded = {kind: load_model(path, "cpu") for (program, kind), path in models.items() if path.is_dir()}
+    about = {**environment(), "llama.cpp": build_of(settings.llama, models["llama.cpp", "Q4_0"])}
     rows: list[Record] = []
     print_table(["threads", "", "", "MB", "tokens/s", "times Q4_K_M's", "times Q4_0's"], [])
     for threads in settings.threads:
@@ -118,8 +119,8 @@ def main() -> None:
             }
             rows.append(row)
             print_row([threads, program, kind, row["file_bytes"] / 1e6, *list(row.values())[4:7]])
-    about = {"new_tokens": NEW_TOKENS, "rounds": settings.rounds, "geometry": GEOMETRY.to_diff_dict()}
-    save(RESULTS / "generate_vs_llama.json", environment() | about, rows)
+    about |= {"new_tokens": NEW_TOKENS, "rounds": settings.rounds, "geometry": GEOMETRY.to_diff_dict()}
+    save(RESULTS / "generate_vs_llama.json", about, rows)
 
 
 def ratio(own: list[float], others: list[float]) -> float:

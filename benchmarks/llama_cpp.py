@@ -68,12 +68,24 @@ def importance_matrix(gguf: Path, llama: Path, ids: torch.Tensor, tokenizer: Any
     return output
 
 
-def speed_of_gguf(file: Path, llama: Path, threads: int) -> float:
-    """Tokens a second."""
-    command = [llama / "llama-bench", "-m", file, "-p", "0", "-n", str(NEW_TOKENS), "-r", "1"]
+def bench_of_gguf(file: Path, llama: Path, threads: int, new: int) -> dict[str, Any]:
+    """What llama-bench tells of itself and of a run."""
+    command = [llama / "llama-bench", "-m", file, "-p", "0", "-n", str(new), "-r", "1"]
     command += ["-t", str(threads), "-o", "json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout)[0]["avg_ts"])
+    told: dict[str, Any] = json.loads(done.stdout)[0]
+    return told
+
+
+def speed_of_gguf(file: Path, llama: Path, threads: int) -> float:
+    """Tokens a second."""
+    return float(bench_of_gguf(file, llama, threads, NEW_TOKENS)["avg_ts"])
+
+
+def build_of(llama: Path, file: Path) -> dict[str, Any]:
+    """Which llama.cpp it is, and on what."""
+    told = bench_of_gguf(file, llama, 1, 1)
+    return {name: told[name] for name in ("build_commit", "build_number", "cpu_info", "backends")}
 
 
 def speed_of_folder(model: Any, threads: int) -> float:

@@ -57,7 +57,11 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "seconds": 2.0, "steps": 4, "tokens": 400, "peak_memory_bytes": 10**8, "flops": 8e9,
         "dense_flops": 1e10, "train_loss": 2.5, "validation_loss": 2.75,
         "history": [
-            {"step": step, "loss": 4.0 - step / 4, "omission_rate": 0.5 * (step < 3)} for step in range(1, 5)
+            {"step": step, "loss": 4.0 - step / 4, "omission_rate": 0.5 * (step < 3), "seconds": step / 2,
+             "tokens": 100 * step, "speedup_by_flops": 1.5 - step / 16}
+            | {f"{units}_kept/{block}": 0.5 + 0.5 * (step > 2) for units in ("heads", "channels")
+               for block in range(2) if step in (1, 3)}
+            for step in range(1, 5)
         ],
     }  # fmt: skip
     (found["trained"] / "secateurs.json").write_text(json.dumps(record))

@@ -88,6 +88,22 @@ def test_figures_are_those_of_the_records(outputs: dict[str, Path], tmp_path: Pa
     assert "wanda 2:4 5.0 40 0.5" in text
     assert "Trained for 4 steps, 400 tokens, in 2 seconds, with 80% of the FLOPs" in text
     assert "the validation loss is 2.750" in text
+    assert "3 300 3.2500" in text, "step, tokens, loss"
+    assert "2 1 3.5000 1.38" in text, "step, seconds, loss, and the seconds times the speed-up"
+    assert "1 heads 75%" in text, "half of them in two steps of four, and all in the others"
+
+
+def test_older_records_have_losses_by_steps_and_no_more(outputs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(outputs["trained"], folder)
+    record = json.loads((folder / "secateurs.json").read_text())
+    record["history"] = [
+        {name: entry[name] for name in ("step", "loss", "omission_rate")} for entry in record["history"]
+    ]
+    (folder / "secateurs.json").write_text(json.dumps(record))
+    text = Page(report([folder], output=tmp_path / "page.html")).text
+    assert "2 3.5000" in text
+    assert not any(said in text for said in ("Loss against", "estimate", "Speed-up", "mean over the steps"))
 
 
 @pytest.mark.parametrize(

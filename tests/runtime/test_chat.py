@@ -67,6 +67,17 @@ def test_each_answer_is_to_all_that_was_said(templated: Path) -> None:
     assert chat.messages == []
 
 
+def test_what_was_read_is_forgotten_by_reset_and_where_positions_change_with_length(templated: Path) -> None:
+    chat = Chat(templated, ChatSettings(tokens=4, device="cpu"))
+    chat.answer("Who is there?", lambda piece: None)
+    assert chat.cache is not None
+    chat.reset()
+    assert chat.cache is None
+    chat.model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    chat.answer("Who is there?", lambda piece: None)
+    assert chat.cache is None
+
+
 def test_an_interruption_ends_the_answer_and_keeps_what_was_said(templated: Path) -> None:
     chat = Chat(templated, ChatSettings(tokens=40, device="cpu"))
     said: list[str] = []

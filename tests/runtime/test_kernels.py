@@ -1,13 +1,10 @@
 import warnings
-from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import DTYPES, sparse
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateurs import native
 from secateurs.runtime import kernels
@@ -120,32 +117,6 @@ def test_one_token_without_a_batch_has_gradients_too() -> None:
     sparse_linear(x, packed, row_offsets("w", packed, layout), bias, layout).sum().backward()
     assert torch.allclose(x.grad, weight.sum(0), atol=1e-5)
     assert torch.equal(bias.grad, torch.ones(9))
-
-
-def test_without_gradients_it_is_the_same_product_and_what_watches_operators_sees_it(path: str) -> None:
-    weight, x, bias = sparse(9, 70, 0.5, torch.float32), torch.randn(2, 3, 70), torch.randn(9)
-    packed, layout = pack(weight)
-    offsets = row_offsets("w", packed, layout)
-
-    class Watch(TorchDispatchMode):
-        seen: ClassVar[list[Any]] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with torch.no_grad():
-        alone = sparse_linear(x, packed, offsets, bias, layout)
-        with Watch():
-            watched = sparse_linear(x, packed, offsets, bias, layout)
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            shaped = sparse_linear(fake.from_tensor(x), packed, offsets, bias, layout)
-        with pytest.raises(AssertionError):
-            sparse_linear(torch.randn(2, 140), packed, offsets, bias, layout)
-    assert torch.ops.secateurs.linear.default in Watch.seen
-    assert torch.equal(alone, watched)
-    assert shaped.shape == alone.shape
-    assert_is_product(alone.flatten(0, 1), x.flatten(0, 1), weight, bias)
 
 
 def test_the_operators_keep_torchs_rules() -> None:

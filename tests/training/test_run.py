@@ -67,6 +67,17 @@ def test_pre_training(model: Path, text: Path, tmp_path: Path) -> None:
     assert report.train_loss == pytest.approx(sum(recent) / len(recent))
     assert logged[0]["omission_rate"] == 0.5
     assert logged[-1]["omission_rate"] == 0
+    assert [entry["tokens"] for entry in logged] == [entry["step"] * 4 * 32 for entry in logged]
+    times = [entry["seconds"] for entry in report.history]
+    assert 0 < times[0] < times[-1] == report.seconds
+    assert times == sorted(times)
+    assert logged[-1]["speedup_by_flops"] == pytest.approx(report.dense_flops / report.flops)
+    for block in range(2):
+        for units in ("heads", "channels"):
+            shares = [e[f"{units}_kept/{block}"] for e in logged if f"{units}_kept/{block}" in e]
+            assert shares[0] <= 0.5
+            assert shares[-1] == 1
+            assert shares == sorted(shares)
     assert report.history[-1]["eval_loss"] == report.validation_loss
     assert TrainingReport.read(tmp_path / "out") == report
     blocks = packed_blocks(text, AutoTokenizer.from_pretrained(model), length=32)

@@ -28,11 +28,13 @@ class Chart:
     legend: list[tuple[str, Markup]]
     """Names, and what they are drawn with."""
     data: Table
+    note: str = ""
+    """How what it shows was come by, where that needs to be said."""
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One value for each matrix of each block."""
+    """One value for each matrix, or what else there is, of each block."""
 
     kind: ClassVar = "heat"
 

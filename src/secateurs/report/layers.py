@@ -30,10 +30,10 @@ def heat_map(
     least: float = 0.0,
     unit: str = "",
 ) -> HeatMap:
-    """Kinds of matrices by blocks; experts of a kind are one field, of their mean.
+    """Kinds of matrices, or what else there is in a block, by blocks; several of a kind are one field.
 
     Args:
-        values: of each matrix its name, the value, and its weights.
+        values: of each matrix its name, the value, and its weight in the field's mean.
         show: a value as text.
         log: shades go by the values' logarithms.
         least: that lies between the ends of the shades, of shares: less is nothing to see.
@@ -72,7 +72,7 @@ def heat_map(
         ends,
         Table(
             title,
-            ("block", "matrix", unit or title.lower()),
+            ("block", "kind", unit or title.lower()),
             [(str(block), kind, show(row[block])) for kind, row in means.items() for block in sorted(row)],
         ),
     )

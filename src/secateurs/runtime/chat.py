@@ -1,5 +1,6 @@
 """A conversation with a dense or a compressed model, in a terminal or line by line."""
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedTokenizerBase, TextStreamer
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.cache_utils import DynamicLayer
 
 from secateurs.checkpoint import Checkpoint, resolve
@@ -47,7 +48,6 @@ class Chat:
         self.positions = positions_of(read_config(Checkpoint(folder)))
         check_text(settings.system or "", "the system prompt")
         self.messages: list[Message] = []
-        self.cache: DynamicCache | None = None
         self.read = torch.empty(0, dtype=torch.long)
         self.reset()
         self._ids([*self.messages, {"role": "user", "content": "Hello."}])  # before weights are read
@@ -55,6 +55,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget what was said; a system prompt stays."""
+        self.cache: DynamicCache | None = None
         system = self.settings.system
         self.messages = [{"role": "system", "content": system}] if system else []
 
@@ -108,9 +109,12 @@ class Chat:
         return stream.pace
 
     def _keep(self, sequence: Tensor, cache: Cache | None) -> None:
-        """Keys and values of all that was read, for the next question, where they are all that a model keeps
-        and none are dropped: they can be cut where the next sequence parts from this one."""
-        if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
+        """Keys and values of all that was read, for the next question, where they are all that a model keeps,
+        none are dropped, and how they are rotated does not change with length: they can be cut where the next
+        sequence parts from this one."""
+        if not isinstance(cache, DynamicCache) or rotates_by_length(self.model.config):
+            return
+        if all(type(layer) is DynamicLayer for layer in cache.layers):
             self.cache, self.read = cache, sequence[0, : cache.get_seq_length()]
 
     def _kept_for(self, ids: Tensor) -> DynamicCache | None:
@@ -121,7 +125,8 @@ class Chat:
         same = int((self.read[:both] == ids[0, :both]).long().cumprod(0).sum())
         if cache is None or not same:
             return None
-        cache.crop(same - len(self.read))
+        if same < len(self.read):
+            cache.crop(same - len(self.read))
         return cache
 
     def _ids(self, messages: list[Message]) -> Tensor:
@@ -129,6 +134,12 @@ class Chat:
         conversation = Conversation(messages, where="chat")
         text = apply_template(conversation, self.tokenizer, add_generation_prompt=True)
         return torch.tensor([ids_of(text, self.tokenizer, rendered=True)])
+
+
+def rotates_by_length(config: PretrainedConfig) -> bool:
+    """Whether positions are encoded by how long a sequence has become (dynamic NTK, LongRoPE)."""
+    told = json.dumps(config.get_text_config(decoder=True).to_dict(), default=str)
+    return any(f'"{kind}"' in told for kind in ("dynamic", "longrope"))
 
 
 class _Stream(TextStreamer):

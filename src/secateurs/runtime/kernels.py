@@ -7,11 +7,11 @@ torch.compile, and adapters trained on top, see one opaque linear.
 """
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from secateurs.runtime.cpu import DTYPE_CODES, cpu_kernels
 from secateurs.runtime.format import unpack
@@ -38,9 +38,20 @@ def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: in
     return unpack(weight, layout)[first:last]
 
 
-def _layout(
-    weight: Tensor,
-    offsets: Tensor,
+def _layout(weight: Tensor, offsets: Tensor, columns: int, dtype: torch.dtype, *codes: Any) -> Layout:
+    """The layout, whose sizes follow from those of the tensors. With codes it does not count non-zeros."""
+    layout = _layout_of(len(weight), len(offsets) - 1, columns, dtype, *codes)
+    assert (weight.shape, weight.dtype, offsets.dtype) == ((layout.bytes,), torch.uint8, torch.int32)
+    assert weight.device == offsets.device
+    assert weight.is_contiguous()
+    assert offsets.is_contiguous()
+    return layout
+
+
+@lru_cache(maxsize=1 << 16)  # made anew it would take a third of a small layer's time, for each token
+def _layout_of(
+    size: int,
+    rows: int,
     columns: int,
     dtype: torch.dtype,
     bits: int = 0,
@@ -48,19 +59,12 @@ def _layout(
     half: bool = False,
     masked: bool = True,
 ) -> Layout:
-    """The layout, whose sizes follow from those of the tensors. With codes it does not count non-zeros."""
     codes = Codes(Values(bits, group, "half" if half else "whole"), masked, 0) if bits else None  # type: ignore[arg-type]
-    layout = Layout(len(offsets) - 1, columns, 0, dtype, codes)
-    rest = len(weight) - layout.bytes
+    layout = Layout(rows, columns, 0, dtype, codes)
+    rest = size - layout.bytes
     if codes is None:
-        layout = replace(layout, nonzeros=rest // dtype.itemsize)
-    else:
-        layout = replace(layout, codes=replace(codes, bytes=rest))
-    assert (weight.shape, weight.dtype, offsets.dtype) == ((layout.bytes,), torch.uint8, torch.int32)
-    assert weight.device == offsets.device
-    assert weight.is_contiguous()
-    assert offsets.is_contiguous()
-    return layout
+        return replace(layout, nonzeros=rest // dtype.itemsize)
+    return replace(layout, codes=replace(codes, bytes=rest))
 
 
 def _panels(weight: Tensor, layout: Layout) -> list[tuple[int, int]]:
@@ -80,17 +84,10 @@ def _linear(
     dtype: torch.dtype,
     *codes: Any,
 ) -> Tensor:
-    return _multiply(x, weight, offsets, bias, _layout(weight, offsets, columns, dtype, *codes))
-
-
-def _multiply(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-    # Kernels trust what they are given.
-    assert x.shape[-1] == layout.columns
+    layout = _layout(weight, offsets, columns, dtype, *codes)
+    assert x.shape[-1] == columns
     assert x.device == weight.device
-    assert len(weight) == layout.bytes
-    assert weight.is_contiguous()
-    dtype = layout.dtype
-    tokens = x.reshape(-1, layout.columns)
+    tokens = x.reshape(-1, columns)
     shape = (*x.shape[:-1], layout.rows)
     direct = DIRECT_TOKENS if layout.codes is None else DIRECT_TOKENS_OF_CODES
     if weight.is_cuda and x.dtype in DTYPE_CODES:
@@ -206,17 +203,6 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("secateurs::linear", _backward, setup_context=_save)
 
 
-def _nobody_watches(x: Tensor) -> bool:
-    """Whether neither autograd nor a compiler, nor any mode, has to see an operator, but only its result."""
-    return (
-        not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
-
-
 def sparse_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
     """x W^T + bias, for a packed W that is not trained; differentiable in x and bias.
 
@@ -230,8 +216,6 @@ def sparse_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | Non
     Returns:
         (..., rows).
     """
-    if _nobody_watches(x):  # decoding on a CPU: a third of the time of a small layer is saved
-        return _multiply(x, weight, offsets, bias, layout)
     return torch.ops.secateurs.linear(x, weight, offsets, bias, layout.columns, layout.dtype, *_form(layout))
 
 

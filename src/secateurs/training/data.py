@@ -300,6 +300,11 @@ class ChatData:
                     return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
                 return super().compute_loss(model, inputs, *args, **kwargs)
 
+            def log(self, *args: Any, **kwargs: Any) -> None:
+                for metrics in self._metrics.values():
+                    metrics.pop("num_tokens", None)  # TRL's loss counts; `num_input_tokens_seen` is right
+                super().log(*args, **kwargs)
+
         held_out = None if self.validation is None else rows(self.lessons["validation"])
         disable_progress_bars()
         try:

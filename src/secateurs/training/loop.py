@@ -11,7 +11,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerState
 
 from secateurs.checkpoint.config import quiet
+from secateurs.training.units import NAMES
 from secateurs.training.watch import Over
+
+LOGGED = (
+    "step", "seconds", "tokens", "loss", "eval_loss", "omission_rate", "speedup_by_flops", "sparsity",
+)  # fmt: skip
+SHARES = tuple(f"{units}_kept/" for units in NAMES.values())
+"""Behind which comes a block's number: see `SparseTraining.shares_kept`. Said when they change."""
 
 
 def make_steps(run: Trainer, last: Path | None) -> None:
@@ -66,9 +73,11 @@ def recent_loss(state: TrainerState) -> float:
 
 
 def history(state: TrainerState) -> list[dict[str, float]]:
-    """What was logged on the way: of each step its loss, and its omission rate or share of zeros, if any."""
-    names = ("step", "loss", "eval_loss", "omission_rate", "sparsity")
-    entries = [{name: entry[name] for name in names if name in entry} for entry in state.log_history]
+    """What was logged with each loss: the step, time and tokens until then, and how sparse it was."""
+    entries = [
+        {name: value for name, value in entry.items() if name in LOGGED or name.startswith(SHARES)}
+        for entry in state.log_history
+    ]
     return [entry for entry in entries if "loss" in entry or "eval_loss" in entry]
 
 

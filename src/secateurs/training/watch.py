@@ -110,6 +110,8 @@ class Watch(TrainerCallback):
                     f"the {what} is not finite at step {state.global_step}: try a smaller learning rate; the "
                     f"checkpoints before it stay in '{args.output_dir}'"
                 )
+        passed = {"seconds": round(self.seconds, 3), "tokens": state.num_input_tokens_seen}
+        state.log_history[-1].update(passed)
         if logs and "loss" in logs:
             self.loss = f", loss {logs['loss']:.4f}"
 
