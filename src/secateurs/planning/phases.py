@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from secateurs.calibration.sequences import AT_ONCE
 from secateurs.pattern import Unstructured
-from secateurs.planning.memory import BACKWARD, WEIGHTS
+from secateurs.planning.memory import WEIGHTS, BlockMemory
 from secateurs.planning.work import CALLS, Amounts, BlockWork, Kind, Text, rounding, sum_of
 from secateurs.pruning.allocation.fitting import TOKENS
 from secateurs.pruning.allocation.forms import GRIDS, SHARES
@@ -23,8 +23,8 @@ from secateurs.pruning.solvers.sparsegpt import SparseGPT
 from secateurs.pruning.tables import ROWS
 from secateurs.recovery.run import HELD_OUT
 
-SAMPLED = 60
-"""Bytes that are moved for each of the vocabulary's logits to draw a token."""
+OF_A_TOKEN = 1.1e-3
+"""Seconds of Python in a block for each token of a batch that the model writes."""
 
 SCORED = 40
 """Bytes for each weight in OWL's scores."""
@@ -38,6 +38,10 @@ TRAINED, HELD = 90, 60
 DIVERGED = 150
 """Bytes for each logit of a step: both models', in float32, their exponentials and the gradient."""
 
+BACKWARD = 1.5
+"""Values that backpropagation keeps of a whole model for each that matrices are given or give: gate and up
+share what they are given, and so do q, k and v."""
+
 SAVED = 3
 """Checkpoints of recovery that are on the disk at once, each with the weights and the optimiser's two
 moments in float32; and of the ten that are written."""
@@ -47,8 +51,10 @@ class Cost(NamedTuple):
     """Of a phase."""
 
     amounts: Amounts
-    bytes: float
-    """That it holds at once where it computes."""
+    stays: float = 0.0
+    """Bytes that are held all the while, where it computes."""
+    passes: float = 0.0
+    """The most bytes that come and go meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,11 @@ class Whole:
         """As the model is stored."""
         return float(self.parameters * self.dtype_bytes)
 
+    @property
+    def looked_at(self) -> float:
+        """See `BlockMemory.looked_at`, of the largest."""
+        return max(BlockMemory(block, self.hidden).looked_at() for block, _ in self.kinds())
+
     def kinds(self) -> Iterator[tuple[BlockWork, int]]:
         """Blocks that differ, and how many there are of each."""
         counts = Counter(id(block.anatomy) for block in self.blocks)
@@ -104,26 +115,29 @@ def written(model: Whole, text: Text) -> Cost:
     heads = [block.anatomy.heads for block in model.blocks]
     # Keys and values, which are copied whole to append one.
     cached = sum(2.0 * each.kv_count * each.dim for each in heads if each) * model.dtype_bytes
+    attended = sum(2.0 * each.count * each.dim for each in heads if each)
     amounts = model.passed(text.tokens)
-    amounts["run", "moved"] += steps * model.bytes + text.tokens * (
-        3 * cached * text.length / 2 + SAMPLED * model.vocabulary
-    )
-    amounts["run", "calls"] = steps * (CALLS["forward"] * len(model.blocks) + CALLS["matrix"])
+    amounts["run", "attention"] = amounts["run", "calls"] = 0.0  # which are others for a token alone
+    amounts["run", "recalled"] = text.tokens * attended * text.length / 2
+    amounts["run", "drawn"] = float(text.tokens * model.vocabulary)
+    amounts["run", "moved"] += steps * model.bytes + text.tokens * 3 * cached * text.length / 2
+    amounts["run", "python"] = steps * OF_A_TOKEN * len(model.blocks)
     held = model.bytes + rows * text.length * cached * (1 + 2 / len(model.blocks))
-    return Cost(amounts.in_phase("text"), held + 16.0 * rows * model.vocabulary)
+    # Large tensors that grow, which an allocator gives back.
+    return Cost(amounts.in_phase("text"), stays=held + 16.0 * rows * model.vocabulary)
 
 
 def experts_scored(model: Whole) -> Cost:
     """One pass, with each choice of a token's by itself: `pruning/reap.py`."""
     total = Amounts({("run", "disk"): model.bytes})
     for block, count in model.kinds():
-        tokens = block.text.tokens
-        total.add(block.forward("run", tokens), count)
-        experts = sum(
-            block.share(matrix) * math.prod(matrix.shape) for group in block.expert_groups for matrix in group
-        )
-        total["run", "products"] += 2.0 * count * tokens * experts
-    return Cost(total.in_phase("survey"), 0.0)
+        of_block, groups = block.forward("run", block.text.tokens), block.expert_groups
+        experts = sum(block.share(matrix) * math.prod(matrix.shape) for group in groups for matrix in group)
+        # As a choice by itself a token goes twice to the same expert, and each choice makes a pass.
+        of_block["run", "products"] += 2.0 * block.text.tokens * experts
+        of_block["run", "shapes"] *= block.choices
+        total.add(of_block, count)
+    return Cost(total.in_phase("survey"), passes=model.looked_at)
 
 
 def surveyed(model: Whole, allocator: Allocator) -> Cost:
@@ -133,7 +147,7 @@ def surveyed(model: Whole, allocator: Allocator) -> Cost:
     total = _measured(model)
     if isinstance(allocator, OWL):
         total["run", "moved"] += SCORED * sum(block.weights for block in model.blocks)
-    return Cost(total.in_phase("survey"), 0.0)
+    return Cost(total.in_phase("survey"), passes=model.looked_at)
 
 
 def forms_measured(model: Whole) -> Cost:
@@ -175,15 +189,9 @@ def _attempted(model: Whole, attempts: Sequence[Solver], tokens: int) -> Cost:
                     flops = 6.0 * block.share(matrix) * seen * rows * columns * 3
                     total["run", "products"] += count * len(attempts) * flops
             total["run", "moved"] += count * len(group) * len(attempts) * COMPARED * seen * model.hidden
-            copies = max(WEIGHTS.get(type(solver), 0) for solver in attempts)
-            held = max(
-                held,
-                sum(4.0 * g[0].shape[1] ** 2 for g in block.anatomy.groups)
-                + 4.0 * copies * rows * columns
-                + 8.0 * columns**2
-                + 12.0 * seen * model.hidden,
-            )
-    return Cost(total.in_phase("survey"), held)
+        # What the block gave, what it gives now and how far that is, in float32.
+        held = max(held, BlockMemory(block, model.hidden).looked_at(attempts) + 12.0 * seen * model.hidden)
+    return Cost(total.in_phase("survey"), passes=held)
 
 
 def tables_rounded(model: Whole, text: Text) -> Cost:
@@ -197,7 +205,7 @@ def tables_rounded(model: Whole, text: Text) -> Cost:
         total["solve", "float32"] += 4.0 * model.vocabulary * width**2  # errors
     part = min(ROWS, model.vocabulary) * width
     held = 3.0 * model.vocabulary * width * model.dtype_bytes + 4.0 * (WEIGHTS[ToGrids] + 2) * part
-    return Cost(total, held + 16.0 * width**2)
+    return Cost(total, passes=held + 16.0 * width**2 + BlockMemory(last, width).stream)
 
 
 def recovered(model: Whole, tokens: int, batch: Text, *, low: bool, ranks: int, on_grid: bool) -> Cost:
@@ -226,12 +234,13 @@ def recovered(model: Whole, tokens: int, batch: Text, *, low: bool, ranks: int, 
     amounts["run", "moved"] += steps * weighed * model.parameters + DIVERGED * logits
     amounts["run", "calls"] += steps * CALLS["step"] * len(model.blocks)
     amounts["run", "disk"] += min(steps, 10) * 12.0 * model.parameters + 3 * model.bytes
-    values = sum(block.values for block in model.blocks)
-    width = model.dtype_bytes if low else 4
-    held = (17.0 + width) * model.parameters + together / ranks * (
-        BACKWARD * values + 2 * width * model.vocabulary
-    )
-    return Cost(amounts.in_phase("recover"), held)
+    # In float32: weights, gradients and the optimiser's two moments; a mask of a byte; the dense model, and
+    # where products are in the model's dtype what is multiplied. Logits of both, and in float32 to compare.
+    multiplied = model.dtype_bytes if low else 0
+    weights = (17.0 + multiplied) * model.parameters + model.bytes
+    values = BACKWARD * (multiplied or 4) * sum(block.values for block in model.blocks)
+    logits_bytes = (4 + multiplied + model.dtype_bytes) * model.vocabulary
+    return Cost(amounts.in_phase("recover"), weights, together / ranks * (values + logits_bytes))
 
 
 def _renamed(amounts: Amounts, kind: Kind, other: Kind) -> Amounts:

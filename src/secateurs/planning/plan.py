@@ -203,17 +203,17 @@ def plan(model: str | Path, *, settings: PlanSettings) -> Plan:
     if settings.leaves_layers and settings.grid_of_tables is not None:
         amounts.add(sum_of(block.pushed() for block in blocks[:-1]))
     amounts.add(sum_of(cost.amounts for cost in costs))
+    amounts["load", "python"] += BEGIN
+    amounts["write", "python"] += OF_A_BLOCK * len(blocks)
     seconds = machine.seconds(amounts)
-    seconds["load"] += BEGIN
-    seconds["write"] += OF_A_BLOCK * len(blocks)
     memory = [BlockMemory(block, text_config.hidden_size) for block in blocks]
     host, device, place = _memory(memory, machine, max(outside, default=0) * dtype.itemsize)
     if low and not machine.is_gpu:
         host += OF_A_KERNEL * min(KERNELS, _of_kind(amounts, "shapes") / 3)
-    held = max((cost.bytes for cost in costs), default=0.0)
     if machine.is_gpu:
-        device = max(device, held)
+        device = max(device, *(cost.stays + cost.passes for cost in costs), 0.0)
     else:
+        held = max((cost.stays + HEAP * cost.passes for cost in costs), default=0.0)
         host = max(host, BASE + BLOCK * len(blocks) + held)
     disk = pruned.bytes
     if settings.recover:
@@ -282,7 +282,7 @@ def _costs(
         allocator: that looks at the model first.
         low: see `BlockWork`.
     """
-    if count := settings.written(text.samples or settings.samples):
+    if count := settings.written(text.samples):
         yield written(before, replace(text, samples=count))
     if settings.share_of_experts < 1:
         yield experts_scored(before)
@@ -294,15 +294,17 @@ def _costs(
         yield tables_rounded(pruned, replace(text, samples=math.ceil(text.samples / settings.ranks)))
     if settings.recover:
         told = settings.recovery("", "")
-        several, length = told.sequences(text.length), text.length
-        trained = Text(several, length, max(settings.ranks, STEP_TOKENS // length))
+        length = text.length
+        several = text.samples if isinstance(settings.calibration, Tensor) else told.sequences(length)
+        each = max(1, STEP_TOKENS // length // settings.ranks)
+        trained = Text(several, length, settings.ranks * each)
         if count := settings.written(several):
             yield written(before, replace(trained, samples=count))
         # The dense model has all experts.
         more = (before.parameters - pruned.parameters) * before.dtype_bytes
         on_grid = settings.rounds or settings.is_bounded
         cost = recovered(pruned, settings.recover, trained, low=low, ranks=settings.ranks, on_grid=on_grid)
-        yield cost._replace(bytes=cost.bytes + more)
+        yield cost._replace(stays=cost.stays + more)
 
 
 def _compressed(

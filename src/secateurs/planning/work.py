@@ -32,6 +32,7 @@ Phase = Literal["text", "load", "survey", "run", "solve", "refine", "write", "re
 
 Kind = Literal[
     "products",
+    "attention",
     "sums",
     "float32",
     "factors",
@@ -42,17 +43,23 @@ Kind = Literal[
     "moved",
     "calls",
     "shapes",
+    "recalled",
+    "drawn",
+    "python",
     "disk",
 ]
-"""products: floating-point operations (FLOPs) of products in the dtype that the model runs in; sums: of
-those that are summed over tokens in float32, such as second moments; float32: of products in it; factors:
-of factorisations, inverses and triangular solves; sweep: of SparseGPT's inner loop; ranked: weights among
-which a threshold is found; rounded: weights that are, a group of columns at a time; passed: values in the
-model's dtype that elementwise work of its own code goes through; moved: bytes that other elementwise work
-reads and writes; calls: kernels that are started; shapes: products of as many tokens as none before, for
-which a processor's library makes a kernel in half precision; disk: bytes read and written there."""
+"""products: floating-point operations (FLOPs) of products in the dtype that the model runs in; attention: of
+those of attention, whose softmax comes with them; sums: of those that are summed over tokens in float32, such
+as second moments; float32: of products in it; factors: of factorisations, inverses and triangular solves;
+sweep: of SparseGPT's inner loop; ranked: weights among which a threshold is found; rounded: weights that are,
+a group of columns at a time; passed: values in the model's dtype that elementwise work of its own code goes
+through; moved: bytes that other elementwise work reads and writes; calls: kernels that are started; shapes:
+products of as many tokens as none before, for which a processor's library makes a kernel in half precision;
+recalled: values in keys and values that a single new token attends to; drawn: logits from which tokens are
+drawn; python: seconds of Python around kernels, taken to be the same everywhere; disk: bytes read and written
+there."""
 
-FLOPS: tuple[Kind, ...] = ("products", "sums", "float32", "factors", "sweep")
+FLOPS: tuple[Kind, ...] = ("products", "attention", "sums", "float32", "factors", "sweep")
 
 
 class Amounts(dict[tuple[Phase, Kind], float]):
@@ -165,12 +172,13 @@ class BlockWork:
         self, phase: Phase, tokens: float, until: Group | None = None, *, times: float = 1
     ) -> Amounts:
         """Tokens' way through a block as far as a group's input, or to its end."""
-        flops = values = 0.0
+        flops = values = attention = 0.0
         calls, shapes = CALLS["forward"], 0
         for group in self.anatomy.groups:
             if self.anatomy.reads_mixed(group) and self.anatomy.heads is not None:
                 heads = self.anatomy.heads
-                flops += 2.0 * heads.count * heads.dim * self.text.length  # two products, half of each masked
+                # Two products, half of each masked.
+                attention += 2.0 * heads.count * heads.dim * self.text.length
             if group is until:
                 break
             for matrix in group:
@@ -183,6 +191,7 @@ class BlockWork:
         return Amounts(
             {
                 (phase, "products"): times * tokens * flops,
+                (phase, "attention"): times * tokens * attention,
                 (phase, "passed"): times * tokens * values * PASSES["forward"],
                 (phase, "calls"): times * batches * calls,
                 (phase, "shapes"): times * batches * shapes,
@@ -273,6 +282,11 @@ class BlockWork:
     @property
     def expert_groups(self) -> list[Group]:
         return [group for group in self.anatomy.groups if group[0].expert is not None]
+
+    @property
+    def choices(self) -> int:
+        """Experts that a token goes to."""
+        return round(sum(self.share(group[0]) for group in self.expert_groups if not self._is_down(group)))
 
     def _local(self, pruner: Local) -> Amounts:
         amounts = Amounts()
