@@ -195,7 +195,7 @@ def test_a_command_of_prune_is_one_of_plan(config_alone, monkeypatch, capsys):
 
 def test_a_file_of_settings_for_prune_is_one_for_plan(config_alone, monkeypatch, capsys):
     (config_alone / "run.yaml").write_text(
-        "calibration: {text.txt: 0.5, self: 0.5}\nbudget: 1MB\noutput: there\nlength: 32\n"
+        "calibration: {text.txt: 0.5, self: 0.5}\nbudget: 200KB\noutput: there\nlength: 32\n"
     )
     arguments = ["secateurs", "plan", str(config_alone), "--config", str(config_alone / "run.yaml")]
     monkeypatch.setattr("sys.argv", [*arguments, "--device", "h100"])
@@ -255,6 +255,9 @@ def test_this_machine_is_tested():
         ({"experts": "50%"}, "no experts to drop"),
         ({"method": "magnitude", "allocation": "sensitivity"}, "measured on calibration text"),
         ({"budget": "1MB", "values": "int4"}, "leave values out"),
+        ({"budget": "1KB"}, "below the least"),
+        ({"budget": "1GB"}, "holds the model as it is"),
+        ({"bytes_per_weight": 0.001}, "below the least"),
         ({"recover": -1}, "number of tokens"),
         ({"pattern": "3:7"}, "model.layers.0.self_attn.q_proj has 64 inputs"),
     ],

@@ -18,7 +18,7 @@ from secateurs.checkpoint.config import read_config
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import multiplies_bfloat16, resolve_device
 from secateurs.pattern import Unstructured
-from secateurs.planning.compressed import matrices_packed, table_packed, tables_of
+from secateurs.planning.compressed import bytes_of_budget, matrices_packed, table_packed, tables_of
 from secateurs.planning.machine import Machine, card, measured
 from secateurs.planning.memory import BlockMemory
 from secateurs.planning.phases import (
@@ -315,14 +315,14 @@ def _compressed(
     dtype: torch.dtype,
 ) -> int:
     """Bytes of what `compress` makes of the result, at most; of a budget what was asked for."""
-    if settings.budget is not None:
-        return size_in_bytes(settings.budget)
     weights = sum(prod(matrix.shape) for block in blocks for matrix in block.matrices.values())
     rest = (parameters - weights) * dtype.itemsize
     if (grid := settings.grid_of_tables) is not None:
         rest += sum(table_packed(shape, grid, dtype) - prod(shape) * dtype.itemsize for shape in tables)
-    if settings.bytes_per_weight is not None:
-        return int(settings.bytes_per_weight * weights) + rest
+    if settings.is_bounded:
+        most = None if settings.budget is None else size_in_bytes(settings.budget)
+        each = settings.bytes_per_weight
+        return bytes_of_budget(blocks, dtype, rest, budget=most, bytes_per_weight=each)
     form = Form(settings.wanted.sparsity, settings.grid)
     return rest + sum(matrices_packed(block, form, dtype) for block in blocks)
 

@@ -48,8 +48,6 @@ class PlanSettings(PruneSettings):
             raise ValueError(f"ranks are a number of processes, not {self.ranks}")
         if self.samples < self.ranks:
             raise ValueError(f"{self.samples} samples do not go round {self.ranks} ranks: give one for each")
-        if self.length is not None and self.length < 1:
-            raise ValueError(f"length is a number of tokens, not {self.length}")
 
     @property
     def card(self) -> str | None:
