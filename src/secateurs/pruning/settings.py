@@ -165,7 +165,7 @@ class PruneSettings(InWindows, OnDevice):
         if self.samples < 1:
             raise ValueError(f"samples are at least 1, not {self.samples}")
         if self.length is not None and self.length < 1:
-            raise ValueError(f"length is a number of tokens, not {self.length}")
+            raise ValueError(f"length is at least 1, not {self.length}")
         if self.calibration is not None and not isinstance(self.calibration, Tensor):
             counts_of(sources_of(self.calibration), self.samples)
         if self.batch_size is not None and self.batch_size < 1:
