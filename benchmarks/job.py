@@ -66,16 +66,18 @@ def finish_imports(model: str) -> int:
     return peak_bytes()
 
 
-def secateurs(model: str, tokens: str | None, output: str, **settings: Any) -> Record:
-    """Ours, with its default settings but for those given."""
+def secateurs(
+    model: str, output: str, tokens: str | None = None, calibration: str | None = None, **settings: Any
+) -> Record:
+    """Ours, with its default settings but for those given: by token ids, or other text."""
     from safetensors.torch import load_file
 
     import secateurs
 
     imports = finish_imports(model)
-    ids = load_file(tokens)["ids"] if tokens else None
+    text = load_file(tokens)["ids"] if tokens else calibration
     before = time.process_time()
-    report = secateurs.prune(model, output=output, calibration=ids, device="cpu", **settings)
+    report = secateurs.prune(model, output=output, calibration=text, device="cpu", **settings)
     # Those of a run that was interrupted, too.
     matrices = len(report.layers)
     return {

@@ -2,10 +2,11 @@
 
 Small models with random weights, and the bundled one, on 32 x 256 tokens at 50 %, each run in a process of
 its own with one thread (OMP_NUM_THREADS=1). Seconds are the processor's, from reading to the pruned folder;
-memory is the peak above what the imports hold. Then the same of SparseGPT on narrow Llamas by depth, width
-and samples, one at a time: seconds should grow in proportion to depth and samples, memory not with depth.
-With --only large, nothing is run: what is said of large models, whose configurations are here; with --only
-recorded neither: what is said of the runs on an H200 that gpu_prune.json has.
+memory is the peak above what the imports hold. Then the same of options that add to a run, with the bytes of
+what `compress` makes of its result. Then the same of SparseGPT on narrow Llamas by depth, width and samples,
+one at a time: seconds should grow in proportion to depth and samples, memory not with depth. With --only
+large, nothing is run: what is said of large models, whose configurations are here; with --only recorded
+neither: what is said of the runs on an H200 that gpu_prune.json has.
 
     OMP_NUM_THREADS=1 python benchmarks/plan.py
 """
@@ -28,6 +29,7 @@ from random_models import random_experts, random_llama, random_tokens
 from secateurs import demo
 from secateurs.planning import plan as planning
 from secateurs.planning.machine import measured
+from secateurs.runtime.convert import compressed_bytes
 
 METHODS = ("wanda", "sparsegpt", "admm", "sparsellm")
 SAMPLES, LENGTH, PATTERN = 32, 256, "50%"
@@ -75,9 +77,13 @@ KEPT: dict[tuple[str, str], Record] = {}
 def compare(part: str, jobs: dict[Any, Record], rows: list[Record], about: Record, results: Path) -> None:
     """Plan and run each, and add it to the rows."""
     for name, job in jobs.items():
-        model, method = job["model"], job["method"]
-        samples, length = job.pop("samples"), job.pop("length")
-        said = secateurs.plan(model, device="cpu", method=method, samples=samples, length=length)
+        method, samples = job["method"], job["samples"]
+        own = ("tool", "model", "tokens", "output")
+        said = secateurs.plan(
+            job["model"], device="cpu", **{name: job[name] for name in job.keys() - set(own)}
+        )
+        if "tokens" in job:  # which say so themselves
+            del job["samples"], job["length"]
         run = KEPT.get((part, name)) or in_processes({name: job}, 1)[name][0]
         above = run["peak_bytes"] - run["import_bytes"]
         row = {
@@ -90,6 +96,11 @@ def compare(part: str, jobs: dict[Any, Record], rows: list[Record], about: Recor
             "seconds_ratio": said.total_seconds / run["processor_seconds"],
             "bytes_ratio": said.host_bytes / above,
         }
+        if part == "options":
+            if "compressed_bytes" not in run:
+                run["compressed_bytes"] = compressed_bytes(job["output"])
+            row["planned"]["compressed_bytes"] = said.compressed_bytes
+            row["compressed_ratio"] = said.compressed_bytes / run["compressed_bytes"]
         rows.append(row)
         save(results, about, rows)
         cells = [name, method, said.total_seconds, run["processor_seconds"], row["seconds_ratio"]]
@@ -134,6 +145,37 @@ def against_runs(rows: list[Record], about: Record, results: Path) -> None:
             for method in METHODS
         }
         compare("run", jobs, rows, about, results)
+
+
+OPTIONS: dict[str, Record] = {
+    "--values int4": {"values": "int4"},
+    "--values int4, sparsellm": {"values": "int4", "method": "sparsellm", "effort": "fast"},
+    "--embedding int8": {"embedding": "int8"},
+    "--budget 5MB": {"budget": "5MB"},
+    "--allocation owl": {"allocation": "owl"},
+    "--allocation sensitivity": {"allocation": "sensitivity"},
+    "--calibration self": {"calibration": "self"},
+    "--recover 65536": {"recover": 65536},
+    "--recover 65536 --values int4": {"recover": 65536, "values": "int4"},
+    "--experts 75%": {"experts": "75%"},
+}
+"""On top of SparseGPT on the bundled model, the last one on 8 experts."""
+
+
+def options(rows: list[Record], about: Record, results: Path) -> None:
+    """What else `prune` takes, one by one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary)
+        for name, given in OPTIONS.items():
+            model = random_experts(here / "experts") if "experts" in given else BUNDLED
+            vocabulary = secateurs.Checkpoint(model).config["vocab_size"]
+            tokens = random_tokens(here / "tokens.safetensors", SAMPLES, LENGTH, vocabulary)
+            job = job_of(model, tokens, here / "pruned", "sparsegpt") | given
+            if "budget" in given:
+                del job["pattern"]
+            if "calibration" in given:
+                del job["tokens"]
+            compare("options", {name: job}, rows, about, results)
 
 
 def scaling(rows: list[Record], about: Record, results: Path) -> None:
@@ -197,7 +239,7 @@ def recorded(rows: list[Record], about: Record, results: Path) -> None:
     save(results, about, rows)
 
 
-PARTS = {"run": against_runs, "scaling": scaling, "large": large, "recorded": recorded}
+PARTS = {"run": against_runs, "options": options, "scaling": scaling, "large": large, "recorded": recorded}
 
 
 def main() -> None:

@@ -28,8 +28,9 @@ from secateurs.evaluation.measure import EvaluateSettings, evaluate
 from secateurs.evaluation.plot import PlotSettings, plot
 from secateurs.evaluation.speed import BenchSettings, bench
 from secateurs.evaluation.speed import table as table_of_costs
-from secateurs.planning.plan import PlanSettings, plan
+from secateurs.planning.plan import plan
 from secateurs.planning.plan import table as table_of_plan
+from secateurs.planning.settings import PlanSettings
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
 from secateurs.pruning.walk import prune

@@ -12,8 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import secateurs
+from secateurs.cli import main
 from secateurs.planning.machine import CARDS, Machine, measured
 from secateurs.planning.work import Amounts
+from secateurs.pruning.allocation.fitting import measure_forms
+from secateurs.runtime.convert import compressed_bytes
+from secateurs.settings import options
 
 SAMPLES, LENGTH = 6, 48
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
@@ -77,6 +81,12 @@ class Count(TorchDispatchMode):
         ("llama", {"method": "sparsellm", "effort": "best", "refine": 0}),
         ("moe", {"method": "admm"}),
         ("moe", {"method": "sparsellm", "refine": 0}),
+        ("llama", {"method": "sparsegpt", "values": "int4"}),
+        ("llama", {"method": "sparsellm", "values": "int4", "refine": 0}),
+        ("llama", {"method": "wanda", "embedding": "int8"}),
+        ("llama", {"method": "sparsegpt", "allocation": "owl"}),
+        ("llama", {"method": "wanda", "allocation": "sensitivity"}),
+        ("moe", {"method": "sparsegpt", "experts": "50%"}),
     ],
     ids=str,
 )
@@ -86,15 +96,33 @@ def test_operations_are_those_of_the_run(models, tmp_path, model, settings):
         secateurs.prune(
             models[model], output=tmp_path / "out", calibration=ids, device="cpu", batch_size=2, **settings
         )
-    said = secateurs.plan(
-        models[model], device="a100", samples=SAMPLES, length=LENGTH, batch_size=2, **settings
-    ).flops
-    planned = {
-        "products": said["products"] + said["sums"] + said["float32"],
-        "factors": said["factors"],
-    }
-    for kind, flops in planned.items():
+    for kind, flops in operations(models[model], **settings).items():
         assert flops == pytest.approx(counted.flops[kind], rel=0.1, abs=2e6), kind
+
+
+def operations(model, **settings):
+    """As `Count` counts them."""
+    said = secateurs.plan(
+        model, device="a100", samples=SAMPLES, length=LENGTH, batch_size=2, **settings
+    ).flops
+    products = sum(said[kind] for kind in ("products", "attention", "sums", "float32"))
+    return {"products": products, "factors": said["factors"]}
+
+
+def test_operations_are_those_of_what_a_budget_measures(models, tmp_path, monkeypatch):
+    ids, counted = torch.randint(100, (SAMPLES, LENGTH)), Count()
+
+    def measure(*arguments):
+        with counted:
+            return measure_forms(*arguments)
+
+    monkeypatch.setattr("secateurs.pruning.walk.measure_forms", measure)
+    told = {"method": "sparsegpt", "batch_size": 2, "bytes_per_weight": 0.6}
+    secateurs.prune(models["llama"], output=tmp_path / "out", calibration=ids, device="cpu", **told)
+    all_in_all = operations(models["llama"], method="sparsegpt", bytes_per_weight=0.6)
+    of_the_walk = operations(models["llama"], method="sparsegpt", values="int4")
+    for kind, flops in all_in_all.items():
+        assert flops - of_the_walk[kind] == pytest.approx(counted.flops[kind], rel=0.1), kind
 
 
 def test_time_is_linear_in_depth_and_samples_and_memory_does_not_grow_with_depth(config_alone):
@@ -148,6 +176,57 @@ def test_the_host_has_to_hold_the_activations_that_it_keeps(config_alone):
     assert replace(kept, host_memory=None).fits
 
 
+def test_all_options_of_prune_are_options_of_plan():
+    known = {option.name: option.type for option in options(secateurs.PlanSettings)}
+    for option in options(secateurs.PruneSettings):
+        assert known[option.name] == option.type
+
+
+def test_a_command_of_prune_is_one_of_plan(config_alone, monkeypatch, capsys):
+    of_prune = ["--calibration", "no-such-text.txt=0.5", "self:temperature=0.9", "--pattern", "60%"]
+    of_prune += ["--values", "int4:group=32", "--embedding", "int8", "--allocation", "owl:level=layer"]
+    of_prune += ["--effort", "fast", "--repair", "0.4", "--seed", "3", "--bos", "yes", "--field", "words"]
+    of_prune += ["--length", "32", "--recover", "4096", "--output", "there", "--max-shard-size", "1GB"]
+    monkeypatch.setattr("sys.argv", ["secateurs", "plan", str(config_alone), *of_prune, "--device", "h100"])
+    main()
+    said = capsys.readouterr().out
+    assert all(f"time: {phase}" in said for phase in ("text", "survey", "solve", "recover"))
+
+
+def test_a_file_of_settings_for_prune_is_one_for_plan(config_alone, monkeypatch, capsys):
+    (config_alone / "run.yaml").write_text(
+        "calibration: {text.txt: 0.5, self: 0.5}\nbudget: 200KB\noutput: there\nlength: 32\n"
+    )
+    arguments = ["secateurs", "plan", str(config_alone), "--config", str(config_alone / "run.yaml")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--device", "h100"])
+    main()
+    assert "time: survey" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["llama", "moe"])
+@pytest.mark.parametrize(
+    "settings", [{"pattern": "70%"}, {"pattern": "2:4", "values": "int3", "embedding": "int8"}]
+)
+def test_compress_makes_no_more_of_it_than_is_said(models, tmp_path, model, settings):
+    settings = {"method": "magnitude", "device": "cpu"} | settings
+    secateurs.prune(models[model], output=tmp_path / "out", **settings)
+    said = secateurs.plan(models[model], **settings).compressed_bytes
+    assert said == pytest.approx(compressed_bytes(tmp_path / "out"), rel=0.05)
+
+
+def test_what_is_done_beside_the_walk_takes_time(config_alone):
+    told = {"device": "h100", "method": "wanda", "length": 32}
+    plain = secateurs.plan(config_alone, **told)
+    own = secateurs.plan(config_alone, calibration="self", **told)
+    trained = secateurs.plan(config_alone, recover=100_000, **told)
+    assert plain.seconds["text"] == plain.seconds["survey"] == plain.seconds["recover"] == 0
+    assert own.seconds["text"] > 0
+    half = secateurs.plan(config_alone, calibration={"self": 0.5, "text.txt": 0.5}, samples=256, **told)
+    assert half.seconds["text"] == pytest.approx(own.seconds["text"])
+    assert trained.device_bytes >= 16 * trained.parameters
+    assert trained.disk_bytes > 3 * 12 * trained.parameters
+
+
 def test_magnitude_needs_no_text(config_alone):
     said = secateurs.plan(config_alone, device="a100", method="magnitude")
     assert said.tokens == 0
@@ -173,6 +252,13 @@ def test_this_machine_is_tested():
         ({"method": "thanos"}, "unknown method"),
         ({"pattern": "170%"}, "170%"),
         ({"samples": 0}, "samples"),
+        ({"experts": "50%"}, "no experts to drop"),
+        ({"method": "magnitude", "allocation": "sensitivity"}, "measured on calibration text"),
+        ({"budget": "1MB", "values": "int4"}, "leave values out"),
+        ({"budget": "1KB"}, "below the least"),
+        ({"budget": "1GB"}, "holds the model as it is"),
+        ({"bytes_per_weight": 0.001}, "below the least"),
+        ({"recover": -1}, "number of tokens"),
         ({"pattern": "3:7"}, "model.layers.0.self_attn.q_proj has 64 inputs"),
     ],
 )

@@ -11,12 +11,15 @@ from typing import NamedTuple, get_args
 import psutil
 import torch
 from torch.nn.functional import linear, silu
+from torch.nn.functional import scaled_dot_product_attention as attend
 
 from secateurs.device import resolve_device
 from secateurs.pattern import NM, Unstructured
 from secateurs.planning.work import Amounts, Kind, Phase
+from secateurs.pruning.solvers.rounding import Rounding, kernel_for
 from secateurs.pruning.solvers.sparsegpt import sweep_for
 from secateurs.pruning.solvers.statistics import Statistics
+from secateurs.values import Values
 
 SIZE = 1024
 """Of the matrices of the self-test."""
@@ -85,6 +88,10 @@ class Efficiency(NamedTuple):
     """Elementwise work, of the bandwidth."""
     bytes_ranked: float = 2100.0
     """What finding a threshold takes for each weight, as bytes of the bandwidth."""
+    bytes_rounded: float = 4000.0
+    """What rounding takes for each weight, as bytes of the bandwidth: a guess, no run was measured."""
+    bytes_drawn: float = 60.0
+    """What drawing a token takes for each logit, as bytes of the bandwidth: another guess."""
     bytes_swept: float = 60.0
     """What SparseGPT's inner loop takes for each FLOP, as bytes of the bandwidth."""
     calls: float = 1e5
@@ -107,15 +114,20 @@ def card(name: str, dtype: torch.dtype) -> Machine:
         int(of.memory),
         {
             "products": products,
+            "attention": products,
             "sums": products,
             "float32": float32,
             "factors": share.factors * of.float32,
             "sweep": of.bandwidth / share.bytes_swept,
             "ranked": of.bandwidth / share.bytes_ranked,
+            "rounded": of.bandwidth / share.bytes_rounded,
             "passed": share.moved * of.bandwidth / (3 * dtype.itemsize),  # two read and one written, say
             "moved": share.moved * of.bandwidth,
             "calls": share.calls,
             "shapes": math.inf,
+            "recalled": share.moved * of.bandwidth / dtype.itemsize,
+            "drawn": of.bandwidth / share.bytes_drawn,
+            "python": 1.0,
             "disk": DISK,
         },
     )
@@ -140,24 +152,42 @@ def measured(device: str | None, dtype: torch.dtype) -> Machine:
     sweep, sums = sweep_for(matrix), Statistics(SIZE, device=where)
     large = torch.ones(3, 2 * SIZE, SIZE, device=where)
     sizes = itertools.count(17)
+    heads = stream.view(1, 32, SIZE, 64)[:, :16, : SIZE // 2]
+    chances = torch.rand(16, 4 * SIZE, device=where)
     work: dict[Kind, tuple[float, Callable[[], object]]] = {
         "products": (4 * SIZE**3, lambda: linear(stream, low)),
+        "attention": (
+            SIZE**3 // 2,
+            lambda: attend(heads, heads, heads, is_causal=True),
+        ),
         "sums": (_of_moment(where) * 2 * SIZE**2, lambda: sums.update(stream)),
         "float32": (2 * SIZE**3, lambda: matrix @ matrix),
         "factors": (SIZE**3, lambda: torch.cholesky_inverse(torch.linalg.cholesky(definite))),
         "sweep": (128 * 128 * SIZE, lambda: sweep(block, corner, NM(2, 4))),
         "ranked": (SIZE**2, lambda: Unstructured(0.5).keep(matrix)),
+        "rounded": (64 * SIZE, lambda: _round(matrix[:64])),
         "passed": (2 * tokens.numel(), lambda: silu(stream) * stream),
         "moved": (4 * 4 * large[0].numel(), lambda: large[0].addcmul_(large[1], large[2])),
         "calls": (1, lambda: small.add_(1)),
         "shapes": (1, lambda: linear(low[: next(sizes), :64], low[:64, :64])),
+        "recalled": (SIZE**2, lambda: attend(heads[:, :, :1], heads, heads)),
+        "drawn": (chances.numel(), lambda: chances.softmax(-1).multinomial(1)),
     }
     rates: dict[Kind, float] = {kind: amount / _shortest(run, where) for kind, (amount, run) in work.items()}
     if where.type == "cuda":
         name, memory = torch.cuda.get_device_name(where), torch.cuda.get_device_properties(where).total_memory
     else:
         name, memory = f"this machine, threads {torch.get_num_threads()}", psutil.virtual_memory().total
-    return Machine(name, where.type == "cuda", memory, rates | {"disk": DISK})
+    return Machine(name, where.type == "cuda", memory, rates | {"python": 1.0, "disk": DISK})
+
+
+def _round(columns: torch.Tensor) -> None:
+    """What `Rounding` does to a group of columns by itself."""
+    kernel, keep, values = kernel_for(columns), torch.ones_like(columns, dtype=torch.bool), Values(4)
+    push, after = torch.zeros(len(columns), len(columns), device=columns.device), columns.clone()
+    scale = kernel.choose_scales(columns, keep, torch.ones_like(columns[:, 0]), values)
+    for _ in range(1 + Rounding.passes):
+        kernel.settle(after, columns, keep, scale, push, values)
 
 
 def _of_moment(device: torch.device) -> float:

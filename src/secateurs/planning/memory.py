@@ -4,7 +4,8 @@ Every moment at which much is held is a sum of what is alive then, as the code h
 largest.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,16 +14,21 @@ from secateurs.pruning.block.joint import Joint
 from secateurs.pruning.block.local import Local, stages_of
 from secateurs.pruning.block.measure import Group
 from secateurs.pruning.block.refine import TOKENS_A_STEP
+from secateurs.pruning.block.rounding import ToGrids
 from secateurs.pruning.mlp.problem import CHUNK
 from secateurs.pruning.solvers.admm import ADMM, RHO
+from secateurs.pruning.solvers.rounding import Rounding
 from secateurs.pruning.solvers.solver import Solver
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
 
-WEIGHTS = {SparseGPT: 4, ADMM: 12}
+WEIGHTS = {SparseGPT: 4, Rounding: 6, ToGrids: 6, ADMM: 12}
 """Copies of a matrix in float32 that a solver works with at once."""
 
 COPIES = 8
 """The same of other solvers: most while a threshold is found."""
+
+FACTORS = {SparseGPT: 1, Rounding: 2, ToGrids: 2, ADMM: len(RHO)}
+"""Matrices as large as the second moment that a solver has made of it and kept; others none."""
 
 FITTED = 3
 """More, while it is fitted."""
@@ -82,10 +88,13 @@ class BlockMemory:
 
     def moments(self) -> list[Held]:
         """What is held at each moment that may be the peak, beside the block itself."""
-        pruner = self.work.pruner
-        return self._joint(pruner) if isinstance(pruner, Joint) else self._local(pruner)
+        return [
+            held
+            for pruner in self.work.pruners
+            for held in (self._joint(pruner) if isinstance(pruner, Joint) else self._local(pruner))
+        ]
 
-    def _forward(self) -> float:
+    def forward(self) -> float:
         """A batch on its way."""
         tokens = self.work.text.batch_size * self.work.text.length
         widest = sum(self.work.share(m) * m.shape[0] for m in self.work.anatomy.matrices.values())
@@ -93,33 +102,44 @@ class BlockMemory:
 
     def _solving(self, solver: Solver, group: Group, *, fitted: bool = False) -> "_Solving":
         rows, columns = max((m.shape for m in group), key=lambda shape: shape[0] * shape[1])
-        kept, copies = 1, COPIES
-        if isinstance(solver, ADMM):
-            kept, copies = kept + len(RHO), WEIGHTS[ADMM]
-        elif isinstance(solver, SparseGPT):
-            kept, copies = kept + 1, WEIGHTS[SparseGPT]
+        kept, copies = 1 + FACTORS.get(type(solver), 0), WEIGHTS.get(type(solver), COPIES)
         if fitted:
             copies += FITTED
-            kept += not isinstance(solver, SparseGPT)
+            kept += not isinstance(solver, SparseGPT | ToGrids)
         square, size = 4.0 * columns**2, 4.0 * rows * columns
         making = 1 if kept > 1 else 0
         return _Solving(kept * square, max(making * square, copies * size))
 
-    def _sums(self, groups: Iterable[Group]) -> float:
+    def sums(self, groups: Iterable[Group]) -> float:
+        """Second moments of what groups see."""
         return sum(4.0 * group[0].shape[1] ** 2 for group in groups)
 
     def _local(self, pruner: Local) -> list[Held]:
         stream = self.stream
         found = []
         for stage in stages_of(self.work.anatomy, pruner.sequential):
-            found.append(Held(stream, self._sums(stage) + self._forward()))
+            found.append(Held(stream, self.sums(stage) + self.forward()))
             for number, group in enumerate(stage):
-                later = self._sums(stage[number + 1 :])
+                later = self.sums(stage[number + 1 :])
                 found.append(Held(stream, later + sum(self._solving(pruner.solver, group))))
         for group in self.work.expert_groups:
             tokens = self.work.expert_tokens(group) * group[0].shape[1] * self.work.dtype_bytes
             found.append(Held(2 * stream, tokens + sum(self._solving(pruner.solver, group))))
         return found
+
+    def looked_at(self, solvers: Collection[Solver] = ()) -> float:
+        """While the dense block is surveyed: it and its copy, the text, second moments, and a batch on its
+        way or a matrix that is tried.
+
+        Args:
+            solvers: that try each matrix; what they make of second moments is kept.
+        """
+        groups = self.work.anatomy.groups
+        factors = sum(FACTORS.get(kind, 0) for kind in {type(solver) for solver in solvers})
+        copies = max((WEIGHTS.get(type(solver), COPIES) for solver in solvers), default=0)
+        largest = max(math.prod(matrix.shape) for matrix in self.work.anatomy.matrices.values())
+        work = max(self.forward(), 4.0 * copies * largest)
+        return 2 * self.parameters + self.stream + (1 + factors) * self.sums(groups) + work
 
     def _joint(self, pruner: Joint) -> list[Held]:
         stream, method = self.stream, pruner.method
@@ -131,14 +151,14 @@ class BlockMemory:
         aims = {"layer": 0.0, "block": 2 * stream, "dense": stream}[pruner.target]
         found = []
         if between:
-            found.append(Held(streams + 3 * stream + 2 * wide, self._forward()))
+            found.append(Held(streams + 3 * stream + 2 * wide, self.forward()))
             aims = 2 * wide
         result = aims / 2 if not follows or between else 0.0
         for group in self.work.apart:
             fitted = self.work.is_fitted(pruner, group)
             products = 4.0 * group[0].shape[0] * group[0].shape[1] if fitted else 0.0
-            sums = self._sums([group]) + products
-            found.append(Held(streams + aims, sums + self._forward()))
+            sums = self.sums([group]) + products
+            found.append(Held(streams + aims, sums + self.forward()))
             solving = sum(self._solving(method.solver, group, fitted=fitted))
             found.append(Held(streams + aims, products + solving))
         for mlp in self.work.mlps:
@@ -155,11 +175,10 @@ class BlockMemory:
             # What gate and up see stays, with what was made of it, for as long as the MLP is solved.
             shared, matrix = self._solving(method.solver, mlp.first, fitted=method.rounds > 0)
             found.append(Held(held + kept, shared + matrix + extra))
-            found.append(Held(held + kept, shared + extra + self._sums([down]) + chunk))
+            found.append(Held(held + kept, shared + extra + self.sums([down]) + chunk))
             solving = sum(self._solving(method.solver, down, fitted=True))
             found.append(Held(held + kept, shared + extra + solving))
         if pruner.refine and pruner.target != "layer":
-            values = sum(self.work.share(m) * sum(m.shape) for m in self.work.anatomy.matrices.values())
-            work = REFINED * self.work.weights + BACKWARD * TOKENS_A_STEP * values
+            work = REFINED * self.work.weights + BACKWARD * TOKENS_A_STEP * self.work.values
             found.append(Held(streams + result, work))
         return found

@@ -1,26 +1,46 @@
 """A run of `prune` before it is run: what it needs of memory, disk and time, from a configuration alone."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.table import Table
+from torch import Tensor
 
-from secateurs.anatomy import anatomy_of, skeleton
+from secateurs.anatomy import BlockAnatomy, anatomy_of, skeleton
 from secateurs.checkpoint import Checkpoint, resolve
 from secateurs.checkpoint.config import read_config
+from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import multiplies_bfloat16, resolve_device
-from secateurs.planning.machine import CARDS, Machine, card, measured
+from secateurs.pattern import Unstructured
+from secateurs.planning.compressed import bytes_of_budget, matrices_packed, table_packed, tables_of
+from secateurs.planning.machine import Machine, card, measured
 from secateurs.planning.memory import BlockMemory
-from secateurs.planning.work import FLOPS, Amounts, BlockWork, Kind, Phase, Text
-from secateurs.pruning.block.joint import Joint, Target
-from secateurs.pruning.block.local import Local, Sequential
-from secateurs.pruning.methods import Method
-from secateurs.pruning.settings import Effort, PruneSettings
+from secateurs.planning.phases import (
+    SAVED,
+    Cost,
+    Whole,
+    experts_scored,
+    forms_measured,
+    recovered,
+    surveyed,
+    tables_rounded,
+    written,
+)
+from secateurs.planning.settings import PlanSettings
+from secateurs.planning.work import FLOPS, Amounts, BlockWork, Kind, Phase, Text, sum_of
+from secateurs.pruning.allocation.forms import Form
+from secateurs.pruning.allocation.plan import plan as patterns_or_allocator
+from secateurs.pruning.allocation.sensitivity import Sensitivity
+from secateurs.pruning.allocation.survey import Allocator
+from secateurs.pruning.reap import cut_in_numbers
+from secateurs.pruning.walk import TOKENS_AT_ONCE
+from secateurs.recovery.settings import STEP_TOKENS
 from secateurs.settings import takes
 
 BASE, BLOCK = 40e6, 0.25e6
@@ -43,91 +63,6 @@ ROOM = 0.5
 
 LONG = 3600.0
 """Seconds that are worth a warning."""
-
-SETTINGS = (
-    "method",
-    "pattern",
-    "effort",
-    "target",
-    "refine",
-    "sequential",
-    "samples",
-    "length",
-    "batch_size",
-)
-"""That `prune` has, too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanSettings:
-    """Say what a run of `prune` will take of memory, disk and time, from the model's config.json alone.
-
-    Example: secateurs plan my-llama --device h100 --method sparsellm --samples 128
-    """
-
-    device: str | None = None
-    """cpu or cuda, which are tested for a second; or a card that need not be here, by what its maker
-    publishes: a100, h100, h200, rtx4090, l40s. By default a GPU if there is one."""
-
-    ranks: int = 1
-    """Processes that share the run, each with a device of its own."""
-
-    method: str | Method = "sparsellm"
-    """As `prune` takes it, and so all that follows."""
-
-    pattern: str = "50%"
-    """A share of zeros, or n:m."""
-
-    effort: Effort = "default"
-    """fast, default or best."""
-
-    target: Target | None = None
-    """layer, block or dense."""
-
-    refine: int | None = None
-    """Passes of the descent."""
-
-    sequential: Sequential | None = None
-    """block, sublayer or linear."""
-
-    samples: int = 128
-    """Calibration sequences."""
-
-    length: int | None = None
-    """Tokens in each. By default as many as the model was made for, at most 2048."""
-
-    batch_size: int | None = None
-    """Sequences run at once. By default 2048 tokens' worth."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for what does not suit, as `prune` does."""
-        if self.card is None and self.device is not None and not self.device.startswith(("cpu", "cuda")):
-            raise ValueError(f"'{self.device}' is no device: use cpu, cuda, or a card: {', '.join(CARDS)}")
-        if not isinstance(self.ranks, int) or self.ranks < 1:
-            raise ValueError(f"ranks are a number of processes, not {self.ranks}")
-        if self.samples < self.ranks:
-            raise ValueError(f"{self.samples} samples do not go round {self.ranks} ranks: give one for each")
-        if self.length is not None and self.length < 1:
-            raise ValueError(f"length is a number of tokens, not {self.length}")
-        self.of_prune(self.length or 1)
-
-    @property
-    def card(self) -> str | None:
-        """The name of a card that need not be here."""
-        name = (self.device or "").lower().replace(" ", "").replace("-", "")
-        return name if name in CARDS else None
-
-    def of_prune(self, length: int) -> PruneSettings:
-        """What `prune` would be told, for sequences of so many tokens."""
-        given = {name: getattr(self, name) for name in SETTINGS}
-        device = "cpu" if self.card else self.device
-        text = None if self.method == "magnitude" else "text"
-        given |= {"length": length} if text else {}
-        if text is None:
-            for name in ("samples", "length", "batch_size", "sequential"):
-                given.pop(name)
-        settings = PruneSettings(output="", calibration=text, device=device, **given)
-        return settings.resolved(self.samples, length)
 
 
 @dataclass(frozen=True)
@@ -157,7 +92,9 @@ class Plan:
     activations_on: str
     """Where the calibration text's activations are kept: device or host."""
     disk_bytes: int
-    """Of the pruned model's files."""
+    """Of the pruned model's files; with recovery also of what it becomes and of checkpoints meanwhile."""
+    compressed_bytes: int
+    """Of what `secateurs compress` makes of the result, at most."""
     memory: int
     """Of the device, in bytes."""
     host_memory: int | None
@@ -210,63 +147,184 @@ def plan(model: str | Path, *, settings: PlanSettings) -> Plan:
     Raises:
         ValueError: a mistake in the settings or the configuration.
     """
-    config = read_config(Checkpoint(resolve(model, weights=False), weights=False))
+    checkpoint = Checkpoint(resolve(model, weights=False), weights=False)
+    config = dense = read_config(checkpoint)
+    if settings.share_of_experts < 1:
+        _, fewer = cut_in_numbers(checkpoint, config, settings.share_of_experts)
+        config = read_config(fewer)
     text_config: Any = config.get_text_config(decoder=True)
-    limit = getattr(text_config, "max_position_embeddings", None)
-    length = settings.length or min(limit or 2048, 2048)
-    if limit is not None and length > limit:
-        raise ValueError(f"length {length} is more than the {limit} positions that the model was made for")
-    pruning = settings.of_prune(length)
+    samples, length = _shape(settings, getattr(text_config, "max_position_embeddings", None))
+    settings = settings.resolved(samples, length)
     named: Any = config.dtype
     dtype: torch.dtype = text_config.dtype or named or torch.float32
     machine = card(settings.card, dtype) if settings.card else measured(settings.device, dtype)
-    samples = 0 if pruning.calibration is None else math.ceil(settings.samples / settings.ranks)
-    text = Text(samples, length, settings.batch_size or max(1, 2048 // length))
+    batch_size = settings.batch_size or max(1, TOKENS_AT_ONCE // length)
+    text = Text(samples if settings.calibration is not None else 0, length, batch_size)
+    own = replace(text, samples=math.ceil(text.samples / settings.ranks))
     anatomy = anatomy_of(config)
-    for number, block in enumerate(anatomy.blocks):
-        for matrix in block.matrices.values():
-            pruning.wanted.check_width(f"{anatomy.path}.{number}.{matrix.name}", matrix.shape[1])
-    pruner = pruning.pruner
-    assert isinstance(pruner, Joint | Local)
+    shapes = {
+        f"{anatomy.path}.{number}.{matrix.name}": matrix.shape
+        for number, block in enumerate(anatomy.blocks)
+        for matrix in block.matrices.values()
+    }
+    allocator = _allocator(settings, shapes)
     is_fast = settings.card is not None or multiplies_bfloat16(resolve_device(settings.device))
     low = is_fast and dtype == torch.bfloat16
+    # What a budget chooses is not known; half of the weights at 4 bits are not far from it.
+    pattern = Unstructured(0.5) if settings.is_bounded else settings.wanted
     blocks = [
         BlockWork(
-            block, pruner, pruning.wanted, text, dtype.itemsize, low, not machine.is_gpu, settings.ranks
+            block, settings.pruner, pattern, own, dtype.itemsize, low, not machine.is_gpu, settings.ranks
         )
         for block in anatomy.blocks
     ]
     whole = skeleton(config, dtype)
     sizes = {name: tensor.numel() for name, tensor in whole.named_parameters()}  # a shared one once
     parameters = sum(sizes.values())
-    amounts = _amounts(blocks, parameters * dtype.itemsize)
     outside = [size for name, size in sizes.items() if not name.startswith(f"{anatomy.path}.")]
-    memory = [BlockMemory(block, text_config.hidden_size) for block in blocks]
+    tables = tables_of(whole)
+    if settings.grid_of_tables is not None and not tables:
+        raise ValueError(
+            f"neither the embedding of '{model}' nor its head can be packed: leave embedding out"
+        )
+
+    def seen(all_blocks: Sequence[BlockAnatomy], weights: int) -> Whole:
+        """A model by one process that has all of the text."""
+        alone = [replace(blocks[0], anatomy=block, text=text, ranks=1) for block in all_blocks]
+        return Whole(alone, weights, text_config.vocab_size, text_config.hidden_size, len(tables))
+
+    pruned = seen(anatomy.blocks, parameters)
+    before = pruned
+    if config is not dense:
+        uncut = sum(tensor.numel() for tensor in skeleton(dense, dtype).parameters())
+        before = seen(anatomy_of(dense).blocks, uncut)
+    costs = list(_costs(settings, before, pruned, text, allocator, low=low))
+    amounts = _amounts([] if settings.leaves_layers else blocks, pruned.bytes)
+    if settings.leaves_layers and settings.grid_of_tables is not None:
+        amounts.add(sum_of(block.pushed() for block in blocks[:-1]))
+    amounts.add(sum_of(cost.amounts for cost in costs))
+    amounts["load", "python"] += BEGIN
+    amounts["write", "python"] += OF_A_BLOCK * len(blocks)
     seconds = machine.seconds(amounts)
-    seconds["load"] += BEGIN
-    seconds["write"] += OF_A_BLOCK * len(blocks)
+    memory = [BlockMemory(block, text_config.hidden_size) for block in blocks]
     host, device, place = _memory(memory, machine, max(outside, default=0) * dtype.itemsize)
     if low and not machine.is_gpu:
         host += OF_A_KERNEL * min(KERNELS, _of_kind(amounts, "shapes") / 3)
+    if machine.is_gpu:
+        device = max(device, *(cost.stays + cost.passes for cost in costs), 0.0)
+    else:
+        held = max((cost.stays + HEAP * cost.passes for cost in costs), default=0.0)
+        host = max(host, BASE + BLOCK * len(blocks) + held)
+    disk = pruned.bytes
+    if settings.recover:
+        disk += pruned.bytes + SAVED * 12 * parameters
     return Plan(
         model=str(model),
         machine=machine.name,
         is_gpu=machine.is_gpu,
         is_measured=settings.card is None,
-        settings={name: getattr(pruning, name) for name in SETTINGS} | {"ranks": settings.ranks},
+        settings=settings.record() | {"samples": samples, "length": length, "ranks": settings.ranks},
         blocks=len(blocks),
         parameters=parameters,
-        pruned=sum(block.weights for block in blocks),
-        tokens=samples * settings.ranks * length,
+        pruned=0 if settings.leaves_layers else sum(block.weights for block in blocks),
+        tokens=own.samples * settings.ranks * length,
         seconds=seconds,
         flops={kind: _of_kind(amounts, kind) for kind in FLOPS},
         host_bytes=int(host),
         device_bytes=int(device),
         activations_on=place,
-        disk_bytes=parameters * dtype.itemsize,
+        disk_bytes=int(disk),
+        compressed_bytes=_compressed(settings, anatomy.blocks, tables, parameters, dtype),
         memory=machine.memory,
         host_memory=None if settings.card else psutil.virtual_memory().total,
     )
+
+
+def _shape(settings: PlanSettings, limit: int | None) -> tuple[int, int]:
+    """(samples, length) of the calibration text."""
+    if isinstance(settings.calibration, Tensor):
+        samples, length = settings.calibration.shape
+        return samples, length
+    length = settings.length or min(limit or 2048, 2048)
+    if limit is not None and length > limit:
+        raise ValueError(f"length {length} is more than the {limit} positions that the model was made for")
+    return settings.samples, length
+
+
+def _allocator(settings: PlanSettings, shapes: Mapping[str, tuple[int, int]]) -> Allocator | None:
+    """What looks at the dense model first, if anything does."""
+    if settings.is_bounded or settings.leaves_layers:
+        return None
+    planned = patterns_or_allocator(
+        settings.allocation, settings.wanted, shapes, rounded=settings.grid is not None
+    )
+    if isinstance(planned, Sensitivity) and settings.calibration is None:
+        raise ValueError("an allocation by sensitivity is measured on calibration text: give some")
+    return None if isinstance(planned, dict) else planned
+
+
+def _costs(
+    settings: PlanSettings,
+    before: Whole,
+    pruned: Whole,
+    text: Text,
+    allocator: Allocator | None,
+    *,
+    low: bool,
+) -> Iterator[Cost]:
+    """Of what is done beside the walk.
+
+    Args:
+        settings: of the run.
+        before: the model with all experts.
+        pruned: the model with those that are kept.
+        text: for calibration.
+        allocator: that looks at the model first.
+        low: see `BlockWork`.
+    """
+    if count := settings.written(text.samples):
+        yield written(before, replace(text, samples=count))
+    if settings.share_of_experts < 1:
+        yield experts_scored(before)
+    if settings.is_bounded:
+        yield forms_measured(pruned)
+    elif allocator is not None:
+        yield surveyed(pruned, allocator)
+    if settings.grid_of_tables is not None:
+        yield tables_rounded(pruned, replace(text, samples=math.ceil(text.samples / settings.ranks)))
+    if settings.recover:
+        told = settings.recovery("", "")
+        length = text.length
+        several = text.samples if isinstance(settings.calibration, Tensor) else told.sequences(length)
+        each = max(1, STEP_TOKENS // length // settings.ranks)
+        trained = Text(several, length, settings.ranks * each)
+        if count := settings.written(several):
+            yield written(before, replace(trained, samples=count))
+        # The dense model has all experts.
+        more = (before.parameters - pruned.parameters) * before.dtype_bytes
+        on_grid = settings.rounds or settings.is_bounded
+        cost = recovered(pruned, settings.recover, trained, low=low, ranks=settings.ranks, on_grid=on_grid)
+        yield cost._replace(stays=cost.stays + more)
+
+
+def _compressed(
+    settings: PlanSettings,
+    blocks: Sequence[BlockAnatomy],
+    tables: Sequence[tuple[int, int]],
+    parameters: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes of what `compress` makes of the result, at most; of a budget what was asked for."""
+    weights = sum(prod(matrix.shape) for block in blocks for matrix in block.matrices.values())
+    rest = (parameters - weights) * dtype.itemsize
+    if (grid := settings.grid_of_tables) is not None:
+        rest += sum(table_packed(shape, grid, dtype) - prod(shape) * dtype.itemsize for shape in tables)
+    if settings.is_bounded:
+        most = None if settings.budget is None else size_in_bytes(settings.budget)
+        each = settings.bytes_per_weight
+        return bytes_of_budget(blocks, dtype, rest, budget=most, bytes_per_weight=each)
+    form = Form(settings.wanted.sparsity, settings.grid)
+    return rest + sum(matrices_packed(block, form, dtype) for block in blocks)
 
 
 def _amounts(blocks: list[BlockWork], model_bytes: float) -> Amounts:
@@ -332,6 +390,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "activations are kept", f"on the {plan.activations_on}"
     yield "memory of the host", _size(plan.host_bytes)
     yield "disk", _size(plan.disk_bytes)
+    yield "once compressed", _size(plan.compressed_bytes)
 
 
 def _count(number: float) -> str:

@@ -15,29 +15,51 @@ from secateurs.pruning.block.joint import Joint
 from secateurs.pruning.block.local import Local, stages_of
 from secateurs.pruning.block.measure import Group
 from secateurs.pruning.block.refine import JUDGES, TOKENS_A_STEP
+from secateurs.pruning.block.rounding import Rounded, ToGrids
 from secateurs.pruning.mlp.linear import solving_cost
 from secateurs.pruning.mlp.problem import CHUNK, HELD_OUT
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.solvers.admm import ADMM, RHO
+from secateurs.pruning.solvers.rounding import Rounding
 from secateurs.pruning.solvers.solver import Solver
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
 from secateurs.pruning.solvers.statistics import PANEL
 from secateurs.pruning.solvers.sweep import whole_groups
+from secateurs.values import Values
 
-Phase = Literal["load", "run", "solve", "refine", "write"]
+Phase = Literal["text", "load", "survey", "run", "solve", "refine", "write", "recover"]
+"""text: what the model writes itself; survey: what is measured on the dense model, such as experts."""
 
 Kind = Literal[
-    "products", "sums", "float32", "factors", "sweep", "ranked", "passed", "moved", "calls", "shapes", "disk"
+    "products",
+    "attention",
+    "sums",
+    "float32",
+    "factors",
+    "sweep",
+    "ranked",
+    "rounded",
+    "passed",
+    "moved",
+    "calls",
+    "shapes",
+    "recalled",
+    "drawn",
+    "python",
+    "disk",
 ]
-"""products: floating-point operations (FLOPs) of products in the dtype that the model runs in; sums: of those
-that are summed over tokens in float32, such as second moments; float32: of products in it; factors: of
-factorisations, inverses and triangular solves; sweep: of SparseGPT's inner loop; ranked: weights among which
-a threshold is found; passed: values in the model's dtype that elementwise work of its own code goes through;
-moved: bytes that other elementwise work reads and writes; calls: kernels that are started; shapes: products
-of as many tokens as none before, for which a processor's library makes a kernel in half precision; disk:
-bytes read and written there."""
+"""products: floating-point operations (FLOPs) of products in the dtype that the model runs in; attention: of
+those of attention, whose softmax comes with them; sums: of those that are summed over tokens in float32, such
+as second moments; float32: of products in it; factors: of factorisations, inverses and triangular solves;
+sweep: of SparseGPT's inner loop; ranked: weights among which a threshold is found; rounded: weights that are,
+a group of columns at a time; passed: values in the model's dtype that elementwise work of its own code goes
+through; moved: bytes that other elementwise work reads and writes; calls: kernels that are started; shapes:
+products of as many tokens as none before, for which a processor's library makes a kernel in half precision;
+recalled: values in keys and values that a single new token attends to; drawn: logits from which tokens are
+drawn; python: seconds of Python around kernels, taken to be the same everywhere; disk: bytes read and written
+there."""
 
-FLOPS: tuple[Kind, ...] = ("products", "sums", "float32", "factors", "sweep")
+FLOPS: tuple[Kind, ...] = ("products", "attention", "sums", "float32", "factors", "sweep")
 
 
 class Amounts(dict[tuple[Phase, Kind], float]):
@@ -46,16 +68,24 @@ class Amounts(dict[tuple[Phase, Kind], float]):
     def __missing__(self, key: tuple[Phase, Kind]) -> float:
         return 0.0
 
-    def add(self, more: "Amounts") -> None:
-        """Also that."""
+    def add(self, more: "Amounts", times: float = 1) -> None:
+        """Also that, so many times."""
         for key, amount in more.items():
-            self[key] += amount
+            self[key] += times * amount
+
+    def in_phase(self, phase: Phase) -> "Amounts":
+        """All of it, whichever phase it was counted in."""
+        found = Amounts()
+        for (_, kind), amount in self.items():
+            found[phase, kind] += amount
+        return found
 
 
-PASSES = {"forward": 3, "admm": 24, "polish": 36, "local": 12, "step": 60, "adam": 57}
+PASSES = {"forward": 3, "admm": 24, "polish": 36, "local": 12, "rounding": 40, "step": 60, "adam": 57}
 """How often elementwise work goes through what it works on: each value that a matrix is given or gives in a
-forward pass; read or written, a weight in an iteration of ADMM, in one of conjugate gradients, and in a
-solver else; a channel in a step of SparseLLM; and bytes for each weight in a step of the descent."""
+forward pass; read or written, a weight in an iteration of ADMM, in one of conjugate gradients, in a solver
+else, and beside its columns' own work in one that rounds; a channel in a step of SparseLLM; and bytes for
+each weight in a step of the descent."""
 
 CALLS = {"forward": 60, "group of an expert": 20, "matrix": 30, "iteration": 25, "step": 400}
 """Kernels of a batch's way through a block, and through each group of matrices of an expert; of a matrix that
@@ -85,7 +115,7 @@ class BlockWork:
 
     Args:
         anatomy: of the block.
-        pruner: how it is pruned.
+        pruner: how it is pruned, and perhaps rounded.
         pattern: of all of its matrices.
         text: the calibration text.
         dtype_bytes: of the dtype that the model runs in.
@@ -95,7 +125,7 @@ class BlockWork:
     """
 
     anatomy: BlockAnatomy
-    pruner: Joint | Local
+    pruner: Joint | Local | Rounded
     pattern: Pattern
     text: Text
     dtype_bytes: int
@@ -106,13 +136,26 @@ class BlockWork:
     @property
     def amounts(self) -> Amounts:
         """All of it but for pushing its result on (`pushed`)."""
-        return Amounts(
-            self._joint(self.pruner) if isinstance(self.pruner, Joint) else self._local(self.pruner)
+        return sum_of(
+            self._joint(pruner) if isinstance(pruner, Joint) else self._local(pruner)
+            for pruner in self.pruners
         )
+
+    @property
+    def pruners(self) -> list[Joint | Local]:
+        """That go through it, one after the other."""
+        if isinstance(self.pruner, Rounded):
+            return [self.pruner.pruner, self.pruner.rounder]
+        return [self.pruner]
 
     def pushed(self) -> Amounts:
         """What makes the next block's input."""
-        return self._forward("run", self.text.tokens) if self.text.samples else Amounts()
+        return self.forward("run", self.text.tokens) if self.text.samples else Amounts()
+
+    @property
+    def values(self) -> float:
+        """That the matrices are given and give, for a token."""
+        return sum(self.share(matrix) * sum(matrix.shape) for matrix in self.anatomy.matrices.values())
 
     @cached_property
     def weights(self) -> int:
@@ -125,16 +168,17 @@ class BlockWork:
         """Of the tokens, those that a matrix sees."""
         return 1.0 if matrix.expert is None else self.anatomy.routed.get(matrix.weight, 1.0)
 
-    def _forward(
+    def forward(
         self, phase: Phase, tokens: float, until: Group | None = None, *, times: float = 1
     ) -> Amounts:
         """Tokens' way through a block as far as a group's input, or to its end."""
-        flops = values = 0.0
+        flops = values = attention = 0.0
         calls, shapes = CALLS["forward"], 0
         for group in self.anatomy.groups:
             if self.anatomy.reads_mixed(group) and self.anatomy.heads is not None:
                 heads = self.anatomy.heads
-                flops += 2.0 * heads.count * heads.dim * self.text.length  # two products, half of each masked
+                # Two products, half of each masked.
+                attention += 2.0 * heads.count * heads.dim * self.text.length
             if group is until:
                 break
             for matrix in group:
@@ -147,6 +191,7 @@ class BlockWork:
         return Amounts(
             {
                 (phase, "products"): times * tokens * flops,
+                (phase, "attention"): times * tokens * attention,
                 (phase, "passed"): times * tokens * values * PASSES["forward"],
                 (phase, "calls"): times * batches * calls,
                 (phase, "shapes"): times * batches * shapes,
@@ -158,7 +203,7 @@ class BlockWork:
     def _sums(self, phase: Phase, flops: float, values: float) -> Amounts:
         return Amounts({(phase, "sums"): flops, (phase, "moved"): values * self.dtype_bytes})
 
-    def _moment(self, phase: Phase, tokens: float, width: int) -> Amounts:
+    def moment(self, phase: Phase, tokens: float, width: int) -> Amounts:
         """The second moment of inputs."""
         columns = width + min(PANEL, width) if self.halves else 2 * width
         return self._sums(phase, tokens * width * columns, 2 * tokens * width)
@@ -175,17 +220,17 @@ class BlockWork:
         for matrix in sorted(group, key=lambda m: -solving_cost(*m.shape)):
             min(loads, key=lambda load: sum(solving_cost(*m.shape) for m in load)).append(matrix)
         busiest = max(loads, key=lambda load: sum(solving_cost(*m.shape) for m in load))
-        amounts = self._factored(solver, group[0].shape[1], fitted=fitted)
+        amounts = self.factored(solver, group[0].shape[1], fitted=fitted)
         for matrix in busiest:
             amounts.add(self._solved_one(solver, *matrix.shape, fitted=fitted))
         return amounts
 
-    def _factored(self, solver: Solver, columns: int, *, fitted: bool) -> Amounts:
+    def factored(self, solver: Solver, columns: int, *, fitted: bool = False) -> Amounts:
         """What matrices share that see the same input."""
         cubes = 0.0
         if isinstance(solver, ADMM):
             cubes = float(len(RHO))  # a third for the factor, two for the inverse
-        if isinstance(solver, SparseGPT) or fitted:
+        if isinstance(solver, SparseGPT | Rounding | ToGrids) or fitted:
             cubes += 1 / 3
         return Amounts(
             {
@@ -196,20 +241,30 @@ class BlockWork:
 
     def _solved_one(self, solver: Solver, rows: int, columns: int, *, fitted: bool) -> Amounts:
         size, square = float(rows * columns), float(rows * columns**2)
-        amounts: Amounts = Amounts({("solve", "float32"): 4 * square})  # the error
+        amounts = self.solution(solver, rows, columns)
+        amounts["solve", "float32"] += 4 * square  # the error
         amounts["solve", "moved"] += PASSES["local"] * 4 * size
-        amounts["solve", "calls"] += CALLS["matrix"]
-        ranked = 0.0 if isinstance(self.pattern, NM) else 1.0
         if fitted:
             amounts["solve", "float32"] += 2 * square
             amounts["solve", "factors"] += 2 * square
+        return amounts
+
+    def solution(self, solver: Solver, rows: int, columns: int) -> Amounts:
+        """What a solver does to a matrix (out, in), once its statistics are there and factored."""
+        size, square = float(rows * columns), float(rows * columns**2)
+        amounts: Amounts = Amounts({("solve", "calls"): CALLS["matrix"]})
+        ranked = 0.0 if isinstance(self.pattern, NM) else 1.0
         if isinstance(solver, SparseGPT):
             block = whole_groups(solver.block, self.pattern)
             amounts["solve", "float32"] += square + 2 * size * block
-            amounts["solve", "factors"] += float(columns * min(block, columns) ** 2)
+            amounts["solve", "factors"] += _inverted(columns, block)
             amounts["solve", "sweep"] += size * block
             amounts["solve", "ranked"] += ranked * size
             amounts["solve", "calls"] += CALLS["iteration"] * columns / block
+        elif isinstance(solver, ToGrids):
+            amounts.add(rounding(rows, columns))
+        elif isinstance(solver, Rounding):
+            amounts.add(rounding(rows, columns, solver.values.group))
         elif isinstance(solver, ADMM):
             iterations = solver.iterations + solver.polish
             amounts["solve", "float32"] += 2 * square * (3 + iterations)
@@ -228,18 +283,23 @@ class BlockWork:
     def expert_groups(self) -> list[Group]:
         return [group for group in self.anatomy.groups if group[0].expert is not None]
 
+    @property
+    def choices(self) -> int:
+        """Experts that a token goes to."""
+        return round(sum(self.share(group[0]) for group in self.expert_groups if not self._is_down(group)))
+
     def _local(self, pruner: Local) -> Amounts:
         amounts = Amounts()
         for stage in stages_of(self.anatomy, pruner.sequential):
             if self.text.samples:
-                amounts.add(self._forward("run", self.text.tokens, stage[-1]))
+                amounts.add(self.forward("run", self.text.tokens, stage[-1]))
                 for group in stage:
-                    amounts.add(self._moment("run", self.text.tokens, group[0].shape[1]))
+                    amounts.add(self.moment("run", self.text.tokens, group[0].shape[1]))
             for group in stage:
                 amounts.add(self._solved(pruner.solver, group))
         experts = self.expert_groups
         if experts and self.text.samples:
-            amounts.add(self._forward("run", self.text.tokens))
+            amounts.add(self.forward("run", self.text.tokens))
         for group in experts:
             amounts.add(self._expert(pruner.solver, group))
         return amounts
@@ -252,7 +312,7 @@ class BlockWork:
     def _expert(self, solver: Solver, group: Group) -> Amounts:
         """Matrices of an expert that share an input."""
         tokens = self.expert_tokens(group)
-        amounts = self._moment("run", tokens, group[0].shape[1])
+        amounts = self.moment("run", tokens, group[0].shape[1])
         amounts["run", "passed"] += PASSES["forward"] * tokens * sum(sum(matrix.shape) for matrix in group)
         if not self._is_down(group):
             amounts["run", "products"] += 2 * tokens * _size(group)
@@ -269,21 +329,21 @@ class BlockWork:
         amounts = Amounts()
         if pruner.target != "layer":
             streams = 1 if pruner.target == "block" or pruner.repair == 1 else 2
-            amounts.add(self._forward("run", text.tokens, times=streams))
+            amounts.add(self.forward("run", text.tokens, times=streams))
         for group in self.apart:
             fitted = self.is_fitted(pruner, group)
-            amounts.add(self._forward("run", text.tokens, self._group_of(group[0])))
-            amounts.add(self._moment("run", text.tokens, group[0].shape[1]))
+            amounts.add(self.forward("run", text.tokens, self._group_of(group[0])))
+            amounts.add(self.moment("run", text.tokens, group[0].shape[1]))
             if fitted:
                 amounts.add(self._products("run", text.tokens, *group[0].shape))
             amounts.add(self._solved(method.solver, group, fitted=fitted))
         for mlp in self.mlps:
             if mlp.down.expert is None:
-                amounts.add(self._forward("run", text.tokens, self._group_of(mlp.first[0])))
+                amounts.add(self.forward("run", text.tokens, self._group_of(mlp.first[0])))
                 amounts.add(self._sparsellm(method, mlp, text.tokens))
         experts = self.expert_groups
         if experts:
-            amounts.add(self._forward("run", text.tokens))
+            amounts.add(self.forward("run", text.tokens))
         for mlp in self.mlps:
             if mlp.down.expert is not None:
                 tokens = self.expert_tokens(self._group_of(mlp.first[0]))
@@ -320,14 +380,14 @@ class BlockWork:
         width = mlp.first[0].shape[1]
         solving = tokens * (1 - 1 / HELD_OUT) if rounds else tokens
         through = 2.0 * solving * first * width
-        amounts = self._moment("solve", solving, width)
+        amounts = self.moment("solve", solving, width)
         product: Kind = "products" if self.low else "float32"
         amounts["solve", product] += through
         for number in range(rounds + 1):
             amounts.add(self._solved(method.solver, mlp.first, fitted=number > 0))
             amounts["solve", product] += through
             amounts["solve", "passed"] += PASSES["forward"] * solving * (first + channels)
-            amounts.add(self._moment("solve", solving, channels))
+            amounts.add(self.moment("solve", solving, channels))
             amounts.add(self._products("solve", solving, hidden, channels))
             amounts.add(self._solved(method.solver, [mlp.down], fitted=True))
             if number < rounds:
@@ -351,14 +411,39 @@ class BlockWork:
         own = passes * text.samples * shown
         if text.samples * self.ranks * shown and max(1, TOKENS_A_STEP // shown) < self.ranks:
             own = steps * shown  # where a step has fewer sequences than there are ranks, they take turns
-        amounts = self._forward("refine", judged)
+        amounts = self.forward("refine", judged)
         # Back again is twice the way there, of float32 where the way there was of the model's.
-        amounts.add(self._forward("refine", own, times=3))
+        amounts.add(self.forward("refine", own, times=3))
         amounts["refine", "shapes"] = 3.0 * steps * len(self.expert_groups)
         amounts["refine", "passed"] *= 4 / self.dtype_bytes
         amounts["refine", "moved"] += steps * PASSES["adam"] * self.weights
         amounts["refine", "calls"] += steps * CALLS["step"]
         return amounts
+
+
+def rounding(rows: int, columns: int, group: int = Values.group) -> Amounts:
+    """What a matrix (out, in) is rounded by: see `solvers/rounding.py`."""
+    size = float(rows * columns)
+    amounts = Amounts({("solve", "rounded"): size})
+    amounts["solve", "float32"] = (1 + 2 * Rounding.passes) * size * columns
+    amounts["solve", "float32"] += 2 * Rounding.passes * size * group
+    amounts["solve", "factors"] = _inverted(columns, group)
+    amounts["solve", "moved"] = 4 * PASSES["rounding"] * size
+    amounts["solve", "calls"] = (1 + Rounding.passes) * CALLS["iteration"] * columns / group
+    return amounts
+
+
+def _inverted(columns: int, block: int) -> float:
+    """Of the factor's blocks along the diagonal."""
+    whole, rest = divmod(columns, block)
+    return float(whole * block**3 + rest**3)
+
+
+def sum_of(amounts: Iterable[Amounts]) -> Amounts:
+    total = Amounts()
+    for each in amounts:
+        total.add(each)
+    return total
 
 
 def _size(matrices: Iterable[Matrix]) -> float:

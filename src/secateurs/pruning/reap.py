@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from secateurs.anatomy import UnsupportedArchitectureError, skeleton
 from secateurs.anatomy.fewer import Numbers, numbers_of, sides_of
 from secateurs.blockwise import BlockwiseModel
+from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.config import read_config
 from secateurs.checkpoint.cut import CutCheckpoint
 from secateurs.device import home_of
@@ -85,16 +87,12 @@ def plan_cut(dense: BlockwiseModel, share: float) -> Cut:
     Raises:
         ValueError: it has no experts, too few would be left, or its routers cannot be cut.
     """
-    checkpoint, numbers = dense.checkpoint, numbers_of(dense.config)
-    nothing = f"'{checkpoint.folder}' ({dense.config.model_type}) has no experts to drop: leave experts out"
-    if numbers is None:
-        raise ValueError(nothing)
+    checkpoint = dense.checkpoint
+    numbers, smaller = cut_in_numbers(checkpoint, dense.config, share)
     count = numbers.kept(share)
-    config = numbers.written(checkpoint.config, count)
-    smaller = skeleton(read_config(CutCheckpoint(checkpoint, config, {}, {}, count)))
-    sides = sides_of(dense.model, smaller, dense.path, numbers, count)
+    sides = sides_of(dense.model, skeleton(read_config(smaller)), dense.path, numbers, count)
     if not sides:
-        raise ValueError(nothing)
+        raise _none_of(checkpoint, dense.config)
     homes: dict[int, str] = {}
     for name, side in sides.items():
         path = f"{dense.path}.{side.block}."
@@ -102,10 +100,31 @@ def plan_cut(dense: BlockwiseModel, share: float) -> Cut:
             homes[side.block] = _home(dense.blocks[side.block], name.removeprefix(path))
     return Cut(
         dense,
-        CutCheckpoint(checkpoint, config, dense.pieces, sides, count),
+        CutCheckpoint(checkpoint, smaller.config, dense.pieces, sides, count),
         numbers,
         count,
         dict(sorted(homes.items())),
+    )
+
+
+def cut_in_numbers(
+    checkpoint: Checkpoint, config: PretrainedConfig, share: float
+) -> tuple[Numbers, CutCheckpoint]:
+    """What a model's configuration says of its experts, and what one says for a share of them.
+
+    Raises:
+        ValueError: there are none, or too few would be left.
+    """
+    numbers = numbers_of(config)
+    if numbers is None:
+        raise _none_of(checkpoint, config)
+    count = numbers.kept(share)
+    return numbers, CutCheckpoint(checkpoint, numbers.written(checkpoint.config, count), {}, {}, count)
+
+
+def _none_of(checkpoint: Checkpoint, config: PretrainedConfig) -> ValueError:
+    return ValueError(
+        f"'{checkpoint.folder}' ({config.model_type}) has no experts to drop: leave experts out"
     )
 
 

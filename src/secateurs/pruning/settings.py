@@ -4,7 +4,7 @@ import math
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.device import resolve_device
 from secateurs.pattern import Pattern, Unstructured, share_of
 from secateurs.pruning.allocation.plan import UNIFORM, Allocation, as_pattern
-from secateurs.pruning.block.block import BlockPruner
 from secateurs.pruning.block.joint import Joint, Target
 from secateurs.pruning.block.local import Local, Sequential
 from secateurs.pruning.block.refine import passes_for
@@ -44,6 +43,8 @@ class Work(NamedTuple):
 Effort = Literal["fast", "default", "best"]
 
 EFFORTS: dict[Effort, Work] = {"fast": Work(0, 64), "default": Work(0, 192), "best": Work(4, 640)}
+
+Told = TypeVar("Told", bound="PruneSettings")
 
 OF_CALIBRATION = ("samples", "length", "seed", "field", "bos", "batch_size", "sequential")
 """What says how calibration text is read and used."""
@@ -163,6 +164,8 @@ class PruneSettings(InWindows, OnDevice):
             self._check_budget()
         if self.samples < 1:
             raise ValueError(f"samples are at least 1, not {self.samples}")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"length is at least 1, not {self.length}")
         if self.calibration is not None and not isinstance(self.calibration, Tensor):
             counts_of(sources_of(self.calibration), self.samples)
         if self.batch_size is not None and self.batch_size < 1:
@@ -199,7 +202,12 @@ class PruneSettings(InWindows, OnDevice):
             if idle:
                 warnings.warn(f"without calibration text nothing comes of {', '.join(idle)}", stacklevel=5)
         size_in_bytes(self.max_shard_size)
-        resolve_device(self.device)
+        resolve_device(self.here)
+
+    @property
+    def here(self) -> str | None:
+        """The device, as torch knows it."""
+        return self.device
 
     @property
     def solver(self) -> Method:
@@ -288,7 +296,7 @@ class PruneSettings(InWindows, OnDevice):
     def share_repaired(self) -> float:
         return REPAIR if self.repair is None else self.repair
 
-    def resolved(self, samples: int, length: int) -> "PruneSettings":
+    def resolved(self: Told, samples: int, length: int) -> Told:
         """With the passes of refinement that suit so many calibration sequences of so many tokens."""
         if self.refine is not None:
             return self
@@ -297,7 +305,7 @@ class PruneSettings(InWindows, OnDevice):
         return replace(self, refine=passes)
 
     @property
-    def pruner(self) -> BlockPruner:
+    def pruner(self) -> Joint | Local | Rounded:
         """How a block is pruned."""
         if self.grid is None and not self.is_bounded:
             return self._pruner
@@ -324,7 +332,7 @@ class PruneSettings(InWindows, OnDevice):
             length=self.length,
             field=self.field,
             bos=self.bos,
-            device=self.device,
+            device=self.here,
             max_shard_size=self.max_shard_size,
         )
 

@@ -52,13 +52,14 @@ class Rounded:
 
     def copies(self, model: BlockwiseModel) -> float:
         """See `BlockPruner.copies`."""
-        return max(self.pruner.copies(model), self._rounder.copies(model))
+        return max(self.pruner.copies(model), self.rounder.copies(model))
 
     @property
-    def _rounder(self) -> Joint | Local:
+    def rounder(self) -> Joint | Local:
+        """Goes through the block once more."""
         inner = self.pruner.solver if isinstance(self.pruner, Local) else self.pruner.method.solver
         # The same sweep, damped as asked.
-        solver = _ToGrids(inner.damping) if isinstance(inner, SparseGPT) else _ToGrids()
+        solver = ToGrids(inner.damping) if isinstance(inner, SparseGPT) else ToGrids()
         if isinstance(self.pruner, Local):
             return Local(solver, "linear")
         return Joint(SparseLLM(solver, iterations=0), "block", 1.0, 0)
@@ -72,7 +73,7 @@ class Rounded:
         if not any(masks.values()):
             return report
         masked = replace(block, patterns=masks)
-        again = self._rounder.prune(masked, Streams(streams.pruned, None), clock, lambda name, error: None)
+        again = self.rounder.prune(masked, Streams(streams.pruned, None), clock, lambda name, error: None)
         rounded = {layer.name: layer for layer in again.layers}
         layers = [
             _rounded(layer, rounded[layer.name]) if layer.name in rounded else layer
@@ -104,7 +105,7 @@ class _OnGrid(Mask):
 
 
 @dataclass(frozen=True)
-class _ToGrids:
+class ToGrids:
     """A solver that rounds a matrix to the grid that comes with its mask.
 
     Args:

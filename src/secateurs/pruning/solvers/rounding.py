@@ -58,7 +58,7 @@ class Rounding:
         target = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
         keep = pattern.keep(weight.abs()).T.contiguous()
         rounded, scales, dead = target.clone(), [], statistics.norms == 0
-        kernel = _kernel_for(rounded)
+        kernel = kernel_for(rounded)
         for now, inverse in blocks(rounded, factor, self.values.group):
             diagonal = inverse.diagonal()
             importance = diagonal.square().reciprocal()
@@ -82,7 +82,7 @@ class Rounding:
         ridge = self.damping * moment.diagonal().mean()
         diagonal = live(moment.diagonal() + ridge)
         change = target - rounded
-        kernel = _kernel_for(rounded)
+        kernel = kernel_for(rounded)
         for group in range(len(scales)):
             now = slice(group * self.values.group, (group + 1) * self.values.group)
             corner, before, scale = moment[now, now].clone(), rounded[now].clone(), scales[group]
@@ -102,6 +102,6 @@ class Rounding:
             change[now] = target[now] - rounded[now]
 
 
-def _kernel_for(weight: Tensor) -> ModuleType:
+def kernel_for(weight: Tensor) -> ModuleType:
     """What rounds columns of such a weight."""
     return grid_cpu if grid_cpu.serves(weight) else grid
