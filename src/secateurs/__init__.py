@@ -22,7 +22,8 @@ from secateurs.evaluation import (
     plot,
 )
 from secateurs.pattern import NM, Pattern, Unstructured, parse_pattern
-from secateurs.planning.plan import Plan, plan
+from secateurs.planning.plan import plan
+from secateurs.planning.report import Plan
 from secateurs.planning.settings import PlanSettings
 from secateurs.pruning.allocation.owl import OWL
 from secateurs.pruning.allocation.sensitivity import Sensitivity

@@ -29,7 +29,7 @@ from secateurs.evaluation.plot import PlotSettings, plot
 from secateurs.evaluation.speed import BenchSettings, bench
 from secateurs.evaluation.speed import table as table_of_costs
 from secateurs.planning.plan import plan
-from secateurs.planning.plan import table as table_of_plan
+from secateurs.planning.report import table as table_of_plan
 from secateurs.planning.settings import PlanSettings
 from secateurs.pruning.record import Report
 from secateurs.pruning.settings import PruneSettings
