@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import __version__ as transformers_version
+from transformers.integrations import deepspeed
 from transformers.utils import logging
 
 from secateurs.checkpoint.reading import Checkpoint
@@ -176,3 +177,14 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """What transformers makes within is whole, though a Trainer's arguments ask for DeepSpeed's ZeRO-3."""
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
