@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch.nn import functional
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -180,11 +182,13 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def unpartitioned() -> Iterator[None]:
-    """What transformers makes within is whole, though a Trainer's arguments ask for DeepSpeed's ZeRO-3."""
-    before = deepspeed._hf_deepspeed_config_weak_ref
+def without_deepspeed() -> Iterator[None]:
+    """What transformers makes within is whole, though a Trainer's arguments ask for ZeRO-3, and linear layers
+    are torch's own: under ZeRO-3 DeepSpeed replaces them for the whole process."""
+    before, linear = deepspeed._hf_deepspeed_config_weak_ref, functional.linear
     deepspeed.unset_hf_deepspeed_config()
+    functional.linear = torch._C._nn.linear
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = before
+        deepspeed._hf_deepspeed_config_weak_ref, functional.linear = before, linear

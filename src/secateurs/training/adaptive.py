@@ -42,9 +42,7 @@ ROUNDING = 1e-3
 
 BEST = "load_best_model_at_end may bring back weights from before the end of pruning: leave it off"
 
-ZERO = (
-    "pruning on the way reads whole matrices and their moments, which ZeRO has in parts: leave out deepspeed"
-)
+ZERO = "pruning on the way looks at whole matrices and moments, ZeRO has parts: leave out deepspeed"
 
 
 class AdaptivePruning(TrainerCallback):

@@ -163,10 +163,8 @@ def gathered(parameter: Tensor, *, written: bool = False) -> AbstractContextMana
         return nullcontext()
     from deepspeed.zero import GatheredParameters
 
-    context: AbstractContextManager[None] = GatheredParameters(
-        parameter, modifier_rank=0 if written else None
-    )
-    return context
+    whole: AbstractContextManager[None] = GatheredParameters(parameter, modifier_rank=0 if written else None)
+    return whole
 
 
 def whole_of(tensor: Tensor) -> Tensor:

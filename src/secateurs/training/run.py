@@ -25,7 +25,7 @@ from transformers import (
 from secateurs.anatomy import anatomy_of
 from secateurs.checkpoint import Checkpoint, check_place, copy_companions, output_lock, resolve
 from secateurs.checkpoint.companions import bytes_of_companions
-from secateurs.checkpoint.config import refuse_quantised, unpartitioned
+from secateurs.checkpoint.config import refuse_quantised, without_deepspeed
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.runtime.load import load_model
@@ -195,7 +195,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     work.check_room(checkpoints + checkpoint.tensor_bytes + beside)
 
     # Bfloat16 would round most updates away; adapters come in float32 by themselves.
-    with silent(), unpartitioned():
+    with silent(), without_deepspeed():
         loaded = load_model(checkpoint.folder, "cpu", None if lora else torch.float32)
     weights = StoredWeights(loaded, checkpoint)
     pruned = _is_pruned(loaded)
