@@ -245,6 +245,8 @@ def _rehearse(arguments: TrainingArguments) -> None:
     row = {"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.zeros(2, dtype=torch.int64)}
     with set_aside(arguments) as others, torch.random.fork_rng(devices=[]):
         trainer = Trainer(LlamaForCausalLM(config), others, train_dataset=[row], eval_dataset=[row])
+        if is_by_deepspeed():  # accelerate keeps what it was given, and objects to being given it again
+            arguments.deepspeed_plugin = None
         if arguments.fsdp and not is_sharded():
             raise ValueError("fsdp is for several processes with a GPU each: start training with torchrun")
         if is_sharded() and not (trainer.accelerator.is_fsdp2 or is_by_deepspeed()):

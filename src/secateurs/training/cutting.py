@@ -161,9 +161,9 @@ def gathered(parameter: Tensor, *, written: bool = False) -> AbstractContextMana
     into it stays if it says so."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
-    whole: AbstractContextManager[None] = GatheredParameters(parameter, modifier_rank=0 if written else None)
+    whole: AbstractContextManager[None] = zero.GatheredParameters(parameter, 0 if written else None)
     return whole
 
 

@@ -257,9 +257,7 @@ class MasksOfZero:
     def __init__(self, model: nn.Module) -> None:
         self._parameters = [held[0].parameter for held in places_of(model).values()]
         if any(hasattr(module, "lora_A") for module in model.modules()):
-            raise ValueError(
-                "the zeros of a pruned model under LoRA are not held by ZeRO: leave out deepspeed"
-            )
+            raise ValueError("zeros under LoRA cannot be held by ZeRO: leave out deepspeed, or the adapters")
 
     def attach(self, optimizer: Optimizer) -> None:
         """Hold the zeros of this moment through every step of DeepSpeed's optimiser, in whatever wrapping."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from secateurs.training.cutting import shape_of
 from secateurs.training.frozen import Counts, correction
 from secateurs.training.omission import Omission
+from secateurs.training.units import Kind
 
 
 def stepping(optimizer: Any) -> Optimizer:
@@ -32,13 +33,15 @@ def zero_of(optimizer: Any) -> Any:
     """DeepSpeed's optimiser by ZeRO out of accelerate's wrapping; None if it is none.
 
     Raises:
-        ValueError: DeepSpeed has the optimiser, but not by ZeRO.
+        ValueError: DeepSpeed has the optimiser, but not by ZeRO, or on disk.
     """
     outer = getattr(optimizer, "optimizer", optimizer)
     if not type(outer).__module__.startswith("deepspeed.runtime"):
         return None
     if not any(hasattr(outer, name) for name in ("fp32_partitioned_groups_flat", "_link_all_hp_params")):
         raise ValueError(f"{type(outer).__name__} is not by ZeRO: choose its stage 1, 2 or 3")
+    if getattr(outer, "swap_optimizer", False):
+        raise ValueError("what the optimiser holds is on disk (nvme): offload it to cpu, or not at all")
     return outer
 
 
@@ -62,13 +65,14 @@ class Fragment:
 def fragments_of(zero: Any, parameters: Iterable[nn.Parameter]) -> Iterator[Fragment]:
     """What this process's optimiser has of some parameters."""
     groups = stepping(zero).param_groups
+    parameter: Any
     for parameter in parameters:
         if hasattr(parameter, "ds_id"):
             index, place, most = zero.grad_position[zero.get_param_id(parameter)]
             start = dist.get_rank(parameter.ds_process_group) * most
             count = min(most, parameter.ds_numel - start)  # the last parts are padded
             flat = zero.fp32_partitioned_groups_flat[index]
-        elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+        elif (mapping := parameter._hp_mapping) is not None:
             inside, outside = mapping.lp_fragment_address, mapping.hp_fragment_address
             start, place, count = inside.start, outside.start, inside.numel
             (flat,) = groups[mapping.param_group_index]["params"]
@@ -88,7 +92,7 @@ class FrozenFragments:
 
     def __init__(self, zero: Any, omission: Omission) -> None:
         self.optimizer, self.omission = stepping(zero), omission
-        self._first: dict[tuple[int, str], int] = {}  # by block and kind, the number of the first unit
+        self._first: dict[tuple[int, Kind], int] = {}  # by block and kind, the number of the first unit
         self._count = 0
         for number, block in enumerate(omission.blocks):
             for kind, units in block.units.items():
