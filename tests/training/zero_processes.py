@@ -19,7 +19,7 @@ from secateurs.training.cutting import whole_of
 
 STAGES = (1, 2, 3)
 STEPS, BATCH = 8, 4
-METRICS = {1: "weighted", 2: "magnitude", 3: "weighted"}
+METRICS = {1: "fisher", 2: "magnitude", 3: "weighted"}
 COMMANDS = (3, 2)
 """The stages by which `secateurs.train` trains; the first is stopped on the way."""
 

@@ -140,8 +140,12 @@ class Masks:
         Of PEFT's LoRA layers the base is frozen; their adapters are masked from here on (see `mask_lora`).
 
         Raises:
-            ValueError: see `mask_lora`.
+            ValueError: see `mask_lora`; or the optimiser is DeepSpeed's.
         """
+        if zero_of(optimizer):
+            raise ValueError(
+                "ZeRO holds no masks but those of a model's own zeros: KeepZeros() without any"
+            )
         self.mask_lora()
         inner = stepping(optimizer)
         self._hooks.append(inner.register_step_post_hook(lambda *_: self.apply()))
@@ -255,7 +259,8 @@ class MasksOfZero:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = [held[0].parameter for held in places_of(model).values()]
+        parameters = (held[0].parameter for held in places_of(model).values())
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         if any(hasattr(module, "lora_A") for module in model.modules()):
             raise ValueError("zeros under LoRA cannot be held by ZeRO: leave out deepspeed, or the adapters")
 
@@ -263,12 +268,12 @@ class MasksOfZero:
         """Hold the zeros of this moment through every step of DeepSpeed's optimiser, in whatever wrapping."""
         self._held: dict[Tensor, Tensor] = {}
         for part in fragments_of(zero_of(optimizer), self._parameters):
-            held = self._held.setdefault(part.flat, torch.zeros_like(part.flat, dtype=torch.bool))
-            part.of(held).copy_(part.of(part.flat) == 0)
+            if part.flat not in self._held:
+                self._held[part.flat] = torch.zeros_like(part.flat, dtype=torch.bool)
+            part.of(self._held[part.flat]).copy_(part.of(part.flat) == 0)
         self._hooks: list[Any] = [stepping(optimizer).register_step_post_hook(lambda *_: self._apply())]
         for parameter in self._parameters:
-            if parameter.requires_grad:
-                self._hooks.append(parameter.register_hook(partial(_without_zeros, parameter)))
+            self._hooks.append(parameter.register_hook(partial(_without_zeros, parameter)))
 
     def detach(self) -> None:
         """Let go."""

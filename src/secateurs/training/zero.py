@@ -63,7 +63,7 @@ class Fragment:
 
 
 def fragments_of(zero: Any, parameters: Iterable[nn.Parameter]) -> Iterator[Fragment]:
-    """What this process's optimiser has of some parameters."""
+    """What this process's optimiser has of some of the parameters that it trains."""
     groups = stepping(zero).param_groups
     parameter: Any
     for parameter in parameters:
@@ -108,15 +108,15 @@ class FrozenFragments:
             sizes = [-1 if dim == piece.dim else 1 for dim in range(len(shape))]
             rows = (unit + self._first[piece.block, piece.kind]).int().view(sizes).expand(shape)
             own = rows.flatten()[part.start : part.start + part.count].to(part.flat.device)
-            whole = self._units.setdefault(
-                part.flat, torch.full_like(part.flat, self._count, dtype=torch.int32, requires_grad=False)
-            )
-            part.of(whole).copy_(own)
+            if part.flat not in self._units:
+                none = torch.full(part.flat.shape, self._count, dtype=torch.int32, device=part.flat.device)
+                self._units[part.flat] = none
+            part.of(self._units[part.flat]).copy_(own)
         self.steps = max((int(s.get("step", 0)) for s in self.optimizer.state.values()), default=0)
         """Steps that the optimiser has made."""
         self._behind = torch.zeros(self._count + 1)
         self._omitted = torch.zeros(self._count + 1, dtype=torch.bool)
-        self._before: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        self._before: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._hooks = [
             self.optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             self.optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -147,12 +147,12 @@ class FrozenFragments:
         for flat, omitted in self._stepped():
             state = self.optimizer.state.get(flat, {})
             alike = {k: v[omitted] for k, v in state.items() if _is_like(v, flat)}
-            self._before.append((flat, flat.detach().clone(), alike))
+            self._before.append((flat.detach().clone(), alike))
 
     @torch.no_grad()
     def _after_step(self) -> None:
         groups = {flat: group for group in self.optimizer.param_groups for flat in group["params"]}
-        for (flat, omitted), (_, before, alike) in zip(self._stepped(), self._before, strict=True):
+        for (flat, omitted), (before, alike) in zip(self._stepped(), self._before, strict=True):
             state, group = self.optimizer.state[flat], groups[flat]
             self.steps = max(self.steps, int(state.get("step", 0)))
             if "exp_avg_sq" in state and "betas" in group:  # Adam, whoever made it
