@@ -143,9 +143,7 @@ class Masks:
             ValueError: see `mask_lora`; or the optimiser is DeepSpeed's.
         """
         if zero_of(optimizer):
-            raise ValueError(
-                "ZeRO holds no masks but those of a model's own zeros: KeepZeros() without any"
-            )
+            raise ValueError("ZeRO holds no masks but those of a model's own zeros: KeepZeros() without any")
         self.mask_lora()
         inner = stepping(optimizer)
         self._hooks.append(inner.register_step_post_hook(lambda *_: self.apply()))
