@@ -493,7 +493,11 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
         ("use_liger_kernel: true", "liger-kernel"),
         ("load_best_model_at_end: true", "requires the save and eval strategy to match"),
         ("metric_for_best_model: accuracy", "metric_for_best_model is one of loss"),
-        ("deepspeed: ds.json", "no 'deepspeed' here: parameters are held whole"),
+        ("deepspeed: ds.json", "'ds.json' is missing"),
+        (
+            "deepspeed: {zero_optimization: {stage: 2}}",
+            "deepspeed (needs|is for) (deepspeed|several)",
+        ),
         ("fsdp: true", "fsdp only works in distributed training"),
         ("push_to_hub: true", "no 'push_to_hub' here: upload the output folder"),
         ("packing: true", "no 'packing' here"),

@@ -194,8 +194,11 @@ def make_models(folder: Path) -> None:
     (folder / "2.yaml").write_text(f"{settings}fsdp: true\nfsdp_config: {{activation_checkpointing: true}}\n")
 
 
-def command(folder: Path, how: str, world: int, *, stop: int | None = None) -> TrainingReport:
+def command(
+    folder: Path, how: str, world: int, *, stop: int | None = None, sharding: str = "2"
+) -> TrainingReport:
     """What `secateurs train` does, sharded if there are two processes; or that until it is stopped."""
+    sharding = sharding if world > 1 else "1"
     name, options = COMMANDS[how]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AcceleratorState, "__init__", _sharding_on_cpus)
@@ -210,10 +213,10 @@ def command(folder: Path, how: str, world: int, *, stop: int | None = None) -> T
             patch.setattr(Watch, "on_step_end", on_step_end)
         return train(
             folder / name,
-            output=folder / f"{how}-{world}",
+            output=folder / f"{how}-{sharding}",
             text=folder / "text.txt",
             validation=folder / "text.txt",
-            settings=folder / f"{world}.yaml",
+            settings=folder / f"{sharding}.yaml",
             length=32,
             batch_size=4 // world,
             learning_rate=0.01,
@@ -260,7 +263,7 @@ def _process(rank: int, folder: Path) -> None:
 def two_processes(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes finds; `command` leaves its outputs in the folder."""
     make_models(folder)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "PYTHONPATH": ":".join(sys.path)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": ":".join(sys.path)}
     multiprocessing.start_processes(_process, (folder,), nprocs=2, start_method="spawn")
     return [_read(folder / f"{rank}.safetensors") for rank in range(2)]
 
@@ -277,7 +280,7 @@ def _read(file: Path) -> dict[str, Any]:
     return results
 
 
-def _free_port() -> str:
+def free_port() -> str:
     import socket
 
     with socket.socket() as listener:

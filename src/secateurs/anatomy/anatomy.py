@@ -18,7 +18,7 @@ from secateurs.anatomy.blocks import (
 )
 from secateurs.anatomy.derive import BlockAnatomy, derive
 from secateurs.anatomy.trace import implemented_here, trace_block
-from secateurs.checkpoint.config import short
+from secateurs.checkpoint.config import short, without_deepspeed
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def anatomy_of(config: PretrainedConfig) -> Anatomy:
     """
     key = fingerprint(config)
     if key not in _derived:
-        with torch.random.fork_rng(devices=[]):  # some models' own code draws from it
+        # Some models' own code draws random numbers.
+        with torch.random.fork_rng(devices=[]), without_deepspeed():
             _derived[key] = derive_anatomy(skeleton(config))
     return _derived[key]
 

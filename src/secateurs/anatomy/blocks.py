@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from secateurs.anatomy.trace import Call, Virtual
-from secateurs.checkpoint.config import model_class, short
+from secateurs.checkpoint.config import model_class, short, without_deepspeed
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -22,7 +22,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
     Buffers that are computed and not stored (rotary frequencies) are real.
     """
     kind, config = model_class(config)
-    with torch.device("meta"):
+    with torch.device("meta"), without_deepspeed():
         # A copy: what is built of a configuration writes its dtype there.
         model: PreTrainedModel = kind._from_config(copy.deepcopy(config), dtype=dtype)
     return with_computed_buffers(model).eval().requires_grad_(False)

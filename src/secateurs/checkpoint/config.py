@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch.nn import functional
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import __version__ as transformers_version
+from transformers.integrations import deepspeed
 from transformers.utils import logging
 
 from secateurs.checkpoint.reading import Checkpoint
@@ -176,3 +179,16 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """What transformers makes within is whole, though a Trainer's arguments ask for ZeRO-3, and linear layers
+    are torch's own: under ZeRO-3 DeepSpeed replaces them for the whole process."""
+    before, linear = deepspeed._hf_deepspeed_config_weak_ref, functional.linear
+    deepspeed.unset_hf_deepspeed_config()
+    functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref, functional.linear = before, linear

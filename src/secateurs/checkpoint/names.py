@@ -22,7 +22,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from secateurs.checkpoint.config import is_compressed, model_class, quiet, read_config, short
+from secateurs.checkpoint.config import (
+    is_compressed,
+    model_class,
+    quiet,
+    read_config,
+    short,
+    without_deepspeed,
+)
 from secateurs.checkpoint.reading import Checkpoint
 from secateurs.checkpoint.shards import Stored
 
@@ -176,7 +183,7 @@ def load_empty(
         tensors: on the meta device, by the names in the files.
     """
     loader: Any = kind  # its types forget that it returns a pair here
-    with quiet():
+    with quiet(), without_deepspeed():
         model, report = loader.from_pretrained(
             None,
             config=config,

@@ -263,7 +263,9 @@ def _arguments(trainer: dict[str, Any], work: TrainingFolder) -> TrainingArgumen
     with silent():
         arguments = trainer_arguments(TrainingArguments, {**trainer, "output_dir": str(work.checkpoints)})
     if is_sharded():
-        raise ValueError("recovery holds parameters whole: leave out fsdp; several processes share the text")
+        raise ValueError(
+            "recovery holds parameters whole, and shares the text out: leave out fsdp and deepspeed"
+        )
     if arguments.n_gpu > 1:
         raise ValueError("several GPUs, one process: start recovery with torchrun, or choose one GPU")
     return arguments

@@ -30,6 +30,7 @@ from secateurs.training.cutting import local, make_whole, whole_gradient, whole_
 from secateurs.training.falling import choose, share_out
 from secateurs.training.masks import Masks, Place, places_of
 from secateurs.training.omission import decoder_of
+from secateurs.training.zero import zero_of
 
 Rise = Literal["cubic", "linear"]
 
@@ -40,6 +41,8 @@ ROUNDING = 1e-3
 """By how much a share of zeros may be above that of a pattern."""
 
 BEST = "load_best_model_at_end may bring back weights from before the end of pruning: leave it off"
+
+ZERO = "pruning on the way looks at whole matrices and moments, ZeRO has parts: leave out deepspeed"
 
 
 class AdaptivePruning(TrainerCallback):
@@ -157,6 +160,8 @@ class AdaptivePruning(TrainerCallback):
             ValueError: see `span` and `check`; or there are adapters of another kind than plain LoRA, or LoRA
                 and `grow`.
         """
+        if zero_of(optimizer):
+            raise ValueError(ZERO)
         if self.attached:  # training that was cut short begins again
             self.detach()
         self.start, self.end, self.every = self.span(total_steps)

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 
+from secateurs.checkpoint import read_json
 from secateurs.device import resolve_device
 from secateurs.settings import fitted, read_yaml
 
@@ -48,12 +49,12 @@ TAKEN = {
     "use_cpu": "--device",
 }
 # What it may not ask for, and why.
-SCRIPTS = "parameters are held whole here, or sharded by fsdp (docs/training.md)"
-SHARDING = "ACCELERATE_USE_FSDP"
-"""Where accelerate keeps whether FSDP shards."""
+SCRIPTS = "parameters are held whole here, or sharded by fsdp or deepspeed (docs/training.md)"
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+"""Where accelerate keeps whether FSDP or DeepSpeed shards."""
 FOLDERS = "that is a matter of the model's folder"
 ABSENT = {
-    **dict.fromkeys(("deepspeed", "parallelism_config"), SCRIPTS),
+    "parallelism_config": SCRIPTS,
     **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), FOLDERS),
     **dict.fromkeys(("packing", "eval_packing", "padding_free"), "a row is one conversation"),
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "the loss is always the answers'"),
@@ -116,12 +117,17 @@ def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
             content[name] = _fitted(value, hints[name])
         except TypeError as error:
             raise ValueError(f"'{path}': '{name}' is {error}") from None
-    package = PACKAGES.get(str(content.get("optim")))
-    if package and importlib.util.find_spec(package) is None:
-        raise ValueError(
-            f"'{path}': optim {content['optim']} needs {package}, which is not installed: "
-            f"pip install {package}"
-        )
+    optimiser = str(content.get("optim"))
+    needs = {f"optim {optimiser}": PACKAGES.get(optimiser)}
+    if isinstance(content.get("deepspeed"), str):  # its content decides the run, not its name
+        content["deepspeed"] = read_json(Path(content["deepspeed"]))
+    if content.get("deepspeed"):
+        needs["deepspeed"] = "deepspeed"
+    for what, package in needs.items():
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"'{path}': {what} needs {package}, which is not installed: pip install {package}"
+            )
     return content
 
 
@@ -161,8 +167,10 @@ def trainer_arguments(kind: type[TrainingArguments], settings: dict[str, Any]) -
     """
     from transformers.integrations import get_available_reporting_integrations
 
-    launched = SHARDING in os.environ
+    launched = os.environ.keys() & SHARDING
     try:
+        if settings.get("deepspeed") and "RANK" not in os.environ:
+            raise ValueError("deepspeed is for several processes: start training with torchrun")
         _check_numbers(settings)
         with warnings.catch_warnings():
             # Its name depends on the version, which is not the user's to mend.
@@ -177,8 +185,8 @@ def trainer_arguments(kind: type[TrainingArguments], settings: dict[str, Any]) -
                 )
         _rehearse(arguments)
     except Exception as error:  # of whatever kind: nothing but the settings can be at fault yet
-        if not launched:  # what accelerate has put there would shard the next run of this process
-            os.environ.pop(SHARDING, None)
+        for name in set(SHARDING) - launched:  # what is put there would shard the next run of this process
+            os.environ.pop(name, None)
         raise ValueError(f"Trainer's settings: {' '.join(str(error).split())}") from error
     return arguments
 
@@ -203,11 +211,16 @@ def _check_numbers(settings: dict[str, Any]) -> None:
 
 
 def is_sharded() -> bool:
-    """Whether FSDP shards what a Trainer trains, by its arguments or by what launched it.
+    """Whether FSDP or DeepSpeed shards what a Trainer trains, by its arguments or by what launched it.
 
     It is known once there are `trainer_arguments`.
     """
-    return AcceleratorState().distributed_type == DistributedType.FSDP
+    return AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def is_by_deepspeed() -> bool:
+    """Whether it is DeepSpeed."""
+    return AcceleratorState().distributed_type == DistributedType.DEEPSPEED
 
 
 @contextmanager
@@ -232,9 +245,11 @@ def _rehearse(arguments: TrainingArguments) -> None:
     row = {"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.zeros(2, dtype=torch.int64)}
     with set_aside(arguments) as others, torch.random.fork_rng(devices=[]):
         trainer = Trainer(LlamaForCausalLM(config), others, train_dataset=[row], eval_dataset=[row])
+        if is_by_deepspeed():  # accelerate keeps what it was given, and objects to being given it again
+            arguments.deepspeed_plugin = None
         if arguments.fsdp and not is_sharded():
             raise ValueError("fsdp is for several processes with a GPU each: start training with torchrun")
-        if is_sharded() and not trainer.accelerator.is_fsdp2:
+        if is_sharded() and not (trainer.accelerator.is_fsdp2 or is_by_deepspeed()):
             raise ValueError("version 1 of FSDP owns the weights' shapes: say version: 2 in fsdp_config")
         trainer.create_optimizer_and_scheduler(num_training_steps=10)
         trainer.get_train_dataloader()

@@ -9,8 +9,8 @@ a model's code or a key of its `state_dict`:
   copied: forward, backward, gradients and the optimiser all run at the small size, and there is no second
   copy in memory. Slices that are columns are stored transposed, so that the view is dense and fused
   optimisers take it.
-- *Gathered*, where something else owns the parameters and counts on their shapes (DDP's buckets, FSDP2's
-  shards): every forward pass gathers the kept slices, and backward writes their gradient into zeros.
+- *Gathered*, where something else owns the parameters and counts on their shapes (DDP's buckets, FSDP2's and
+  ZeRO's shards): every forward pass gathers the kept slices, and backward writes their gradient into zeros.
 
 What a block's code reads its head counts from (`units.COUNTS`) is replaced for as long as the block is small,
 so also while activation checkpointing recomputes.
@@ -18,6 +18,7 @@ so also while activation checkpointing recomputes.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -149,8 +150,28 @@ def whole_gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad.new_zeros(shape).index_copy_(piece.dim, piece.index, parameter.grad)
 
 
+def shape_of(parameter: Tensor) -> torch.Size:
+    """A parameter's shape in the plain model: under ZeRO-3 it is empty between passes."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def gathered(parameter: Tensor, *, written: bool = False) -> AbstractContextManager[None]:
+    """A parameter that ZeRO-3 has in parts is whole within: a collective call. What the first process writes
+    into it stays if it says so."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed import zero
+
+    whole: AbstractContextManager[None] = zero.GatheredParameters(parameter, 0 if written else None)
+    return whole
+
+
 def whole_of(tensor: Tensor) -> Tensor:
     """A tensor of which each process may hold a part, without history: a collective call if it does."""
+    if tensor.shape != shape_of(tensor):
+        with gathered(tensor):
+            return tensor.detach().clone()
     whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach()
 
@@ -235,7 +256,7 @@ class Cutting:
             for piece in layer.slices
         ]
         self.engaged = False
-        self._kept: Kept = [dict.fromkeys(KINDS) for _ in self.blocks]
+        self.kept: Kept = [dict.fromkeys(KINDS) for _ in self.blocks]
         self._replaced: list[tuple[Any, str, Any]] = []  # owner, attribute, its own value before
         self._reordered: list[tuple[Slice, Reordered]] = []
 
@@ -265,7 +286,7 @@ class Cutting:
     def choose(self, kept: Kept) -> None:
         """Set which units run from the next `engage` on. The model must be whole."""
         assert not self.engaged
-        self._kept = kept
+        self.kept = kept
         for piece in self.slices:
             piece.choose(kept[piece.block][piece.kind])
 
@@ -274,7 +295,7 @@ class Cutting:
         if self.engaged:
             return
         self.engaged = True
-        for block, kept in zip(self.blocks, self._kept, strict=True):
+        for block, kept in zip(self.blocks, self.kept, strict=True):
             for kind, cut in block.cuts.items():
                 mask = kept[kind]
                 if mask is None:
@@ -407,10 +428,10 @@ def _sliced_parameters(
     """A layer's parameters that have slices, each with their dimension."""
     dim = int(isinstance(linear, Conv1D) == outputs)  # Conv1D stores (in, out)
     weight: Any = linear.weight
-    if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[dim] != len(unit):
+    if not weight.is_floating_point() or len(shape_of(weight)) != 2 or shape_of(weight)[dim] != len(unit):
         raise ValueError(
             f"cannot omit parts of '{where}': its weights are quantised or partitioned: load them as "
-            "they are (bfloat16, float32), and shard by FSDP2 if at all"
+            "they are (bfloat16, float32), and shard by FSDP2 or ZeRO if at all"
         )
     parameters = [(weight, dim)]
     if outputs and linear.bias is not None:

@@ -194,5 +194,6 @@ def bytes_at_once(
     saved = math.ceil(arguments.num_train_epochs) if arguments.save_strategy == "epoch" else steps / every
     # The oldest is deleted once the newest is there.
     count = min(math.ceil(saved), (arguments.save_total_limit or math.inf) + 1)
-    copies = 1 + states + bool(arguments.fsdp)  # accelerate saves sharded weights beside Trainer's own file
+    # Beside Trainer's own file accelerate saves sharded weights, and DeepSpeed its copy in float32 too.
+    copies = 1 + states + bool(arguments.fsdp) + 2 * bool(arguments.deepspeed)
     return int(count) * (4 * trained * copies + (weights // 8 if masks else 0))

@@ -128,7 +128,7 @@ class FrozenOptimizer:
         for (_, betas), pieces in self._late.items():
             # Of all slices at once: there are hundreds of them, and this is a dozen of operations.
             behind = torch.cat([steps for _, _, steps in pieces])
-            scales = _correction(self.steps, behind, *betas).split([len(late) for _, late, _ in pieces])
+            scales = correction(self.steps, behind, *betas).split([len(late) for _, late, _ in pieces])
             for (piece, late, _), scale in zip(pieces, scales, strict=True):
                 if piece in self._before:
                     self._rescale(piece, late, self._before[piece], scale)
@@ -221,7 +221,7 @@ def _rows(piece: Slice) -> Tensor:
     return local(piece.parameter).transpose(0, piece.dim)
 
 
-def _correction(step: int, behind: Tensor, beta1: float, beta2: float) -> Tensor:
+def correction(step: int, behind: Tensor, beta1: float, beta2: float) -> Tensor:
     """What an update of Adam is multiplied by where only `step - behind` steps went into the averages."""
     own = step - behind
     first = (1 - beta1**step) / (1 - beta1**own)

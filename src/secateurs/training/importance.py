@@ -12,9 +12,9 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from secateurs.training.cutting import whole_of
 from secateurs.training.head import IGNORED
 from secateurs.training.omission import Omission, decoder_of
 from secateurs.training.units import Kind
@@ -126,8 +126,7 @@ def _by_unit(values: Tensor, unit: Tensor, units: int) -> Tensor:
 
 
 def _whole_weight(layer: nn.Linear | Conv1D) -> Tensor:
-    weight = layer.weight.detach()
-    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).float()
+    return whole_of(layer.weight).float()
 
 
 def _magnitudes(omission: Omission, block: int, kind: Kind) -> Tensor:

@@ -21,6 +21,7 @@ from secateurs.anatomy import anatomy_of
 from secateurs.anatomy.matrix import Matrix
 from secateurs.training.cutting import kept_part, local, make_whole
 from secateurs.training.omission import decoder_of, parameter_of, unwrapped
+from secateurs.training.zero import fragments_of, stepping, zero_of
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their bytes."""
@@ -139,10 +140,12 @@ class Masks:
         Of PEFT's LoRA layers the base is frozen; their adapters are masked from here on (see `mask_lora`).
 
         Raises:
-            ValueError: see `mask_lora`.
+            ValueError: see `mask_lora`; or the optimiser is DeepSpeed's.
         """
+        if zero_of(optimizer):
+            raise ValueError("ZeRO holds no masks but those of a model's own zeros: KeepZeros() without any")
         self.mask_lora()
-        inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        inner = stepping(optimizer)
         self._hooks.append(inner.register_step_post_hook(lambda *_: self.apply()))
         for name, parameter in self._parameters.items():
             if parameter.requires_grad:
@@ -243,6 +246,49 @@ class Held(Protocol):
         """Let go."""
 
 
+class MasksOfZero:
+    """Holds the zeros in the matrices of a model's blocks where DeepSpeed's ZeRO trains it.
+
+    No process has whole masks: of its own part of the weights it knows which are held, and in a backward pass
+    those are held that are zero.
+
+    Args:
+        model: the model, in whatever wrapping.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = (held[0].parameter for held in places_of(model).values())
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        if any(hasattr(module, "lora_A") for module in model.modules()):
+            raise ValueError("zeros under LoRA cannot be held by ZeRO: leave out deepspeed, or the adapters")
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Hold the zeros of this moment through every step of DeepSpeed's optimiser, in whatever wrapping."""
+        self._held: dict[Tensor, Tensor] = {}
+        for part in fragments_of(zero_of(optimizer), self._parameters):
+            if part.flat not in self._held:
+                self._held[part.flat] = torch.zeros_like(part.flat, dtype=torch.bool)
+            part.of(self._held[part.flat]).copy_(part.of(part.flat) == 0)
+        self._hooks: list[Any] = [stepping(optimizer).register_step_post_hook(lambda *_: self._apply())]
+        for parameter in self._parameters:
+            self._hooks.append(parameter.register_hook(partial(_without_zeros, parameter)))
+
+    def detach(self) -> None:
+        """Let go."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        for flat, held in self._held.items():
+            _zero(flat, held)
+
+
+def _without_zeros(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+    """A gradient that is 0 where its parameter is."""
+    return gradient.masked_fill(parameter == 0, 0)
+
+
 class Keep(TrainerCallback):
     """Keeps what is held through `transformers.Trainer`."""
 
@@ -281,5 +327,8 @@ class KeepZeros(Keep):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to what is about to be trained."""
-        self.held = self.held or (Masks.of_zeros(kwargs["model"]),)
+        if not self.held:
+            zero = zero_of(kwargs["optimizer"])
+            model = kwargs["model"]
+            self.held = (MasksOfZero(model) if zero else Masks.of_zeros(model),)
         super().on_train_begin(args, state, control, **kwargs)

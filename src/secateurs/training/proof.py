@@ -24,6 +24,7 @@ from secateurs.anatomy import Anatomy, BlockAnatomy, anatomy_of, skeleton
 from secateurs.anatomy.anatomy import fingerprint
 from secateurs.anatomy.blocks import note_calls, use_plain_experts
 from secateurs.anatomy.trace import Call, Virtual, implemented_here
+from secateurs.checkpoint.config import without_deepspeed
 from secateurs.training.cutting import Cutting
 from secateurs.training.units import KINDS, NAMES, Cut, Kind, cuts_of
 
@@ -65,7 +66,7 @@ def proven_cuts(config: PretrainedConfig) -> ProvenCuts:
     key = fingerprint(config)
     if key not in _known:
         # Some models' own code draws random numbers as they are built.
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), without_deepspeed():
             _known[key] = _prove(config)
     proven = _known[key]
     if not any(proven.blocks):

@@ -12,7 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from secateurs.training.cutting import Block, Cutting
+from secateurs.training.cutting import Block, Cutting, shape_of
 from secateurs.training.importance import Scores
 from secateurs.training.units import KINDS, Kind, multiple_of
 
@@ -101,7 +101,7 @@ def _block_indices(exempt: Collection[int], blocks: int) -> set[int]:
 def _weights_of_a_unit(block: Block, kind: Kind) -> float:
     """How many weights are not multiplied with if it is omitted."""
     sliced = sum(
-        layer.slices[0].parameter.numel() * float((layer.unit >= 0).double().mean())
+        shape_of(layer.slices[0].parameter).numel() * float((layer.unit >= 0).double().mean())
         for layer in block.layers[kind]
     )
     return sliced / block.units[kind].count

@@ -25,19 +25,20 @@ from transformers import (
 from secateurs.anatomy import anatomy_of
 from secateurs.checkpoint import Checkpoint, check_place, copy_companions, output_lock, resolve
 from secateurs.checkpoint.companions import bytes_of_companions
-from secateurs.checkpoint.config import refuse_quantised
+from secateurs.checkpoint.config import refuse_quantised, without_deepspeed
 from secateurs.checkpoint.names import skeleton_of
 from secateurs.checkpoint.shards import size_in_bytes
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
 from secateurs.text import load_tokenizer
-from secateurs.training.adaptive import BEST, shares_of
+from secateurs.training.adaptive import BEST, ZERO, shares_of
 from secateurs.training.arguments import (
     CHAT_DEFAULTS,
     DEFAULTS,
     LORA_DEFAULTS,
     arguments_kind,
     hardware,
+    is_by_deepspeed,
     is_sharded,
     read_settings,
     set_aside,
@@ -176,7 +177,9 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         arguments = trainer_arguments(kind, {**trainer, **data.settings})
     sharded = is_sharded()
     if sharded and lora:
-        raise ValueError("adapters are trained whole here: leave out lora, or fsdp")
+        raise ValueError("adapters are trained whole here: leave out lora, or fsdp and deepspeed")
+    if pruning and is_by_deepspeed():
+        raise ValueError(ZERO)
     if settings.omission and arguments.n_gpu > 1:
         raise ValueError("several GPUs, one process: start training with torchrun, or choose one GPU")
     if work.finished():
@@ -192,7 +195,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     work.check_room(checkpoints + checkpoint.tensor_bytes + beside)
 
     # Bfloat16 would round most updates away; adapters come in float32 by themselves.
-    with silent():
+    with silent(), without_deepspeed():
         loaded = load_model(checkpoint.folder, "cpu", None if lora else torch.float32)
     weights = StoredWeights(loaded, checkpoint)
     pruned = _is_pruned(loaded)
@@ -288,6 +291,8 @@ def _finished(
     report = TrainingReport.read(work.output)
     if validation is None or (report.validation or {}).get("sha256") == validation["sha256"]:
         return report
+    if is_by_deepspeed():
+        raise ValueError(f"'{work.output}' is finished: measure it on other data with secateurs eval")
     with silent():
         loaded = load_model(work.output, "cpu", None if lora else torch.float32)
     with silent(), for_training(loaded), set_aside(arguments) as others:

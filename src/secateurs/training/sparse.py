@@ -19,6 +19,7 @@ from secateurs.training.rates import Rates, given_rates, measured_rates
 from secateurs.training.selection import SELECTIONS, Select, select, share_out
 from secateurs.training.units import KINDS, NAMES, Kind, Units, multiple_of, units_kept
 from secateurs.training.work import Work
+from secateurs.training.zero import FrozenFragments, stepping, zero_of
 
 SMOOTHING = 0.7
 """What an older measurement of importance counts, relative to the one after it."""
@@ -168,7 +169,7 @@ class SparseTraining:
         self._chosen_at = 0
         self._ready = self._probing = False
         self._losses: list[Tensor] = []
-        inner = cast(Optimizer, getattr(optimizer, "optimizer", optimizer))
+        zero, inner = zero_of(optimizer), stepping(optimizer)
         self._hooks: list[Any] = [
             # Before FSDP's own hook, so that a probe is a forward pass of its own.
             self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
@@ -179,7 +180,7 @@ class SparseTraining:
             inner.register_load_state_dict_pre_hook(lambda *_: self.whole()),
             inner.register_step_pre_hook(lambda *_: self._check_losses()),
         ]
-        self._frozen = FrozenOptimizer(inner, self.omission)
+        self._frozen = FrozenFragments(zero, self.omission) if zero else FrozenOptimizer(inner, self.omission)
         self._settled = steps = self._frozen.steps  # those of an optimiser that has trained before
         self.counts: list[dict[Kind, Tensor]] = [
             {kind: torch.full((u.groups, u.size), steps) for kind, u in block.units.items()}

@@ -17,7 +17,7 @@ from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.pieces import Piece, pieces_of
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.finite import all_finite
-from secateurs.training.cutting import local, whole_of
+from secateurs.training.cutting import gathered, local, whole_of
 
 
 class StoredWeights:
@@ -58,19 +58,21 @@ class StoredWeights:
         """Let go of the model, for others are to hold its tensors, in parts."""
         self._own = {}
 
+    @torch.no_grad()
     def gather(self, model: PreTrainedModel, device: torch.device) -> None:
         """Take hold of the tensors of a model that is sharded, copied to main memory: a collective call."""
-        state = model.state_dict()
-        self._own = {name: whole_of(tensor.to(device)).cpu() for name, tensor in state.items()}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            self._own[name] = whole_of(tensor.to(device) if isinstance(tensor, DTensor) else tensor).cpu()
 
     @torch.no_grad()
     def scatter(self, model: PreTrainedModel) -> None:
         """Give a model that is sharded the values that `gather` took from it, as they are now."""
-        for name, tensor in model.state_dict().items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
             value = self._own[name]
             if isinstance(tensor, DTensor):
                 value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-            local(tensor).copy_(local(value))
+            with gathered(tensor, written=True):
+                local(tensor).copy_(local(value))
 
     @torch.no_grad()
     def round(self) -> None:

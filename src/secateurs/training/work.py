@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateurs.training.cutting import Kept, positions
+from secateurs.training.cutting import Kept, positions, shape_of
 from secateurs.training.omission import Omission, decoder_of, parameter_of
 from secateurs.training.units import KINDS
 
@@ -26,7 +26,7 @@ class Work:
         head: Any = decoder_of(model).get_output_embeddings()  # type: ignore[operator]
         sizes: list[tuple[float, bool]] = []  # of what is multiplied, and whether it is trained
         if head is not None:
-            sizes.append((head.weight.numel(), head.weight.requires_grad))
+            sizes.append((shape_of(head.weight).numel(), head.weight.requires_grad))
         self._width = 0.0  # of all the heads of all blocks
         anatomies = omission.proven.anatomy.blocks
         for number, (block, inside) in enumerate(zip(omission.blocks, anatomies, strict=True)):
@@ -35,7 +35,7 @@ class Work:
                 for layer in layers:
                     weight = layer.slices[0].parameter
                     share = _share(masks[kind], layer.unit)
-                    sizes.append((share * weight.numel(), weight.requires_grad))
+                    sizes.append((share * shape_of(weight).numel(), weight.requires_grad))
             sliced = {name for cut in block.cuts.values() for name in (*cut.writers, cut.reader)}
             for matrix in inside.matrices.values():
                 if matrix.name not in sliced:
