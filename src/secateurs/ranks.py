@@ -200,20 +200,29 @@ def meet() -> None:
     total(0)
 
 
-def average_gradients(parameters: Iterable[Tensor], weight: int) -> None:
+def average_gradients(parameters: Iterable[tuple[Tensor, Tensor | None]], weight: int) -> None:
     """Make each parameter's gradient the mean of all ranks'.
 
     Args:
-        parameters: those of a rank that had no sequences have none yet.
+        parameters: those of a rank that had no sequences have none yet. With each the places, row by row, at
+            which its gradient is wanted, if not at all: what is sent takes most of the time.
         weight: what this rank's gradients count: its sequences.
     """
     if _here.world == 1:
         return
-    share = weight / total(weight)
-    for parameter in parameters:
+    found, parts = [], []
+    for parameter, places in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        summed(parameter.grad.mul_(share))
+        found.append((parameter.grad, places))
+        parts.append(parameter.grad.flatten() if places is None else parameter.grad.take(places))
+    sums = summed(torch.cat([*parts, parts[0].new_ones(1)]).mul_(weight))  # the last is of the weights
+    *means, _ = (sums / sums[-1]).split([*map(len, parts), 1])
+    for (gradient, places), mean in zip(found, means, strict=True):
+        if places is None:
+            gradient.copy_(mean.view_as(gradient))
+        else:
+            gradient.put_(places, mean)
 
 
 class Poolable(Protocol):

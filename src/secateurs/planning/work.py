@@ -14,7 +14,7 @@ from secateurs.pattern import NM, Pattern
 from secateurs.pruning.block.joint import Joint
 from secateurs.pruning.block.local import Local, stages_of
 from secateurs.pruning.block.measure import Group
-from secateurs.pruning.block.refine import JUDGES, TOKENS_A_STEP
+from secateurs.pruning.block.refine import JUDGES, SHORTEST, TOKENS_A_STEP
 from secateurs.pruning.block.rounding import Rounded, ToGrids
 from secateurs.pruning.mlp.linear import solving_cost
 from secateurs.pruning.mlp.problem import CHUNK, HELD_OUT
@@ -405,11 +405,12 @@ class BlockWork:
     def _descent(self, passes: int) -> Amounts:
         """See `block/refine.py`: in float32, but multiplied in the dtype of the model where that is fast."""
         text = self.text
-        shown = min(text.length, TOKENS_A_STEP)
-        steps = passes * -(-text.samples * self.ranks // max(1, TOKENS_A_STEP // shown))
+        by_one = min(text.length, TOKENS_A_STEP)
+        steps = passes * -(-text.samples * self.ranks // max(1, TOKENS_A_STEP // by_one))
         judged = 2 * max(1, text.samples // JUDGES) * text.length
-        own = passes * text.samples * shown
-        if text.samples * self.ranks * shown and max(1, TOKENS_A_STEP // shown) < self.ranks:
+        own = passes * text.samples * by_one
+        shown = min(text.length, max(SHORTEST, TOKENS_A_STEP // self.ranks))
+        if TOKENS_A_STEP // shown < self.ranks:
             own = steps * shown  # where a step has fewer sequences than there are ranks, they take turns
         amounts = self.forward("refine", judged)
         # Back again is twice the way there, of float32 where the way there was of the model's.

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import secateurs.pruning.block.joint
 import secateurs.pruning.block.refine
 from families import FAMILIES, build, tokens
 from folders import save, tensors_of
-from secateurs import Report, SparseLLM, Wanda, prune
+from secateurs import Report, SparseLLM, Wanda, prune, ranks
 from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.checkpoint import Checkpoint
-from secateurs.pruning.block.refine import Refined, refine
+from secateurs.pruning.block.refine import Refined, _of_steps, refine
 from secateurs.pruning.settings import EFFORTS, Effort, PruneSettings
 from table import family_of
 
@@ -323,3 +324,19 @@ def test_settings_that_leave_nothing_to_refine(
     with pytest.raises(ValueError, match=message):
         prune(folder, **{"output": tmp_path / "out", "calibration": tokens(), **settings})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("world", "sequences", "together"), [(1, 5, 2), (2, 7, 2), (3, 8, 4), (2, 5, 1)])
+def test_ranks_share_each_step_and_see_all_their_sequences_in_a_pass(
+    world: int, sequences: int, together: int
+) -> None:
+    steps = -(-sequences // together)
+    sizes = [0] * steps
+    for rank in range(world):
+        with ranks._placed(ranks._Place(rank, world)):
+            own = ranks.part_of(sequences)
+            seen = list(islice(_of_steps(own, sequences, together, torch.Generator()), 2 * steps))
+        for once in (seen[:steps], seen[steps:]):
+            assert sorted(i for some in once for i in some) == list(range(own))
+        sizes = [size + len(some) for size, some in zip(sizes, seen, strict=False)]
+    assert sizes == [min(together, sequences - first) for first in range(0, sequences, together)]

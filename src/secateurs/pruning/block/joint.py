@@ -24,8 +24,8 @@ from secateurs.pruning.block.block import Advance, Block, Clock, Streams, Work, 
 from secateurs.pruning.block.experts import Experts, experts_of, route
 from secateurs.pruning.block.local import Local
 from secateurs.pruning.block.measure import Group, measure, observe
-from secateurs.pruning.block.refine import TOKENS_A_STEP
 from secateurs.pruning.block.refine import refine as refined_by_descent
+from secateurs.pruning.block.refine import shown_tokens
 from secateurs.pruning.mlp.linear import Pruned, apply, prune_linear
 from secateurs.pruning.mlp.problem import MLP, Tokens
 from secateurs.pruning.mlp.sparsellm import SparseLLM
@@ -107,7 +107,7 @@ class Joint:
 
     @property
     def head(self) -> int | None:
-        return TOKENS_A_STEP if self.refine else None
+        return shown_tokens() if self.refine else None
 
     def copies(self, model: BlockwiseModel) -> float:
         """See `BlockPruner.copies`."""

@@ -6,8 +6,9 @@ pruned blocks in the same way).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from secateurs.blockwise import Batch, BlockwiseModel
 from secateurs.device import multiplies_bfloat16
 
 TOKENS_A_STEP = 512
+
+SHORTEST = 128
+"""Tokens that a sequence shows at least, of those that it has, however many ranks share a step."""
 
 STEPS_OF_A_PASS = 32
 """A text of fewer steps than these is not gone through the more often for it."""
@@ -39,6 +43,11 @@ MOST_RATE = 0.0125
 
 WARM_UP = 20
 """Steps until Adam's second moments may be trusted with the whole rate; in a short run a quarter of them."""
+
+
+def shown_tokens() -> int:
+    """Of a sequence, how many tokens a step sees at most: as many as leave a sequence to each rank."""
+    return max(SHORTEST, TOKENS_A_STEP // ranks.world())
 
 
 class Refined(NamedTuple):
@@ -74,9 +83,10 @@ def refine(
 
     Adam on float32 weights, at a rate that rises for some steps and then falls linearly to zero; a step sees
     `TOKENS_A_STEP` tokens, or one sequence, and multiplies them in bfloat16 where the model does and the
-    device is fast at it. Ranks share the sequences of a step, in turns where these are fewer: with more to a
-    step there would be fewer steps, and the result worse. A step's gradient is that of all. Matrices keep
-    their zeros. Memory: about six times the block's parameters in float32, and the activations of one step.
+    device is fast at it. Ranks share the sequences of a step, which for that shows less of each; where there
+    are fewer, they take turns: with more to a step there would be fewer steps, and the result worse. A step's
+    gradient is that of all. Matrices keep their zeros. Memory: about six times the block's parameters in
+    float32, and the activations of one step.
 
     Args:
         model: whose block it is.
@@ -130,8 +140,9 @@ def refine(
     before = error(parameters)
     if not math.isfinite(before):
         raise FloatingPointError("the result of the pruned block is not finite on the calibration text")
-    starts = range(0, int(ranks.total(len(shown))), together)
-    steps = passes * len(starts)
+    count = int(ranks.total(len(shown)))
+    # As many as one process makes, which is shown more of each sequence and goes through them less often.
+    steps = passes * math.ceil(count / _together(min(model.length, TOKENS_A_STEP)))
     warm_up = min(WARM_UP, 1 + steps // 4)
     rate = min(MOST_RATE, RATE / hidden[0].states.shape[-1])
     optimiser = torch.optim.Adam(
@@ -145,28 +156,40 @@ def refine(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1, (step + 1) / warm_up) * (1 - step / steps)
     )
+    places = {name: mask.flatten().nonzero().squeeze(1) for name, mask in kept.items() if ranks.world() > 1}
     order = torch.Generator().manual_seed(index)
     with torch.enable_grad():
-        for _ in range(passes):
-            chosen = torch.randperm(len(shown), generator=order).tolist()
-            for start in starts:
-                own = chosen[ranks.part_of(start) : ranks.part_of(start + together)]
-                some = [shown[i] for i in own]
-                if some:
-                    lost(some, parameters, of_shown).backward()
-                ranks.average_gradients(trained.values(), len(some))
-                for name, mask in kept.items():
-                    gradient = trained[name].grad
-                    assert gradient is not None
-                    gradient.mul_(mask)  # Adam does not move what never has a gradient
-                optimiser.step()
-                optimiser.zero_grad()
-                schedule.step()
+        for own in islice(_of_steps(len(shown), count, together, order), steps):
+            some = [shown[i] for i in own]
+            if some:
+                lost(some, parameters, of_shown).backward()
+            ranks.average_gradients(((trained[name], places.get(name)) for name in trained), len(some))
+            for name, mask in kept.items():
+                gradient = trained[name].grad
+                assert gradient is not None
+                gradient.mul_(mask)  # Adam does not move what never has a gradient
+            optimiser.step()
+            optimiser.zero_grad()
+            schedule.step()
     del optimiser, schedule
     # Rounding may bring small negative weights to -0; adding 0 makes it +0.
     result = {name: parameter.detach().to(stored[name].dtype) + 0 for name, parameter in trained.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
     return Refined(result if after < before else None, before, after if math.isfinite(after) else None, seen)
+
+
+def _of_steps(own: int, of_all: int, together: int, order: torch.Generator) -> Iterator[list[int]]:
+    """Which of a rank's sequences a step sees, in one random order of them after the other.
+
+    Args:
+        own: sequences.
+        of_all: those of all ranks.
+        together: how many of these a step sees.
+    """
+    while True:
+        chosen = torch.randperm(own, generator=order).tolist()
+        for start in range(0, of_all, together):
+            yield chosen[ranks.part_of(start) : ranks.part_of(start + together)]
 
 
 def _energy(pairs: list[tuple[Batch, Tensor]]) -> float:
