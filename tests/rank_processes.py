@@ -21,6 +21,7 @@ from families import tokens
 from secateurs import Statistics, cli, evaluate, prune, ranks
 from secateurs.checkpoint.shards import Shards
 from secateurs.evaluation.perplexity import perplexity
+from secateurs.pruning.block import refine
 from secateurs.pruning.folder import WorkFolder
 
 MOST = 3
@@ -65,6 +66,29 @@ def sharing(rank: int) -> Found:
         with pytest.raises(FloatingPointError) as error:
             of(5, -4)
     return {"squares": found, "error": str(error.value)}
+
+
+def averaged(rank: int, gradients: torch.Tensor, weights: list[int]) -> Found:
+    """The mean of gradients: of two parameters at some places each, and of one whole."""
+    own = gradients[rank]
+    parameters = [torch.zeros(3, 4), torch.zeros(2, 3), torch.zeros(5)]
+    places = [torch.tensor([0, 3, 7, 11]), torch.tensor([1, 2]), None]
+    if weights[rank]:
+        for parameter, part in zip(parameters, own.split([12, 6, 5]), strict=True):
+            parameter.grad = part.view(parameter.shape).clone()
+    with ranks.together():
+        ranks.average_gradients(zip(parameters, places, strict=True), weights[rank])
+    return {"gradients": [parameter.grad for parameter in parameters], "places": places}
+
+
+def descended(rank: int, model: Path, output: Path) -> Found:
+    """A run whose steps see less of each sequence, the more ranks there are."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(refine, "TOKENS_A_STEP", 64)
+        patched.setattr(refine, "SHORTEST", 16)
+        settings = {"method": "magnitude", "target": "block", "pattern": "50%", "refine": 4}
+        report = prune(model, output=output, calibration=tokens(9, 64), **settings)
+    return {"error": report.error, "sparsity": report.sparsity}
 
 
 def pruned(rank: int, model: Path, output: Path, settings: Found) -> Found:

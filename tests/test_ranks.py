@@ -16,8 +16,10 @@ from rank_processes import (
     BROKEN,
     Found,
     Job,
+    averaged,
     broken_off,
     calibration,
+    descended,
     few,
     measured,
     mistaken,
@@ -32,6 +34,7 @@ from secateurs import evaluate, prune, ranks
 from secateurs.device import resolve_device
 
 TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why it does. " * 40
+GRADIENTS, WEIGHTS = torch.randn(3, 23, generator=torch.Generator().manual_seed(1)), [3, 0, 1]
 INPUTS = torch.randn(70, 5, generator=torch.Generator().manual_seed(0)) + 1
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -73,6 +76,8 @@ def model_of(name: str, here: Path) -> Path:
 def found(here: Path) -> dict[str, list[Found]]:
     """What the ranks find, all of it."""
     jobs = [("statistics", 3, statistics, (INPUTS,)), ("sharing", 2, sharing, ())]
+    jobs.append(("averaged", 3, averaged, (GRADIENTS, WEIGHTS)))
+    jobs.append(("descended", 2, descended, (here / "llama", here / "descended")))
     for name in SETTINGS:
         for world in WORLDS.get(name, (2,)):
             run = (model_of(name, here), here / f"{name} {world}", SETTINGS[name])
@@ -119,6 +124,33 @@ def test_sums_are_those_of_all_tokens(found: dict[str, list[Found]]) -> None:
             own["moment"].double(), inputs.T @ inputs / len(inputs), rtol=1e-6, atol=1e-6
         )
         torch.testing.assert_close(own["mean"].double(), inputs.mean(dim=0), rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_the_mean_of_all_sequences(found: dict[str, list[Found]]) -> None:
+    mean = (torch.tensor(WEIGHTS).double() @ GRADIENTS.double() / sum(WEIGHTS)).split([12, 6, 5])
+    for rank, own in enumerate(found["averaged"]):
+        before = (GRADIENTS[rank] if WEIGHTS[rank] else torch.zeros(23)).split([12, 6, 5])
+        for found_, wanted, places, old in zip(own["gradients"], mean, own["places"], before, strict=True):
+            expected = wanted if places is None else old.double().index_copy(0, places, wanted[places])
+            torch.testing.assert_close(found_.flatten().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_descent_over_ranks_sees_less_of_each_sequence_and_does_as_well(
+    here: Path, found: dict[str, list[Found]]
+) -> None:
+    first, second = found["descended"]
+    assert first == second
+    alone = descended(0, here / "llama", here / "descended alone")
+    assert first["sparsity"] == alone["sparsity"]
+    shown = []
+    for name in ("descended", "descended alone"):
+        record = json.loads((here / name / "secateurs.json").read_text())
+        refined = record["refinements"]
+        assert all(each["after"] < each["before"] for each in refined)
+        shown.append({each["tokens"] for each in refined})
+    assert shown == [{32}, {64}]
+    one = perplexity(here / "descended alone", here)
+    assert perplexity(here / "descended", here) == pytest.approx(one, rel=0.01)
 
 
 def test_tasks_are_shared_out_by_cost_and_their_errors_are_everyones(found: dict[str, list[Found]]) -> None:

@@ -204,25 +204,31 @@ def average_gradients(parameters: Iterable[tuple[Tensor, Tensor | None]], weight
     """Make each parameter's gradient the mean of all ranks'.
 
     Args:
-        parameters: those of a rank that had no sequences have none yet. With each the places, row by row, at
-            which its gradient is wanted, if not at all: what is sent takes most of the time.
+        parameters: contiguous ones; those of a rank that had no sequences have no gradients yet. With each
+            the places, row by row, where its gradient is wanted, or None for all; elsewhere it is left as it
+            is. (Sending gradients takes longer than making them.)
         weight: what this rank's gradients count: its sequences.
     """
     if _here.world == 1:
         return
-    found, parts = [], []
+    wanted = []
     for parameter, places in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        found.append((parameter.grad, places))
-        parts.append(parameter.grad.flatten() if places is None else parameter.grad.take(places))
-    sums = summed(torch.cat([*parts, parts[0].new_ones(1)]).mul_(weight))  # the last is of the weights
-    *means, _ = (sums / sums[-1]).split([*map(len, parts), 1])
-    for (gradient, places), mean in zip(found, means, strict=True):
+        wanted.append((parameter.grad, places))
+    own = torch.cat([*(_taken(*some) for some in wanted), torch.ones(1, device=wanted[0][0].device)])
+    sums = summed(own.mul_(weight))
+    sums /= sums[-1].clone()  # which stood for one sequence
+    sizes = [gradient.numel() if places is None else len(places) for gradient, places in wanted]
+    for (gradient, places), mean in zip(wanted, sums[:-1].split(sizes), strict=True):
         if places is None:
             gradient.copy_(mean.view_as(gradient))
         else:
-            gradient.put_(places, mean)
+            gradient.view(-1).index_copy_(0, places, mean)
+
+
+def _taken(gradient: Tensor, places: Tensor | None) -> Tensor:
+    return gradient.flatten() if places is None else gradient.view(-1).index_select(0, places)
 
 
 class Poolable(Protocol):

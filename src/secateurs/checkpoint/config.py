@@ -3,6 +3,7 @@
 Every place that reads a configuration reads it here, so that all verbs take and refuse the same folders.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,6 +186,9 @@ def quiet() -> Iterator[None]:
 def without_deepspeed() -> Iterator[None]:
     """What transformers makes within is whole, though a Trainer's arguments ask for ZeRO-3, and linear layers
     are torch's own: under ZeRO-3 DeepSpeed replaces them for the whole process."""
+    if "deepspeed" not in sys.modules:
+        yield
+        return
     before, linear = deepspeed._hf_deepspeed_config_weak_ref, functional.linear
     deepspeed.unset_hf_deepspeed_config()
     functional.linear = torch._C._nn.linear

@@ -145,8 +145,8 @@ def place(name: str) -> tuple[int, str]:
 
 def check_folder(output: Path) -> None:
     """Raises ValueError if pictures cannot be put into a folder of that name."""
-    place = output.resolve()
-    there = next(each for each in (place, *place.parents) if each.exists())
+    wanted = output.resolve()
+    there = next(each for each in (wanted, *wanted.parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"pictures cannot be put into '{output}': give another folder")
 

@@ -37,6 +37,9 @@ REFINED = 21
 """Bytes for each weight in the descent: its float32 value, gradient and two moments, a mask of one, what it
 is multiplied as, and what it is at last."""
 
+SENT = 8
+"""More over ranks, where half is left of a matrix: the places of what is, and its gradients."""
+
 FORWARD = 4 / 3
 """Of the values that a block's matrices give for a batch, how many are there at once, with what is made of
 them."""
@@ -179,6 +182,7 @@ class BlockMemory:
             solving = sum(self._solving(method.solver, down, fitted=True))
             found.append(Held(held + kept, shared + extra + solving))
         if pruner.refine and pruner.target != "layer":
-            work = REFINED * self.work.weights + BACKWARD * TOKENS_A_STEP * self.work.values
+            each = REFINED + SENT * (self.work.ranks > 1)
+            work = each * self.work.weights + BACKWARD * TOKENS_A_STEP * self.work.values
             found.append(Held(streams + result, work))
         return found

@@ -14,7 +14,7 @@ from secateurs.pattern import NM, Pattern
 from secateurs.pruning.block.joint import Joint
 from secateurs.pruning.block.local import Local, stages_of
 from secateurs.pruning.block.measure import Group
-from secateurs.pruning.block.refine import JUDGES, SHORTEST, TOKENS_A_STEP
+from secateurs.pruning.block.refine import JUDGES, TOKENS_A_STEP, shown_tokens
 from secateurs.pruning.block.rounding import Rounded, ToGrids
 from secateurs.pruning.mlp.linear import solving_cost
 from secateurs.pruning.mlp.problem import CHUNK, HELD_OUT
@@ -409,7 +409,7 @@ class BlockWork:
         steps = passes * -(-text.samples * self.ranks // max(1, TOKENS_A_STEP // by_one))
         judged = 2 * max(1, text.samples // JUDGES) * text.length
         own = passes * text.samples * by_one
-        shown = min(text.length, max(SHORTEST, TOKENS_A_STEP // self.ranks))
+        shown = min(text.length, shown_tokens(self.ranks))
         if TOKENS_A_STEP // shown < self.ranks:
             own = steps * shown  # where a step has fewer sequences than there are ranks, they take turns
         amounts = self.forward("refine", judged)

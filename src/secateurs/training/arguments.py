@@ -120,7 +120,10 @@ def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
     optimiser = str(content.get("optim"))
     needs = {f"optim {optimiser}": PACKAGES.get(optimiser)}
     if isinstance(content.get("deepspeed"), str):  # its content decides the run, not its name
-        content["deepspeed"] = read_json(Path(content["deepspeed"]))
+        try:
+            content["deepspeed"] = read_json(Path(content["deepspeed"]))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"'{path}': deepspeed: {error}") from None
     if content.get("deepspeed"):
         needs["deepspeed"] = "deepspeed"
     for what, package in needs.items():

@@ -261,15 +261,16 @@ class MasksOfZero:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         if any(hasattr(module, "lora_A") for module in model.modules()):
             raise ValueError("zeros under LoRA cannot be held by ZeRO: leave out deepspeed, or the adapters")
+        self._held: dict[Tensor, Tensor] = {}
+        self._hooks: list[Any] = []
 
     def attach(self, optimizer: Optimizer) -> None:
         """Hold the zeros of this moment through every step of DeepSpeed's optimiser, in whatever wrapping."""
-        self._held: dict[Tensor, Tensor] = {}
         for part in fragments_of(zero_of(optimizer), self._parameters):
             if part.flat not in self._held:
                 self._held[part.flat] = torch.zeros_like(part.flat, dtype=torch.bool)
             part.of(self._held[part.flat]).copy_(part.of(part.flat) == 0)
-        self._hooks: list[Any] = [stepping(optimizer).register_step_post_hook(lambda *_: self._apply())]
+        self._hooks.append(stepping(optimizer).register_step_post_hook(lambda *_: self._apply()))
         for parameter in self._parameters:
             self._hooks.append(parameter.register_hook(partial(_without_zeros, parameter)))
 

@@ -8,7 +8,7 @@ tensors. That suits optimisers that go weight by weight, as Adam and SGD do.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,16 @@ from secateurs.training.units import Kind
 
 def stepping(optimizer: Any) -> Optimizer:
     """The optimiser that makes the steps, out of accelerate's wrapping and of DeepSpeed's."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    assert isinstance(optimizer, Optimizer)
-    return optimizer
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    inner = inner.optimizer if zero_of(optimizer) else inner
+    return cast(Optimizer, inner)
 
 
 def zero_of(optimizer: Any) -> Any:
     """DeepSpeed's optimiser by ZeRO out of accelerate's wrapping; None if it is none.
 
     Raises:
-        ValueError: DeepSpeed has the optimiser, but not by ZeRO, or on disk.
+        ValueError: DeepSpeed has the optimiser, but not by ZeRO, on disk, or makes some steps elsewhere.
     """
     outer = getattr(optimizer, "optimizer", optimizer)
     if not type(outer).__module__.startswith("deepspeed.runtime"):
@@ -42,6 +41,8 @@ def zero_of(optimizer: Any) -> Any:
         raise ValueError(f"{type(outer).__name__} is not by ZeRO: choose its stage 1, 2 or 3")
     if getattr(outer, "swap_optimizer", False):
         raise ValueError("what the optimiser holds is on disk (nvme): offload it to cpu, or not at all")
+    if getattr(outer, "backup_optimizer", None) or getattr(outer, "zenflow", False):
+        raise ValueError("several optimisers make the steps: leave out zenflow and offload_optimizer's ratio")
     return outer
 
 
@@ -114,7 +115,7 @@ class FrozenFragments:
             part.of(self._units[part.flat]).copy_(own)
         self.steps = max((int(s.get("step", 0)) for s in self.optimizer.state.values()), default=0)
         """Steps that the optimiser has made."""
-        self._behind = torch.zeros(self._count + 1)
+        self._behind = torch.zeros(self._count + 1, dtype=torch.float64)
         self._omitted = torch.zeros(self._count + 1, dtype=torch.bool)
         self._before: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._hooks = [
@@ -139,7 +140,7 @@ class FrozenFragments:
         for (number, kind), first in self._first.items():
             own, mask = counts[number][kind].flatten(), self.omission.kept[number][kind]
             here = slice(first, first + len(own))
-            self._behind[here] = (self.steps - own).float()
+            self._behind[here] = (self.steps - own).double()
             self._omitted[here] = False if mask is None else ~mask.flatten()
 
     @torch.no_grad()
@@ -154,6 +155,12 @@ class FrozenFragments:
         groups = {flat: group for group in self.optimizer.param_groups for flat in group["params"]}
         for (flat, omitted), (before, alike) in zip(self._stepped(), self._before, strict=True):
             state, group = self.optimizer.state[flat], groups[flat]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.numel() > 1 and not _is_like(value, flat):
+                    raise ValueError(
+                        f"{type(self.optimizer).__name__} holds '{key}' otherwise than weight by weight, so "
+                        "that what is omitted cannot be kept: train with AdamW or SGD"
+                    )
             self.steps = max(self.steps, int(state.get("step", 0)))
             if "exp_avg_sq" in state and "betas" in group:  # Adam, whoever made it
                 scales = correction(self.steps, self._behind, *group["betas"]).to(flat)
@@ -175,4 +182,4 @@ class FrozenFragments:
 
 
 def _is_like(value: Any, flat: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == flat.shape
+    return isinstance(value, Tensor) and value.shape == flat.shape and value.is_floating_point()

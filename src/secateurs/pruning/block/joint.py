@@ -107,7 +107,7 @@ class Joint:
 
     @property
     def head(self) -> int | None:
-        return shown_tokens() if self.refine else None
+        return shown_tokens(ranks.world()) if self.refine else None
 
     def copies(self, model: BlockwiseModel) -> float:
         """See `BlockPruner.copies`."""

@@ -45,9 +45,9 @@ WARM_UP = 20
 """Steps until Adam's second moments may be trusted with the whole rate; in a short run a quarter of them."""
 
 
-def shown_tokens() -> int:
-    """Of a sequence, how many tokens a step sees at most: as many as leave a sequence to each rank."""
-    return max(SHORTEST, TOKENS_A_STEP // ranks.world())
+def shown_tokens(world: int) -> int:
+    """Of a sequence, how many tokens a step sees at most: as many as leave one to each of the ranks."""
+    return max(SHORTEST, TOKENS_A_STEP // world)
 
 
 class Refined(NamedTuple):
@@ -86,7 +86,7 @@ def refine(
     device is fast at it. Ranks share the sequences of a step, which for that shows less of each; where there
     are fewer, they take turns: with more to a step there would be fewer steps, and the result worse. A step's
     gradient is that of all. Matrices keep their zeros. Memory: about six times the block's parameters in
-    float32, and the activations of one step.
+    float32, over ranks four times what is left of them besides, and the activations of one step.
 
     Args:
         model: whose block it is.
@@ -95,8 +95,8 @@ def refine(
             result is judged as it is rounded to their dtypes.
         hidden: what the block is given.
         targets: what it ought to give, a (batch, length, hidden) tensor for each batch.
-        passes: over the sequences; where they are longer than a step and the model was asked to note that
-            (`BlockwiseModel.embed`), over what they begin with.
+        passes: over the sequences, as one process makes them; where they are longer than a step and the model
+            was asked to note that (`BlockwiseModel.embed`), over what they begin with.
 
     Raises:
         FloatingPointError: the block's result is not finite before anything is changed.
@@ -111,7 +111,9 @@ def refine(
         name: parameter.detach().float() for name, parameter in model.blocks[index].named_parameters()
     }
     trained = {
-        name: tensor.to(model.device, torch.float32, copy=True).requires_grad_()
+        name: tensor.to(
+            model.device, torch.float32, copy=True, memory_format=torch.contiguous_format
+        ).requires_grad_()
         for name, tensor in stored.items()
     }
     parameters |= trained
