@@ -493,7 +493,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
         ("use_liger_kernel: true", "liger-kernel"),
         ("load_best_model_at_end: true", "requires the save and eval strategy to match"),
         ("metric_for_best_model: accuracy", "metric_for_best_model is one of loss"),
-        ("deepspeed: ds.json", "'ds.json' is missing"),
+        ("deepspeed: ds.json", "settings.yaml': deepspeed: 'ds.json' is missing"),
+        ("deepspeed: [3]", "deepspeed is a table"),
         (
             "deepspeed: {zero_optimization: {stage: 2}}",
             "deepspeed (needs|is for) (deepspeed|several)",

@@ -56,3 +56,17 @@ def test_the_command_by_zero_gives_the_whole_model_of_one_process(
         assert torch.equal(tensor == 0, there[name] == 0)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in here.items())
     assert max(layer.sparsity for layer in inspect(report.output).layers) > 0.49
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_trained_in_bfloat16_it_gives_the_float32_values(
+    both: list[dict[int, Any]], place: Path, stage: int
+) -> None:
+    here, there = (folders.tensors_of(place / f"kept-{how}{stage}") for how in ("low", "zero"))
+    for name, tensor in here.items():
+        assert tensor.dtype == torch.float32
+        # Products were of eight bits, steps of a hundredth at most.
+        torch.testing.assert_close(tensor, there[name], rtol=0.05, atol=0.02, msg=name)
+        if tensor.ndim > 1 and "wpe" not in name:
+            assert not torch.equal(tensor, tensor.bfloat16().float()), name
+            assert torch.equal(tensor == 0, there[name] == 0), name

@@ -82,6 +82,8 @@ def _process(rank: int, folder: Path) -> None:
             _forget()
         command(folder, "kept", 2, sharding=f"zero{stage}")
         _forget()
+        command(folder, "kept", 2, sharding=f"low{stage}")
+        _forget()
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -99,6 +101,8 @@ def two_processes(folder: Path) -> list[dict[int, tuple[list[float], list[Tensor
     common = (folder / "1.yaml").read_text()
     for stage in COMMANDS:
         (folder / f"zero{stage}.yaml").write_text(f"{common}deepspeed: {config(stage)}\n")
+        low = {**config(stage), "bf16": {"enabled": "auto"}}
+        (folder / f"low{stage}.yaml").write_text(f"{common}bf16: true\ndeepspeed: {low}\n")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": ":".join(sys.path)}
     multiprocessing.start_processes(_process, (folder,), nprocs=2, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

@@ -125,6 +125,8 @@ def read_settings(path: Path, kind: type[TrainingArguments]) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise ValueError(f"'{path}': deepspeed: {error}") from None
     if content.get("deepspeed"):
+        if not isinstance(content["deepspeed"], dict):
+            raise ValueError(f"'{path}': deepspeed is a table, or the name of a JSON file that holds one")
         needs["deepspeed"] = "deepspeed"
     for what, package in needs.items():
         if package and importlib.util.find_spec(package) is None:

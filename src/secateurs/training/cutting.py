@@ -167,6 +167,17 @@ def gathered(parameter: Tensor, *, written: bool = False) -> AbstractContextMana
     return whole
 
 
+def trained_of(tensor: Tensor) -> Tensor:
+    """`whole_of` a tensor; of what DeepSpeed trains in 16 bits the float32 values that it steps on."""
+    by_deepspeed = hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
+    if not by_deepspeed or not tensor.requires_grad or tensor.dtype == torch.float32:
+        return whole_of(tensor)
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    stepped_on: Tensor = safe_get_full_fp32_param(tensor)
+    return stepped_on.detach()
+
+
 def whole_of(tensor: Tensor) -> Tensor:
     """A tensor of which each process may hold a part, without history: a collective call if it does."""
     if tensor.shape != shape_of(tensor):

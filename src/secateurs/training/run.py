@@ -6,7 +6,6 @@ which appears when it is complete; until then the same command resumes from the 
 """
 
 import os
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
@@ -182,14 +181,6 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         raise ValueError("adapters are trained whole here: leave out lora, or fsdp and deepspeed")
     if pruning and is_by_deepspeed():
         raise ValueError(ZERO)
-    if is_by_deepspeed() and (arguments.bf16 or arguments.fp16):
-        finer = {torch.float32} | ({torch.float16} if arguments.bf16 else {torch.bfloat16})
-        if finer & set(checkpoint.dtypes.values()) and arguments.should_save:
-            warnings.warn(
-                "DeepSpeed trains in 16 bits: what the model holds in other dtypes comes back as precise as "
-                "that (bf16: false in the settings trains in float32)",
-                stacklevel=2,
-            )
     if settings.omission and arguments.n_gpu > 1:
         raise ValueError("several GPUs, one process: start training with torchrun, or choose one GPU")
     if work.finished():

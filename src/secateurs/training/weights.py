@@ -17,7 +17,7 @@ from secateurs.checkpoint import Checkpoint
 from secateurs.checkpoint.pieces import Piece, pieces_of
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.finite import all_finite
-from secateurs.training.cutting import gathered, local, whole_of
+from secateurs.training.cutting import gathered, local, trained_of
 
 
 class StoredWeights:
@@ -62,7 +62,7 @@ class StoredWeights:
     def gather(self, model: PreTrainedModel, device: torch.device) -> None:
         """Take hold of the tensors of a model that is sharded, copied to main memory: a collective call."""
         for name, tensor in model.state_dict(keep_vars=True).items():
-            self._own[name] = whole_of(tensor.to(device) if isinstance(tensor, DTensor) else tensor).cpu()
+            self._own[name] = trained_of(tensor.to(device) if isinstance(tensor, DTensor) else tensor).cpu()
 
     @torch.no_grad()
     def scatter(self, model: PreTrainedModel) -> None:
