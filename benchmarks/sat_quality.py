@@ -14,7 +14,8 @@ split, on which the settings below were chosen.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -31,6 +32,7 @@ from secateurs.text import load_tokenizer
 from secateurs.training.data import CHAT_TEMPLATE
 from secateurs.training.head import logits_where_labels
 from secateurs.training.ladder import Ladder
+from secateurs.training.loop import merge, with_adapters
 from secateurs.training.rates import described
 from secateurs.training.sparse import SparseTraining
 from timing import in_turns
@@ -38,14 +40,20 @@ from timing import in_turns
 Task = Literal["cpt", "sft"]
 Batch = dict[str, Tensor]
 
-LEARNING_RATE = {"cpt": 4e-3, "sft": 4e-3}  # the best for plain training
+LEARNING_RATE = {"cpt": 4e-3, "sft": 4e-3}  # of the bundled model, the best for plain training
 HELD_OUT = {"cpt": 192, "sft": 256}  # sequences of the test split, or of the training split's end
 
 
 def settings(cell: str, steps: int, seed: int) -> Record | None:
-    """Arguments of SparseTraining; None for plain training."""
+    """Arguments of SparseTraining; None for plain training.
+
+    A cell may be followed by the shape of its ladder, "auto/0.7/0.5/0.8": its peak, the share of its steps
+    that hold it, and where it ends.
+    """
+    cell, *shape = cell.split("/")
+    peak, hold, end = map(float, shape or ("0.5", "0.5", "0.8"))
     # Its end, a fifth of the steps before training's, makes the dense last phase long enough to settle.
-    ladder = Ladder(0.5, round(0.8 * steps), hold=0.5, rungs=4)
+    ladder = Ladder(peak, round(end * steps), hold=hold, rungs=4)
     sat: Record = {"schedule": ladder, "importance": "weighted", "seed": seed}
     return {
         "dense": None,
@@ -113,17 +121,40 @@ def loss_on(model: Any, examples: list[Batch], batch_size: int) -> float:
     return total / count
 
 
+@dataclass(frozen=True)
+class Trainee:
+    """A model to train."""
+
+    folder: Path
+    learning_rate: float
+    bfloat16: bool = False
+    """Products in bfloat16 by autocast."""
+    lora: int | None = None
+    """A rank: adapters are trained, then merged."""
+
+    def load(self) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        model.config.use_cache = False
+        return with_adapters(model, self.lora) if self.lora else model
+
+
 def steps_of(
-    cell: str, task: Task, seed: int, batches: list[Batch], held_out: list[Batch], batch_size: int
+    trainee: Trainee,
+    cell: str,
+    seed: int,
+    batches: list[Batch],
+    measure: Callable[[Any], Record],
 ) -> Iterator[Record]:
-    """Train, a step at a time: yields after each, and a row at the end."""
+    """Train, a step at a time: yields after each, and a row at the end, with what `measure` finds."""
     steps = len(batches)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    model.config.use_cache = False
+    model = trainee.load()
     model.train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE[task], betas=(0.9, 0.95), weight_decay=0.0
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=trainee.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
     )
     warmup = get_linear_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
     arguments = settings(cell, steps, seed)
@@ -135,7 +166,8 @@ def steps_of(
     with logits_where_labels(model):
         for batch in batches:
             start = time.process_time()
-            loss = model(**batch).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=trainee.bfloat16):
+                loss = model(**batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -148,18 +180,18 @@ def steps_of(
             yield {}
     if sparse is not None:
         sparse.detach()
+    del optimizer
     yield {
-        "task": task,
         "cell": cell,
         "seed": seed,
         "steps": steps,
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
-        "validation_loss": loss_on(model, held_out, batch_size),
         "train_loss": mean(losses[-steps // 10 :]),
         "seconds": sum(seconds),
         "rates": described(sparse.peaks or []) if sparse else None,
         "flops_of_dense": sparse.flops_done / sparse.flops_dense if sparse else 1.0,
         "step_seconds": [round(value, 4) for value in seconds],
+        **measure(merge(model) if trainee.lora else model),
     }
 
 
@@ -193,44 +225,83 @@ def print_tables(rows: list[Record]) -> None:
 class Experiment:
     """The runs of one task: each is made once, and its rows saved."""
 
-    def __init__(self, task: Task, data: Path, about: Record, results: Path, tuning: bool) -> None:
-        self.task, self.about, self.results = task, about, results
+    def __init__(
+        self,
+        task: str,
+        trainee: Trainee,
+        examples: tuple[list[Batch], list[Batch]],
+        about: Record,
+        results: Path,
+        measure: Callable[[Any, Record], Record] = lambda model, run: {},
+    ) -> None:
+        """Of examples to train on and held out ones; `measure` finds what else to say of a run's model."""
+        self.task, self.trainee, self.about, self.results = task, trainee, about, results
+        self.train, self.held_out = examples
         self.batch_size: int = about["batch_size"]
-        tokenizer = load_tokenizer(MODEL)
-        make = text_batches if task == "cpt" else chat_batches
-        train, test = (
-            make(
-                [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()],
-                tokenizer,
-                about["length"],
-            )
-            for split in ("train", "test")
-        )
-        self.train, end = train[: -HELD_OUT[task]], train[-HELD_OUT[task] :]
-        self.held_out = end if tuning else test[: HELD_OUT[task]]
+        self._measure = measure
+
+    def batches(self, seed: int, steps: int) -> list[Batch]:
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
+        size = self.batch_size
+        return [
+            stacked([self.train[i] for i in order[step * size : (step + 1) * size]]) for step in range(steps)
+        ]
+
+    def run(self, cell: str, seed: int, batches: list[Batch]) -> Iterator[Record]:
+        """One to train step by step, whose last part is its row."""
+        about = {"task": self.task, "cell": cell, "seed": seed}
+
+        def measure(model: Any) -> Record:
+            loss = loss_on(model, self.held_out, self.batch_size)
+            return {"validation_loss": loss, **self._measure(model, about)}
+
+        for made in steps_of(self.trainee, cell, seed, batches, measure):
+            yield {**about, **made} if made else made
 
     def rows(self, cells: list[str], seed: int, steps: int) -> list[Record]:
         """Train these in turns, unless it was done before."""
         rows = load(self.results)
         found = {row["cell"]: row for row in rows if (row["task"], row["seed"]) == (self.task, seed)}
         if not all(cell in found for cell in cells):
-            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
-            size = self.batch_size
-            batches = [
-                stacked([self.train[i] for i in order[step * size : (step + 1) * size]])
-                for step in range(steps)
-            ]
-            runs = {
-                cell: partial(next, steps_of(cell, self.task, seed, batches, self.held_out, size))
-                for cell in cells
-            }
+            batches = self.batches(seed, steps)
+            runs = {cell: partial(next, self.run(cell, seed, batches)) for cell in cells}
             found = {cell: made[-1] for cell, made in in_turns(runs, steps + 1, warm_up=0).items()}
-            save(self.results, self.about, rows + list(found.values()))
+            save(self.results, self.about, load(self.results) + list(found.values()))
             for row in found.values():
                 print(
                     *(value for key, value in row.items() if key not in ("step_seconds", "rates")), flush=True
                 )
         return [found[cell] for cell in cells]
+
+
+def gsm8k(task: Task, data: Path, length: int, tuning: bool) -> tuple[list[Batch], list[Batch]]:
+    """To train the bundled model on, and held out."""
+    tokenizer = load_tokenizer(MODEL)
+    make = text_batches if task == "cpt" else chat_batches
+    train, test = (
+        make(
+            [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()],
+            tokenizer,
+            length,
+        )
+        for split in ("train", "test")
+    )
+    train, end = train[: -HELD_OUT[task]], train[-HELD_OUT[task] :]
+    return train, end if tuning else test[: HELD_OUT[task]]
+
+
+def bundled(
+    task: Task,
+    data: Path,
+    about: Record,
+    results: Path,
+    *,
+    tuning: bool,
+    bfloat16: bool = False,
+) -> Experiment:
+    """The bundled model on one of its tasks."""
+    trainee = Trainee(MODEL, LEARNING_RATE[task], bfloat16=bfloat16)
+    return Experiment(task, trainee, gsm8k(task, data, about["length"], tuning), about, results)
 
 
 def main(
@@ -249,7 +320,7 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     about = {**environment(), "batch_size": batch_size, "length": length, "learning_rate": LEARNING_RATE}
-    experiments = {task: Experiment(task, data, about, results, tuning) for task in tasks}
+    experiments = {task: bundled(task, data, about, results, tuning=tuning) for task in tasks}
     for seed in seeds:
         for experiment in experiments.values():
             dense, sat = experiment.rows(["dense", contender], seed, steps)

@@ -7,7 +7,6 @@ repeated.
     taskset -c 0 python benchmarks/train_bfloat16.py --data ../data/gsm8k
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -15,18 +14,9 @@ from statistics import mean
 import torch
 import tyro
 
-from common import RESULTS, Record, environment, load, print_table, save
-from sat_quality import LEARNING_RATE, Experiment, Task, stacked, steps_of
+from common import RESULTS, environment, load, print_table, save
+from sat_quality import LEARNING_RATE, Task, bundled
 from timing import in_turns
-
-
-def in_bfloat16(run: Iterator[Record], steps: int) -> Iterator[Record]:
-    """The same run with every step under autocast."""
-    for _ in range(steps):
-        with torch.autocast("cpu", torch.bfloat16):
-            made = next(run)
-        yield made
-    yield from run
 
 
 def main(
@@ -46,15 +36,11 @@ def main(
             rows = load(results)
             if any((row["task"], row["seed"]) == (task, seed) for row in rows):
                 continue
-            experiment = Experiment(task, data, about, results, tuning=True)
-            order = torch.randperm(len(experiment.train), generator=torch.Generator().manual_seed(seed))
-            chosen = order[: steps * batch_size].view(steps, batch_size).tolist()
-            batches = [stacked([experiment.train[i] for i in some]) for some in chosen]
             runs = {}
-            for cell in cells:
-                parts = (cell, task, seed, batches, experiment.held_out, batch_size)
-                runs[cell, "float32"] = partial(next, steps_of(*parts))
-                runs[cell, "bfloat16"] = partial(next, in_bfloat16(steps_of(*parts), steps))
+            for kind in ("float32", "bfloat16"):
+                experiment = bundled(task, data, about, results, tuning=True, bfloat16=kind == "bfloat16")
+                batches = experiment.batches(seed, steps)
+                runs |= {(cell, kind): partial(next, experiment.run(cell, seed, batches)) for cell in cells}
             made = in_turns(runs, steps + 1, warm_up=0)
             rows += [{"products": kind, **found[-1]} for (_, kind), found in made.items()]
             save(results, about, rows)
