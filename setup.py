@@ -32,7 +32,7 @@ setup(
         for name, *sources in (
             ("pruning.solvers._products", "pruning/solvers/products.cpp"),
             ("pruning.solvers._sweep", "pruning/solvers/sweep.cpp"),
-            ("runtime._kernels", "runtime/kernels.cpp", "runtime/quantised.cpp"),
+            ("runtime._kernels", "runtime/kernels.cpp", "runtime/quantised.cpp", "runtime/step.cpp"),
         )
     ],
 )

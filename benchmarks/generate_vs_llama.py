@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,6 +50,8 @@ OURS: dict[str, tuple[float, Values | None, Values | None]] = {
     "int4, groups of 128, int4 embedding": (0.0, Values(4, 128), FOUR),
 }
 """Zeros, what is left of the blocks, and the embedding."""
+BY_TRANSFORMERS = "50 % zeros, int4, groups of 128, int4 embedding"
+"""Of this one also what it does without the one call for all blocks (`secateurs.runtime.step`)."""
 THEIRS = ("Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 
 
@@ -83,6 +86,16 @@ def write_models(llama: Path, cache: Path) -> dict[tuple[str, str], Path]:
     return models
 
 
+def without_step(model: Any, threads: int) -> float:
+    """Tokens a second where transformers' own code runs the blocks."""
+    decoder = model.get_decoder()
+    step = vars(decoder).pop("forward")
+    try:
+        return speed_of_folder(model, threads)
+    finally:
+        decoder.forward = step
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--llama", type=Path, required=True, help="folder of llama-quantize, llama-bench")
@@ -97,15 +110,16 @@ def main() -> None:
     rows: list[Record] = []
     print_table(["threads", "", "", "MB", "tokens/s", "times Q4_K_M's", "times Q4_0's"], [])
     for threads in settings.threads:
-        speeds = in_turns(
-            {
-                (program, kind): partial(speed_of_folder, loaded[kind], threads)
-                if kind in loaded
-                else partial(speed_of_gguf, path, settings.llama, threads)
-                for (program, kind), path in models.items()
-            },
-            settings.rounds,
-        )
+        runs = {
+            (program, kind): partial(speed_of_folder, loaded[kind], threads)
+            if kind in loaded
+            else partial(speed_of_gguf, path, settings.llama, threads)
+            for (program, kind), path in models.items()
+        }
+        apart = "secateurs, blocks by transformers", BY_TRANSFORMERS
+        runs[apart] = partial(without_step, loaded[BY_TRANSFORMERS], threads)
+        models[apart] = models["secateurs", BY_TRANSFORMERS]
+        speeds = in_turns(runs, settings.rounds)
         for (program, kind), path in models.items():
             own = speeds[program, kind]
             row = {

@@ -41,7 +41,7 @@ from secateurs.text import evaluation_tokens, load_tokenizer
 
 Task = Literal["cpt", "sft"]
 
-LEARNING_RATE = {("cpt", False): 3e-4, ("sft", False): 3e-4, ("cpt", True): 2e-3, ("sft", True): 2e-3}
+LEARNING_RATE = {("cpt", False): 3e-4, ("sft", False): 1e-4, ("cpt", True): 2e-3, ("sft", True): 2e-3}
 """Of full training and of LoRA, the best for plain training."""
 
 HELD_OUT = {"cpt": 64, "sft": 128}
@@ -144,8 +144,8 @@ class Bench:
         return train[:-count], train[-count:] if tuning else test[:count]
 
     def measure(self, model: Any, run: Record) -> Record:
-        """What it has kept and learned beside its loss."""
-        model.eval()
+        """What it has kept and learned beside its loss, in bfloat16, as it would be served."""
+        model = model.eval().to(torch.bfloat16)
         found: Record = {}
         if self.text is not None:
             found["perplexity"] = secateurs.perplexity(model, self.text, length=1024)

@@ -53,7 +53,7 @@ class CpuKernels:
         y = x.new_empty(x.shape[0], layout.rows)
         if layout.codes is not None:
             self._coded_linear(
-                *_parts(weight, layout),
+                *parts_of(weight, layout),
                 offsets.data_ptr(),
                 None if bias is None else bias.data_ptr(),
                 x.data_ptr(),
@@ -61,7 +61,7 @@ class CpuKernels:
                 layout.rows,
                 layout.columns,
                 x.shape[0],
-                *_grid(layout),
+                *grid_of(layout),
                 DTYPE_CODES[x.dtype],
                 torch.get_num_threads(),
                 self.isa,
@@ -89,13 +89,13 @@ class CpuKernels:
         dense = torch.empty(last - first, layout.columns, dtype=layout.dtype)
         if layout.codes is not None:
             self._coded_unpack(
-                *_parts(weight, layout),
+                *parts_of(weight, layout),
                 offsets.data_ptr(),
                 dense.data_ptr(),
                 first,
                 last,
                 layout.columns,
-                *_grid(layout),
+                *grid_of(layout),
                 DTYPE_CODES[layout.dtype],
                 torch.get_num_threads(),
                 self.isa,
@@ -116,13 +116,13 @@ class CpuKernels:
         return dense
 
 
-def _parts(weight: Tensor, layout: Layout) -> tuple[int | None, int, int]:
+def parts_of(weight: Tensor, layout: Layout) -> tuple[int | None, int, int]:
     """Where a weight's mask, codes and scales lie."""
     codes = weight.data_ptr() + layout.mask_bytes
     return weight.data_ptr() if layout.masked else None, codes, codes + layout.value_bytes
 
 
-def _grid(layout: Layout) -> tuple[int, int, bool]:
+def grid_of(layout: Layout) -> tuple[int, int, bool]:
     assert layout.codes is not None
     values = layout.codes.values
     return values.bits, values.group, values.grid == "half"

@@ -120,6 +120,11 @@ class SecateursQuantizer(HfQuantizer):
                         f"compressed layer '{name}' cannot be offloaded; give a device_map that fits"
                     )
                 module.count(name)
+        from secateurs.runtime.step import (
+            step_by_step,
+        )  # with transformers' models, so not before one is here
+
+        step_by_step(model)
         return model
 
     def is_serializable(self) -> bool:

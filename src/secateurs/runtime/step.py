@@ -1,0 +1,390 @@
+"""A compressed model's next token on the CPU: all blocks in one call of C++ (step.cpp).
+
+With few bits a weight the products of a token are done so soon that what transformers does between them takes
+about as long. A decoder whose code is Llama's word for word (or Mistral's, Qwen2's, Qwen3's: those of all the
+families that were copied from them) does in one call what would be a thousand: one token, with the keys and
+values of those before it in the same `DynamicCache`. All else goes the model's own way: prompts, batches,
+padding, windows, gradients, hooks, adapters, other devices.
+"""
+
+import ctypes
+import functools
+import inspect
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType, MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import DynamicCache, PreTrainedModel
+from transformers.activations import SiLUActivation
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from secateurs.native import function
+from secateurs.runtime.cpu import DTYPE_CODES, cpu_kernels, grid_of, parts_of
+from secateurs.runtime.linear import SparseLinear
+
+ROOM = 256
+"""Positions that there is room for behind a cache's own when it is moved to where it can grow in place."""
+
+UNDERSTOOD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+"""What a decoder is told. Anything else has to say no, or nothing."""
+
+
+def step_by_step(model: PreTrainedModel) -> None:
+    """Let a model of packed layers make single tokens by one call, where its code and the machine allow it.
+
+    Args:
+        model: changed in place. Its parameters may still be moved or replaced, and its layers adapted: it is
+            looked at anew each time.
+    """
+    decoder: Any = model.get_decoder()
+    if _is_llama(decoder):
+        decoder.forward = MethodType(_forward, decoder)
+
+
+@functools.wraps(llama.LlamaModel.forward)
+def _forward(self: Any, *args: Any, **told: Any) -> Any:
+    hidden = None if args else _stepped(self, told)
+    if hidden is None:
+        return type(self).forward(self, *args, **told)
+    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=told["past_key_values"])
+
+
+def _stepped(decoder: Any, told: dict[str, Any]) -> Tensor | None:
+    """The decoder's output for one token, (1, 1, width); None where its own code is to make it."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or decoder.training:
+        return None
+    ids, mask, cache = told.get("input_ids"), told.get("attention_mask"), told.get("past_key_values")
+    if not isinstance(ids, Tensor) or ids.shape != (1, 1) or told.get("inputs_embeds") is not None:
+        return None
+    if any(value not in (None, False) for name, value in told.items() if name not in UNDERSTOOD):
+        return None
+    if mask is not None and (mask.dim() != 2 or not mask.all()):
+        return None
+    step = _step_of(decoder)
+    if step is None or type(cache) is not DynamicCache:
+        return None
+    length = step.length_of(cache)
+    if length is None or (step.window is not None and length >= step.window):
+        return None
+    positions = told.get("position_ids")
+    if positions is None:
+        positions = torch.tensor([[length]])
+    hidden: Tensor = decoder.embed_tokens(ids)
+    angles = decoder.rotary_emb(hidden, position_ids=positions)
+    if hidden.dtype != step.dtype or any(each.shape != (1, 1, step.shape.head_size) for each in angles):
+        return None
+    step.run(cache, hidden, angles)
+    return hidden
+
+
+class _Linear(ctypes.Structure):
+    """A packed matrix, as step.cpp has it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("mask", "values", "scales", "offsets", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((name, ctypes.c_int32) for name in ("dtype", "bits", "group", "half")),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float))
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, _Norm) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        ("room", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("blocks", "width", "channels", "heads", "key_heads", "head_size")
+    )
+
+
+@dataclass
+class _Grown:
+    """Keys and values of a cache's layer, (1, heads, room, head size), the first `length` of which it has."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+
+_GROWN: WeakKeyDictionary[DynamicLayer, _Grown] = WeakKeyDictionary()
+
+
+def _with_room(layer: Any) -> _Grown:
+    """Where the next position of a layer can be put without moving the others.
+
+    What a layer's keys and values were before stays as it is: others may hold it.
+    """
+    length = layer.keys.shape[2]
+    grown = _GROWN.get(layer)
+    if (
+        grown is None
+        or grown.length != length
+        or grown.keys.shape[2] == length
+        or (grown.keys.data_ptr(), grown.values.data_ptr())
+        != (layer.keys.data_ptr(), layer.values.data_ptr())
+    ):
+        grown = _GROWN[layer] = _Grown(_roomy(layer.keys), _roomy(layer.values), length)
+    return grown
+
+
+def _roomy(held: Tensor) -> Tensor:
+    length = held.shape[2]
+    roomy = held.new_empty(*held.shape[:2], length + max(ROOM, length // 2), held.shape[3])
+    roomy[:, :, :length] = held
+    return roomy
+
+
+class _Step:
+    """What step.cpp has to know of a decoder.
+
+    Raises:
+        ValueError: it is not to be had in this way.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        kernels = cpu_kernels()
+        layers = decoder.layers
+        attention, mlp = layers[0].self_attn, layers[0].mlp
+        if kernels is None or not _is_llama(decoder):
+            raise ValueError
+        self._isa = kernels.isa
+        self._one_at_a_time = threading.Lock()  # of a server's threads; the call lets others run
+        self.dtype = decoder.norm.weight.dtype
+        self._places = list(_places(decoder))
+        self._hooks = [
+            hooks for module in decoder.modules() if module is not decoder for hooks in _hooks_of(module)
+        ]
+        self._run = function(
+            "runtime._kernels",
+            "secateurs_step",
+            [ctypes.c_void_p] * 6 + [ctypes.c_int64] + [ctypes.c_int32] * 3,
+            without="single tokens go through transformers' own code",
+        )
+        size = attention.head_dim
+        self.shape = _Shape(
+            blocks=len(layers),
+            width=attention.q_proj.in_features,
+            channels=mlp.gate_proj.out_features,
+            heads=attention.q_proj.out_features // size,
+            key_heads=attention.k_proj.out_features // size,
+            head_size=size,
+        )
+        self.window: int | None = getattr(decoder.config, "sliding_window", None)
+        """A length from which on not all positions are seen."""
+        self._norm = self._norm_of(decoder.norm)
+        self._blocks = (_Block * len(layers))(*(self._block_of(layer) for layer in layers))
+
+    @property
+    def still_so(self) -> bool:
+        """Whether all that this knows is where it was."""
+        return all(
+            module._modules[name] is held and _pointers(held) == pointers
+            for module, name, held, pointers in self._places
+        )
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether a hook of a layer wants to be called."""
+        return any(self._hooks) or _has_any_global_hook()
+
+    def length_of(self, cache: DynamicCache) -> int | None:
+        """The positions of a cache that can be gone on with, else None."""
+        held: list[Any] = cache.layers
+        if len(held) != self.shape.blocks or not all(type(layer) is DynamicLayer for layer in held):
+            return None
+        first = held[0].keys if held[0].is_initialized else None
+        if first is None or first.dtype != self.dtype or not first.is_cpu:
+            return None
+        shape = (1, self.shape.key_heads, first.shape[-2], self.shape.head_size)
+        alike = all(
+            layer.is_initialized and layer.keys.shape == shape == layer.values.shape for layer in held
+        )
+        return int(first.shape[-2]) if alike else None
+
+    def run(self, cache: DynamicCache, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> None:
+        """One token: `hidden` (1, 1, width) becomes the output, and the cache has a position more."""
+        with self._one_at_a_time:
+            self._run_alone(cache.layers, hidden, angles)
+
+    def _run_alone(self, held: list[Any], hidden: Tensor, angles: tuple[Tensor, Tensor]) -> None:
+        length = int(held[0].keys.shape[2])
+        grown = [_with_room(layer) for layer in held]
+        for block, one in zip(self._blocks, grown, strict=True):
+            block.keys, block.values, block.room = (
+                one.keys.data_ptr(),
+                one.values.data_ptr(),
+                one.keys.shape[2],
+            )
+        cosines, sines = angles
+        self._run(
+            ctypes.addressof(self._blocks),
+            ctypes.addressof(self.shape),
+            ctypes.addressof(self._norm),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            hidden.data_ptr(),
+            length,
+            DTYPE_CODES[self.dtype],
+            torch.get_num_threads(),
+            self._isa,
+        )
+        for layer, one in zip(held, grown, strict=True):
+            one.length = length + 1
+            layer.keys, layer.values = one.keys[:, :, : length + 1], one.values[:, :, : length + 1]
+
+    def _block_of(self, layer: Any) -> _Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        linears = (
+            *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+            *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+        )
+        norms = (
+            *(layer.input_layernorm, layer.post_attention_layernorm),
+            *(getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)),
+        )
+        of, queries, keys = self.shape, self.shape.heads * self.shape.head_size, attention.k_proj.out_features
+        sizes = (queries, of.width), (keys, of.width), (keys, of.width), (of.width, queries)
+        sizes += (of.channels, of.width), (of.channels, of.width), (of.width, of.channels)
+        if sizes != tuple(linear.layout.shape for linear in linears):
+            raise ValueError
+        return _Block(
+            *(self._linear_of(linear) for linear in linears),
+            *(self._norm_of(norm) for norm in norms),
+            None,
+            None,
+            0,
+            attention.scaling,
+        )
+
+    def _linear_of(self, linear: nn.Module) -> _Linear:
+        if type(linear) is not SparseLinear or not linear.weight.is_cpu:
+            raise ValueError
+        if linear.bias is not None and linear.bias.dtype != self.dtype:
+            raise ValueError
+        layout = linear.layout
+        mask, values, scales = parts_of(linear.weight, layout)
+        coded = layout.codes is not None
+        return _Linear(
+            *(mask, values, scales if coded else None, linear.offsets.data_ptr()),
+            None if linear.bias is None else linear.bias.data_ptr(),
+            *(layout.rows, layout.columns, DTYPE_CODES[layout.dtype]),
+            *(grid_of(layout) if coded else (0, 0, 0)),
+        )
+
+    def _norm_of(self, norm: Any) -> _Norm:
+        if norm is None:
+            return _Norm(None, 0.0)
+        if norm.weight.dtype != self.dtype:
+            raise ValueError
+        return _Norm(norm.weight.data_ptr(), norm.variance_epsilon)
+
+
+_STEPS: WeakKeyDictionary[nn.Module, _Step | None] = WeakKeyDictionary()
+
+
+def _step_of(decoder: Any) -> _Step | None:
+    """Of a decoder as it is now; made once, unless its layers or parameters are no longer the same."""
+    step = _STEPS.get(decoder)
+    if decoder not in _STEPS or (step is not None and not step.still_so):
+        try:
+            step = _Step(decoder)
+        except (ValueError, AttributeError):
+            step = None
+        _STEPS[decoder] = step
+    return None if step is None or step.is_heard else step
+
+
+def _places(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, list[int]]]:
+    """Each module in a decoder, where it is held and where its own tensors lie."""
+    for module in decoder.modules():
+        for name, held in module._modules.items():
+            if held is not None:
+                yield module, name, held, _pointers(held)
+
+
+def _pointers(module: nn.Module) -> list[int]:
+    held = (*module._parameters.values(), *module._buffers.values())
+    return [tensor.data_ptr() for tensor in held if tensor is not None]
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def _is_llama(decoder: Any) -> bool:
+    """Whether the code of a decoder and of all its blocks is Llama's, or that of another that is known."""
+    decoders = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model, qwen3.Qwen3Model)
+    attentions = (
+        llama.LlamaAttention,
+        mistral.MistralAttention,
+        qwen2.Qwen2Attention,
+        qwen3.Qwen3Attention,
+    )
+    layers: Any = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not _alike(decoder, *decoders):
+        return False
+    blocks: list[Any] = list(layers)
+    if len(blocks) != decoder.config.num_hidden_layers or not _alike(decoder.norm, llama.LlamaRMSNorm):
+        return False
+    if decoder.config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    for layer in blocks:
+        if not _alike(layer, llama.LlamaDecoderLayer):
+            return False
+        attention, mlp = layer.self_attn, layer.mlp
+        if not _alike(attention, *attentions) or not _alike(mlp, llama.LlamaMLP):
+            return False
+        if not isinstance(mlp.act_fn, nn.SiLU | SiLUActivation):
+            return False
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        if not all(_alike(norm, llama.LlamaRMSNorm) for norm in norms):
+            return False
+    return True
+
+
+def _alike(module: Any, *known: Any) -> bool:
+    """Whether a module's forward pass, and what it calls of its file's, is word for word a known class's."""
+    kind: Any = type(module)
+    return any(_words(kind) == _words(one) for one in known)
+
+
+@functools.cache
+def _words(kind: Any) -> tuple[Any, ...]:
+    forward: Any = inspect.unwrap(kind.forward)
+    called = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "eager_attention_forward")
+    return (
+        _code(forward.__code__),
+        *(
+            _code(inspect.unwrap(forward.__globals__[name]).__code__)
+            for name in called
+            if kind.__name__.endswith("Attention") and name in forward.__globals__
+        ),
+    )
+
+
+def _code(code: CodeType) -> tuple[Any, ...]:
+    """What a piece of code does, wherever it stands."""
+    constants = (_code(each) if isinstance(each, CodeType) else each for each in code.co_consts)
+    return code.co_code, code.co_names, code.co_varnames, *constants
