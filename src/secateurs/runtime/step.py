@@ -11,7 +11,6 @@ import ctypes
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, MethodType
 from typing import Any
@@ -171,9 +170,21 @@ class _Step:
         self._isa = kernels.isa
         self._one_at_a_time = threading.Lock()  # of a server's threads; the call lets others run
         self.dtype = decoder.norm.weight.dtype
-        self._places = list(_places(decoder))
+        modules = [module for module in decoder.modules() if module is not decoder]
+        self._modules = [
+            (module._modules, name, held)
+            for module in decoder.modules()
+            for name, held in module._modules.items()
+        ]
+        self._tensors = [
+            (tensors, name, tensor.data_ptr())
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
         self._hooks = [
-            hooks for module in decoder.modules() if module is not decoder for hooks in _hooks_of(module)
+            hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self._run = function(
             "runtime._kernels",
@@ -198,9 +209,8 @@ class _Step:
     @property
     def still_so(self) -> bool:
         """Whether all that this knows is where it was."""
-        return all(
-            module._modules[name] is held and _pointers(held) == pointers
-            for module, name, held, pointers in self._places
+        return all(modules.get(name) is held for modules, name, held in self._modules) and all(
+            name in tensors and tensors[name].data_ptr() == place for tensors, name, place in self._tensors
         )
 
     @property
@@ -263,10 +273,11 @@ class _Step:
             *(layer.input_layernorm, layer.post_attention_layernorm),
             *(getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)),
         )
-        of, queries, keys = self.shape, self.shape.heads * self.shape.head_size, attention.k_proj.out_features
-        sizes = (queries, of.width), (keys, of.width), (keys, of.width), (of.width, queries)
-        sizes += (of.channels, of.width), (of.channels, of.width), (of.width, of.channels)
-        if sizes != tuple(linear.layout.shape for linear in linears):
+        of = self.shape
+        queries, keys = of.heads * of.head_size, of.key_heads * of.head_size
+        inner = [(queries, of.width), (keys, of.width), (keys, of.width), (of.width, queries)]
+        outer = [(of.channels, of.width), (of.channels, of.width), (of.width, of.channels)]
+        if [linear.layout.shape for linear in linears] != inner + outer:
             raise ValueError
         return _Block(
             *(self._linear_of(linear) for linear in linears),
@@ -313,23 +324,6 @@ def _step_of(decoder: Any) -> _Step | None:
             step = None
         _STEPS[decoder] = step
     return None if step is None or step.is_heard else step
-
-
-def _places(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, list[int]]]:
-    """Each module in a decoder, where it is held and where its own tensors lie."""
-    for module in decoder.modules():
-        for name, held in module._modules.items():
-            if held is not None:
-                yield module, name, held, _pointers(held)
-
-
-def _pointers(module: nn.Module) -> list[int]:
-    held = (*module._parameters.values(), *module._buffers.values())
-    return [tensor.data_ptr() for tensor in held if tensor is not None]
-
-
-def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks
 
 
 def _is_llama(decoder: Any) -> bool:
