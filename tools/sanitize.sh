@@ -6,13 +6,13 @@ set -eu
 cd "$(dirname "$0")/.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-for kernels in sanitize sanitize_codes sanitize_pruning; do
+for kernels in sanitize sanitize_codes sanitize_step sanitize_pruning; do
     "${CXX:-g++}" -std=c++17 -O1 -g -w -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
         "tools/$kernels.cpp" -o "$build/$kernels"
     ASAN_OPTIONS=detect_leaks=0 "$build/$kernels"
 done
 if command -v aarch64-linux-gnu-g++ qemu-aarch64 > "$build/found"; then
-    for kernels in sanitize sanitize_codes; do
+    for kernels in sanitize sanitize_codes sanitize_step; do
         aarch64-linux-gnu-g++ -std=c++17 -O1 -g -w -fopenmp -static -fsanitize=undefined -fno-sanitize-recover=all \
             "tools/$kernels.cpp" -o "$build/neon"
         qemu-aarch64 "$build/neon"
