@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,24 @@ def test_decoders_whose_code_is_the_same() -> None:
         if "forward" in vars(model.get_decoder()):
             found.add(name)
     assert found == {"internlm3", "iquestcoder", "llama", "llava", "mistral", "mistral3", "qwen2", "qwen3"}
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_lost(value: float, part: str, model: Any) -> None:
+    _, cache = logits(model, TOKENS)
+    getattr(cache.layers[1], part)[0, 0, 2] = value
+    with own_code(model) as own, torch.no_grad():
+        given = model(torch.tensor([[3]]), past_key_values=cache).logits
+    assert own.call_count == 0
+    assert not given.isfinite().any()
+
+
+def test_a_servers_threads(model: Any) -> None:
+    """Several conversations at once are what they are one after another."""
+    texts = [(TOKENS * factor) % 96 for factor in range(1, 9)]
+    wanted = [logits(model, text)[0] for text in texts]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda text: logits(model, text)[0], texts))
+    for given, alone in zip(found, wanted, strict=True):
+        assert_close(given, alone, 1e-6)

@@ -65,9 +65,9 @@ INLINE float total(const float* sums) {
     return all;
 }
 
-// Below its smallest argument it is zero; elsewhere right to a few units in the last place.
-INLINE float exponential(float x) {
-    x = std::max(-87.0f, std::min(88.0f, x));
+// Right to a few units in the last place between -87 and 88, and beyond them what it is there.
+INLINE float exponential(float given) {
+    const float x = std::max(-87.0f, std::min(88.0f, given));
     constexpr float kShift = 12582912.0f;
     const float count = (x * 1.44269504f + kShift) - kShift;
     const float rest = (x - count * 0.693359375f) + count * 2.12194440e-4f;
@@ -78,7 +78,8 @@ INLINE float exponential(float x) {
     power = power * rest + 1.6666665459e-1f;
     power = power * rest + 5.0000001201e-1f;
     power = power * rest * rest + rest + 1.0f;
-    return float_from_bits(bits_from_float(power) + (uint32_t(int32_t(count)) << 23));
+    const float result = float_from_bits(bits_from_float(power) + (uint32_t(int32_t(count)) << 23));
+    return given == given ? result : given;  // NaN must not get lost
 }
 
 // x / sqrt(mean of squares) * weight, in place of `y`; without a weight y is x.

@@ -66,15 +66,17 @@ def _stepped(decoder: Any, told: dict[str, Any]) -> Tensor | None:
     ids, mask, cache = told.get("input_ids"), told.get("attention_mask"), told.get("past_key_values")
     if not isinstance(ids, Tensor) or ids.shape != (1, 1) or told.get("inputs_embeds") is not None:
         return None
-    if any(value not in (None, False) for name, value in told.items() if name not in UNDERSTOOD):
-        return None
-    if mask is not None and (mask.dim() != 2 or not mask.all()):
+    if any(
+        value is not None and value is not False for name, value in told.items() if name not in UNDERSTOOD
+    ):
         return None
     step = _step_of(decoder)
     if step is None or type(cache) is not DynamicCache:
         return None
     length = step.length_of(cache)
     if length is None or (step.window is not None and length >= step.window):
+        return None
+    if mask is not None and (mask.shape != (1, length + 1) or not mask.all()):
         return None
     positions = told.get("position_ids")
     if positions is None:
