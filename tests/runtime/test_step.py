@@ -1,6 +1,9 @@
 """Single tokens in one call, against transformers' own code on the same packed weights."""
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -212,6 +215,15 @@ def training(model: Any) -> None:
     model.train()
 
 
+def own_forward(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x) * 0.5
+
+
+def double(model: Any) -> None:
+    model.double()
+
+
 def with_adapters(model: Any) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -220,7 +232,7 @@ def with_adapters(model: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("change", [hooked, training, with_adapters])
+@pytest.mark.parametrize("change", [hooked, training, own_forward, double, with_adapters])
 def test_a_changed_model_goes_its_own_way(change: Callable[[Any], None], model: Any) -> None:
     logits(model, TOKENS)
     change(model)
@@ -228,6 +240,57 @@ def test_a_changed_model_goes_its_own_way(change: Callable[[Any], None], model: 
         given, _ = logits(model, TOKENS)
     assert own.call_count == 1 + len(TOKENS)
     assert_close(given, logits(reference(model), TOKENS)[0], 1e-5)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_layer_that_is_back_is_taken_again(first: bool, model: Any) -> None:
+    if first:
+        logits(model, TOKENS)
+    layer, other = model.model.layers[0], torch.nn.Linear(80, 172, bias=False)
+    packed, layer.mlp.up_proj = layer.mlp.up_proj, other
+    with own_code(model) as own:
+        logits(model, TOKENS)
+        assert own.call_count == 1 + len(TOKENS)
+        layer.mlp.up_proj = packed
+        logits(model, TOKENS)
+    assert own.call_count == 2 + len(TOKENS)
+
+
+def test_a_bias_that_is_taken_away(tmp_path: Path) -> None:
+    model = compressed(tmp_path, grid="as stored")
+    logits(model, TOKENS)
+    model.model.layers[0].self_attn.q_proj.bias = None
+    given, _ = logits(model, TOKENS)
+    assert_close(given, logits(reference(model), TOKENS)[0], 1e-5)
+
+
+def test_copies_and_pickles_are_as_quick(model: Any) -> None:
+    logits(model, TOKENS)
+    wanted, _ = logits(reference(model), TOKENS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with own_code(other) as own:
+            given, _ = logits(other, TOKENS)
+        assert own.call_count == 1
+        assert_close(given, wanted, 1e-5)
+
+
+def test_a_model_goes_when_nobody_holds_it(tmp_path: Path) -> None:
+    def used() -> weakref.ref[Any]:
+        model = compressed(tmp_path)
+        model.model.layers[0].register_forward_hook(lambda *_: None if model else None)
+        logits(model, TOKENS)
+        return weakref.ref(model)
+
+    gone = used()
+    gc.collect()
+    assert gone() is None
+
+
+def test_it_compiles(tmp_path: Path) -> None:
+    model = compressed(tmp_path, grid="as stored")
+    wanted, _ = logits(reference(model), TOKENS[:2])
+    given, _ = logits(torch.compile(model, backend="eager"), TOKENS[:2])
+    assert_close(given, wanted, 1e-5)
 
 
 def test_a_hook_that_is_gone_is_no_matter(model: Any) -> None:
@@ -260,10 +323,33 @@ def test_parameters_that_moved_are_found(tmp_path: Path) -> None:
     ],
 )
 def test_who_wants_more_gets_the_models_own(told: dict[str, Any], model: Any) -> None:
+    wanted, _ = logits(reference(model), TOKENS[:1], **told)
     with own_code(model) as own:
         given, _ = logits(model, TOKENS[:1], **told)
-    assert own.call_count == 2
-    assert_close(given, logits(reference(model), TOKENS[:1], **told)[0], 1e-5)
+        assert own.call_count == 2
+        assert_close(given, wanted, 1e-5)
+        logits(model, TOKENS)  # what was asked for once is not asked for ever
+    assert own.call_count == 3
+
+
+@torch.no_grad()
+def test_a_decoder_by_itself_gives_what_it_is_asked_for(model: Any) -> None:
+    decoder, token = model.get_decoder(), torch.tensor([[3]])
+    cache = decoder(PROMPT, use_cache=True).past_key_values
+    assert isinstance(decoder(token, past_key_values=cache, return_dict=False), tuple)
+    given = decoder(token, past_key_values=cache, use_cache=False)
+    assert given.past_key_values is cache
+    assert cache.get_seq_length() == PROMPT.numel() + 2
+    assert decoder(token, past_key_values=cache).last_hidden_state.shape == (1, 1, 80)
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_a_cache_in_another_dtype(part: str, model: Any) -> None:
+    _, cache = logits(model, TOKENS)
+    setattr(cache.layers[1], part, getattr(cache.layers[1], part).double())
+    with own_code(model) as own, torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        model(torch.tensor([[3]]), past_key_values=cache)
+    assert own.call_count == 1
 
 
 def test_caches_of_other_kinds_and_batches(model: Any) -> None:

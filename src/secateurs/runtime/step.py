@@ -10,9 +10,9 @@ padding, windows, gradients, hooks, adapters, other devices.
 import ctypes
 import functools
 import inspect
-import threading
+import weakref
 from dataclasses import dataclass
-from types import CodeType, MethodType
+from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,8 +35,17 @@ from secateurs.runtime.linear import SparseLinear
 ROOM = 256
 """Positions that there is room for behind a cache's own when it is moved to where it can grow in place."""
 
-UNDERSTOOD = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+UNDERSTOOD = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"),
+    *("cache_position", "return_dict"),
+}
 """What a decoder is told. Anything else has to say no, or nothing."""
+
+ATTENTIONS = ("eager", "sdpa")
+"""Implementations that all compute the same."""
+
+CAPTURE = "transformers.utils.output_capturing"
+"""Whose hooks stay where they once were asked for more, and do nothing unless they are again."""
 
 
 def step_by_step(model: PreTrainedModel) -> None:
@@ -48,45 +57,73 @@ def step_by_step(model: PreTrainedModel) -> None:
     """
     decoder: Any = model.get_decoder()
     if _is_llama(decoder):
-        decoder.forward = MethodType(_forward, decoder)
+        decoder.forward = _Forward(decoder)
 
 
-@functools.wraps(llama.LlamaModel.forward)
-def _forward(self: Any, *args: Any, **told: Any) -> Any:
-    hidden = None if args else _stepped(self, told)
-    if hidden is None:
-        return type(self).forward(self, *args, **told)
-    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=told["past_key_values"])
+class _Forward:
+    """A decoder's forward pass. It keeps its decoder no longer than others do, and goes into copies of it."""
 
+    def __init__(self, decoder: Any) -> None:
+        functools.update_wrapper(self, type(decoder).forward)
+        self._decoder = weakref.ref(decoder)
+        self._step: _Step | None = None
 
-def _stepped(decoder: Any, told: dict[str, Any]) -> Tensor | None:
-    """The decoder's output for one token, (1, 1, width); None where its own code is to make it."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or decoder.training:
-        return None
-    ids, mask, cache = told.get("input_ids"), told.get("attention_mask"), told.get("past_key_values")
-    if not isinstance(ids, Tensor) or ids.shape != (1, 1) or told.get("inputs_embeds") is not None:
-        return None
-    if any(
-        value is not None and value is not False for name, value in told.items() if name not in UNDERSTOOD
-    ):
-        return None
-    step = _step_of(decoder)
-    if step is None or type(cache) is not DynamicCache:
-        return None
-    length = step.length_of(cache)
-    if length is None or (step.window is not None and length >= step.window):
-        return None
-    if mask is not None and (mask.shape != (1, length + 1) or not mask.all()):
-        return None
-    positions = told.get("position_ids")
-    if positions is None:
-        positions = torch.tensor([[length]])
-    hidden: Tensor = decoder.embed_tokens(ids)
-    angles = decoder.rotary_emb(hidden, position_ids=positions)
-    if hidden.dtype != step.dtype or any(each.shape != (1, 1, step.shape.head_size) for each in angles):
-        return None
-    step.run(cache, hidden, angles)
-    return hidden
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Forward, (self._decoder(),)
+
+    def __call__(self, *args: Any, **told: Any) -> Any:
+        decoder: Any = self._decoder()
+        if args or torch.compiler.is_compiling():
+            return type(decoder).forward(decoder, *args, **told)
+        hidden = self._stepped(decoder, told)
+        if hidden is None:
+            return type(decoder).forward(decoder, **told)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=told["past_key_values"])
+
+    def _stepped(self, decoder: Any, told: dict[str, Any]) -> Tensor | None:
+        """The decoder's output for one token, (1, 1, width); None where its own code is to make it."""
+        if torch.is_grad_enabled() or decoder.training or not self._is_plain(decoder.config, told):
+            return None
+        step = self._step
+        if step is None or not step.still_so:
+            step = self._step = _Step(decoder)
+        if not step.fits or step.is_heard:
+            return None
+        cache, mask, positions = (
+            told.get(name) for name in ("past_key_values", "attention_mask", "position_ids")
+        )
+        length = step.length_of(cache)
+        if length is None or (step.window is not None and length >= step.window):
+            return None
+        if isinstance(mask, Tensor) and (mask.shape != (1, length + 1) or not mask.all()):
+            return None
+        if positions is None:
+            positions = torch.tensor([[length]])
+        hidden: Tensor = decoder.embed_tokens(told["input_ids"])
+        angles = decoder.rotary_emb(hidden, position_ids=positions)
+        turns = (1, 1, step.shape.head_size)
+        if not all(each.is_cpu and each.dtype == step.dtype for each in (hidden, *angles)):
+            return None
+        if any(each.shape != turns or not each.is_contiguous() for each in angles):
+            return None
+        step.run(cache, hidden, angles)
+        return hidden
+
+    @staticmethod
+    def _is_plain(config: Any, told: dict[str, Any]) -> bool:
+        """Whether a decoder is asked for its next state and nothing else, given a token of one sequence."""
+        ids, mask = told.get("input_ids"), told.get("attention_mask")
+        cached, in_a_dict = told.get("use_cache"), told.get("return_dict")
+        return (
+            isinstance(ids, Tensor)
+            and ids.shape == (1, 1)
+            and told.get("inputs_embeds") is None
+            and (mask is None or isinstance(mask, Tensor))
+            and bool(config.use_cache if cached is None else cached)
+            and bool(config.return_dict if in_a_dict is None else in_a_dict)
+            and config._attn_implementation in ATTENTIONS
+            and all(each is None or each is False for name, each in told.items() if name not in UNDERSTOOD)
+        )
 
 
 class _Linear(ctypes.Structure):
@@ -146,6 +183,7 @@ def _with_room(layer: Any) -> _Grown:
         != (layer.keys.data_ptr(), layer.values.data_ptr())
     ):
         grown = _GROWN[layer] = _Grown(_roomy(layer.keys), _roomy(layer.values), length)
+        layer.keys, layer.values = grown.keys[:, :, :length], grown.values[:, :, :length]
     return grown
 
 
@@ -157,37 +195,43 @@ def _roomy(held: Tensor) -> Tensor:
 
 
 class _Step:
-    """What step.cpp has to know of a decoder.
-
-    Raises:
-        ValueError: it is not to be had in this way.
-    """
+    """What step.cpp has to know of a decoder, if it can do it, and how to tell that it is still so."""
 
     def __init__(self, decoder: Any) -> None:
-        kernels = cpu_kernels()
-        layers = decoder.layers
-        attention, mlp = layers[0].self_attn, layers[0].mlp
-        if kernels is None or not _is_llama(decoder):
-            raise ValueError
-        self._isa = kernels.isa
-        self._one_at_a_time = threading.Lock()  # of a server's threads; the call lets others run
-        self.dtype = decoder.norm.weight.dtype
-        modules = [module for module in decoder.modules() if module is not decoder]
+        # What is called as a module may be anything; all else is known by where it lies.
+        called = {decoder.embed_tokens, decoder.rotary_emb}
+        modules = [module for module in decoder.modules() if module is not decoder and module not in called]
         self._modules = [
             (module._modules, name, held)
-            for module in decoder.modules()
+            for module in (decoder, *modules)
             for name, held in module._modules.items()
         ]
         self._tensors = [
-            (tensors, name, tensor.data_ptr())
+            (tensors, name, _place(tensor))
             for module in modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
-            if tensor is not None
         ]
+        self._own = [vars(module) for module in modules]
         self._hooks = [
             hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+        self.window: int | None = getattr(decoder.config, "sliding_window", None)
+        """A length from which on not all positions are seen."""
+        try:
+            self._describe(decoder)
+            self.fits = True
+        except (ValueError, AttributeError):  # another device, a layer that is not packed or not as it was
+            self.fits = False
+
+    def _describe(self, decoder: Any) -> None:
+        kernels = cpu_kernels()
+        layers = decoder.layers
+        attention, mlp = layers[0].self_attn, layers[0].mlp
+        if kernels is None or not _is_llama(decoder) or decoder.norm.weight.dtype not in DTYPE_CODES:
+            raise ValueError
+        self._isa = kernels.isa
+        self.dtype = decoder.norm.weight.dtype
         self._run = function(
             "runtime._kernels",
             "secateurs_step",
@@ -203,46 +247,49 @@ class _Step:
             key_heads=attention.k_proj.out_features // size,
             head_size=size,
         )
-        self.window: int | None = getattr(decoder.config, "sliding_window", None)
-        """A length from which on not all positions are seen."""
         self._norm = self._norm_of(decoder.norm)
         self._blocks = (_Block * len(layers))(*(self._block_of(layer) for layer in layers))
 
     @property
     def still_so(self) -> bool:
         """Whether all that this knows is where it was."""
-        return all(modules.get(name) is held for modules, name, held in self._modules) and all(
-            name in tensors and tensors[name].data_ptr() == place for tensors, name, place in self._tensors
+        return (
+            all(modules.get(name) is held for modules, name, held in self._modules)
+            and all(_place(tensors.get(name)) == place for tensors, name, place in self._tensors)
+            and not any("forward" in own for own in self._own)
         )
 
     @property
     def is_heard(self) -> bool:
         """Whether a hook of a layer wants to be called."""
-        return any(self._hooks) or _has_any_global_hook()
+        heard = (hook for hooks in self._hooks if hooks for hook in hooks.values())
+        return _has_any_global_hook() or any(getattr(hook, "__module__", "") != CAPTURE for hook in heard)
 
-    def length_of(self, cache: DynamicCache) -> int | None:
+    def length_of(self, cache: Any) -> int | None:
         """The positions of a cache that can be gone on with, else None."""
+        if type(cache) is not DynamicCache or len(cache.layers) != self.shape.blocks:
+            return None
         held: list[Any] = cache.layers
-        if len(held) != self.shape.blocks or not all(type(layer) is DynamicLayer for layer in held):
+        if not all(type(layer) is DynamicLayer and layer.is_initialized for layer in held):
             return None
-        first = held[0].keys if held[0].is_initialized else None
-        if first is None or first.dtype != self.dtype or not first.is_cpu:
+        if held[0].keys.dim() != 4:
             return None
-        shape = (1, self.shape.key_heads, first.shape[-2], self.shape.head_size)
+        length = int(held[0].keys.shape[2])
+        shape = (1, self.shape.key_heads, length, self.shape.head_size)
         alike = all(
-            layer.is_initialized and layer.keys.shape == shape == layer.values.shape for layer in held
+            each.shape == shape and each.dtype == self.dtype and each.is_cpu
+            for layer in held
+            for each in (layer.keys, layer.values)
         )
-        return int(first.shape[-2]) if alike else None
+        return length if alike else None
 
-    def run(self, cache: DynamicCache, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> None:
+    def run(self, cache: Any, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> None:
         """One token: `hidden` (1, 1, width) becomes the output, and the cache has a position more."""
-        with self._one_at_a_time:
-            self._run_alone(cache.layers, hidden, angles)
-
-    def _run_alone(self, held: list[Any], hidden: Tensor, angles: tuple[Tensor, Tensor]) -> None:
+        held: list[Any] = cache.layers
         length = int(held[0].keys.shape[2])
         grown = [_with_room(layer) for layer in held]
-        for block, one in zip(self._blocks, grown, strict=True):
+        blocks = type(self._blocks).from_buffer_copy(self._blocks)  # a server's threads have a cache each
+        for block, one in zip(blocks, grown, strict=True):
             block.keys, block.values, block.room = (
                 one.keys.data_ptr(),
                 one.values.data_ptr(),
@@ -250,7 +297,7 @@ class _Step:
             )
         cosines, sines = angles
         self._run(
-            ctypes.addressof(self._blocks),
+            ctypes.addressof(blocks),
             ctypes.addressof(self.shape),
             ctypes.addressof(self._norm),
             cosines.data_ptr(),
@@ -291,7 +338,9 @@ class _Step:
         )
 
     def _linear_of(self, linear: nn.Module) -> _Linear:
-        if type(linear) is not SparseLinear or not linear.weight.is_cpu:
+        if type(linear) is not SparseLinear:
+            raise ValueError
+        if not all(each is None or each.is_cpu for each in (linear.weight, linear.offsets, linear.bias)):
             raise ValueError
         if linear.bias is not None and linear.bias.dtype != self.dtype:
             raise ValueError
@@ -308,24 +357,13 @@ class _Step:
     def _norm_of(self, norm: Any) -> _Norm:
         if norm is None:
             return _Norm(None, 0.0)
-        if norm.weight.dtype != self.dtype:
+        if norm.weight.dtype != self.dtype or not norm.weight.is_cpu or not norm.weight.is_contiguous():
             raise ValueError
         return _Norm(norm.weight.data_ptr(), norm.variance_epsilon)
 
 
-_STEPS: WeakKeyDictionary[nn.Module, _Step | None] = WeakKeyDictionary()
-
-
-def _step_of(decoder: Any) -> _Step | None:
-    """Of a decoder as it is now; made once, unless its layers or parameters are no longer the same."""
-    step = _STEPS.get(decoder)
-    if decoder not in _STEPS or (step is not None and not step.still_so):
-        try:
-            step = _Step(decoder)
-        except (ValueError, AttributeError):
-            step = None
-        _STEPS[decoder] = step
-    return None if step is None or step.is_heard else step
+def _place(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _is_llama(decoder: Any) -> bool:
@@ -343,7 +381,7 @@ def _is_llama(decoder: Any) -> bool:
     blocks: list[Any] = list(layers)
     if len(blocks) != decoder.config.num_hidden_layers or not _alike(decoder.norm, llama.LlamaRMSNorm):
         return False
-    if decoder.config._attn_implementation not in ("eager", "sdpa"):
+    if any("forward" in vars(module) for layer in blocks for module in layer.modules()):
         return False
     for layer in blocks:
         if not _alike(layer, llama.LlamaDecoderLayer):
