@@ -49,7 +49,7 @@ def environment() -> Record:
     gpu = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     command = " ".join(["python", *sys.argv])
     return {
-        "command": re.sub(r"(?<!\S)/\S*/", ".../", command),
+        "command": re.sub(r"(?<!\S)(\.\.)?/\S*/", ".../", command),
         "cpu": cpu[1] if cpu else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

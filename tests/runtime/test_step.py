@@ -267,6 +267,7 @@ def test_a_bias_that_is_taken_away(tmp_path: Path) -> None:
 def test_copies_and_pickles_are_as_quick(model: Any) -> None:
     logits(model, TOKENS)
     wanted, _ = logits(reference(model), TOKENS)
+    # Nobody else's bytes: processes that are given a model pickle it.
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with own_code(other) as own:
             given, _ = logits(other, TOKENS)
