@@ -217,6 +217,7 @@ AVX512_BF16 void row_avx512_bf16(const uint8_t* mask, const uint8_t* values, int
         const uint8_t* later = values + 2 * _mm_popcnt_u32(low);
         const __m512bh first = (__m512bh)_mm512_maskz_expand_epi16(low, load_packed(values));
         const __m512bh second = (__m512bh)_mm512_maskz_expand_epi16(high, load_packed(later));
+        _mm_prefetch(reinterpret_cast<const char*>(values) + kAhead, _MM_HINT_T0);
         values = later + 2 * _mm_popcnt_u32(high);
         for (int n = 0; n < N; ++n) {
             even[n] = _mm512_dpbf16_ps(even[n], first, (__m512bh)_mm512_loadu_si512(columns + n * stride));

@@ -138,6 +138,9 @@ void in_parallel(const int32_t* offsets, int64_t first, int64_t last, int64_t co
 }
 
 #ifdef SECATEURS_X86
+// So many bytes before they are needed weights are fetched: a third of it is too late on AMD Zen 5.
+constexpr int kAhead = 4096;
+
 // A load that stays apart from the expansion: with its operand in memory the instruction is several times slower on
 // AMD Zen 4, and compilers like to fold the two.
 AVX512 inline __m512i load_packed(const uint8_t* values) {

@@ -220,26 +220,30 @@ INLINE void expand_row(const Matrix& matrix, int64_t row, int8_t* levels) {
     }
 }
 
-// ---- a row times some tokens, by way of its levels ----
+// ---- rows [begin, end) times some tokens, to y (tokens, kRows); by way of their levels ----
+
+constexpr int64_t kRows = 16;  // at most
 
 template <class Isa>
-INLINE void row_by_levels(const Matrix& matrix, int64_t row, const Tokens& x, int64_t first, int64_t tokens,
-                          int8_t* levels, float* y) {
-    expand_row<Isa>(matrix, row, levels);
+INLINE void rows_by_levels(const Matrix& matrix, int64_t begin, int64_t end, const Tokens& x, int64_t first,
+                           int64_t tokens, int8_t* levels, float* y) {
     const int64_t groups = matrix.groups(), group = matrix.form.group;
-    const uint8_t* scales = matrix.scales_of(row);
-    for (int64_t n = 0; n < tokens; ++n) {
-        const int8_t* activations = x.activations(first + n);
-        const float* steps = x.scales(first + n);
-        float total = 0.0f;
-        for (int64_t g = 0; g < groups; ++g) {
-            int32_t sum = 0;
-            for (int64_t j = g * group; j < (g + 1) * group; ++j) {
-                sum += int32_t(levels[j]) * int32_t(activations[j]);
+    for (int64_t row = begin; row < end; ++row) {
+        expand_row<Isa>(matrix, row, levels);
+        const uint8_t* scales = matrix.scales_of(row);
+        for (int64_t n = 0; n < tokens; ++n) {
+            const int8_t* activations = x.activations(first + n);
+            const float* steps = x.scales(first + n);
+            float total = 0.0f;
+            for (int64_t g = 0; g < groups; ++g) {
+                int32_t sum = 0;
+                for (int64_t j = g * group; j < (g + 1) * group; ++j) {
+                    sum += int32_t(levels[j]) * int32_t(activations[j]);
+                }
+                total += scale_at(scales, g) * steps[g] * float(sum);
             }
-            total += scale_at(scales, g) * steps[g] * float(sum);
+            y[n * kRows + row - begin] = total;
         }
-        y[n] = total;
     }
 }
 
@@ -264,9 +268,7 @@ INLINE void rows_to_dense(const Matrix& matrix, int64_t first, int64_t begin, in
 
 #ifdef SECATEURS_X86
 
-// ---- a row times some tokens, in registers ----
-
-constexpr int kMostTokens = 4;  // that share the expansion of a row
+// ---- rows [begin, end) times some tokens, to y (tokens, kRows); in registers ----
 
 // What does not change from row to row.
 struct Constants {
@@ -307,6 +309,8 @@ AVX512_VNNI Constants constants_of(const Form& form) {
     return c;
 }
 
+typedef uint64_t Unaligned __attribute__((aligned(1), may_alias));
+
 // 64 weights, unsigned; moves on to the next ones.
 template <int Bits, bool High, bool Masked, bool Half>
 AVX512_VNNI INLINE __m512i next_word(const uint8_t*& codes, const uint8_t*& mask, const Constants& c) {
@@ -324,13 +328,14 @@ AVX512_VNNI INLINE __m512i next_word(const uint8_t*& codes, const uint8_t*& mask
         codes += Bits == 4 ? 64 : 8 * Bits;
         return weights;
     }
-    uint64_t bits;
-    std::memcpy(&bits, mask, 8);
-    asm("" : "+r"(bits));  // once into a register, which serves the count as well
+    // From memory to a mask, where compilers go by way of a general register: that shares a port with expansion.
+    const Unaligned* bits = reinterpret_cast<const Unaligned*>(mask);
+    __mmask64 kept;
+    asm("kmovq %1, %0" : "=k"(kept) : "m"(*bits));
+    const int64_t count = _mm_popcnt_u64(*bits);
     mask += 8;
-    const int64_t count = _mm_popcnt_u64(bits);
     codes += Bits == 8 || Bits == 4 ? count : (count * Bits + 7) / 8;
-    return _mm512_mask_expand_epi8(c.fill[High], bits, weights);
+    return _mm512_mask_expand_epi8(c.fill[High], kept, weights);
 }
 
 // A unit: what is summed in whole numbers. One word, or with groups of 128 columns two.
@@ -360,77 +365,82 @@ AVX512_VNNI INLINE void add_unit(const uint8_t*& codes, const uint8_t*& mask, co
 }
 
 template <int Bits, int Group, bool Masked, bool Half, int N>
-AVX512_VNNI void row_in_registers(const Matrix& matrix, int64_t row, const Tokens& tokens, int64_t first,
-                                  const Constants& c, float* scratch, float* y) {
+AVX512_VNNI void rows_in_registers(const Matrix& matrix, int64_t begin, int64_t end, const Tokens& tokens,
+                                   int64_t first, const Constants& c, float* scratch, float* y) {
     constexpr int kWords = Group == 128 ? 2 : 1;
     constexpr int kPairs = N == 1 ? 2 : 1;  // one token alone needs more sums to hide the latency of additions
-    const int64_t words = matrix.words(), units = words / kWords, groups = matrix.groups();
-    const uint8_t* mask = matrix.mask_of(row);
-    const uint8_t *low = matrix.codes_of(row), *high = low, *scales = matrix.scales_of(row);
+    constexpr int kLines = std::max(1, 2 * kPairs * kWords * Bits / 8 / (Masked ? 2 : 1));  // of codes, for each pass
+    const int64_t words = matrix.words(), units = words / kWords;
+    const int64_t groups = (matrix.columns + Group - 1) / Group;
     const int8_t* x[N];
     float* factors[N];
-    __m512 even[kPairs][N], odd[kPairs][N];
     for (int n = 0; n < N; ++n) {
         x[n] = tokens.activations(first + n);
         factors[n] = scratch + n * tokens.lanes;
-        for (int i = 0; i < kPairs; ++i) even[i][n] = odd[i][n] = _mm512_setzero_ps();
     }
-    for (int64_t g = 0; g < groups; g += kLanes) {
-        const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 2 * g));
-        const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+    for (int64_t row = begin; row < end; ++row) {
+        const uint8_t* mask = Masked ? matrix.mask + row * 8 * words : nullptr;
+        const uint8_t *low = matrix.codes_of(row), *high = low, *scales = matrix.scales + row * groups * 2;
+        __m512 even[kPairs][N], odd[kPairs][N];
         for (int n = 0; n < N; ++n) {
-            even[0][n] = _mm512_fmadd_ps(scale, _mm512_load_ps(tokens.excess(first + n) + g), even[0][n]);
-            const __m512 step = _mm512_mul_ps(_mm512_load_ps(tokens.scales(first + n) + g), c.factors);
-            _mm512_store_ps(factors[n] + g, _mm512_mul_ps(scale, step));
+            for (int i = 0; i < kPairs; ++i) even[i][n] = odd[i][n] = _mm512_setzero_ps();
         }
-    }
-    asm volatile("" ::: "memory");  // they are read one at a time from here on
-    constexpr int kAhead = 1536;  // bytes that are fetched before they are needed
-    int64_t unit = 0, at = 0;
-    // Only four bits come in two streams.
-    const uint8_t*& second = Bits == 4 ? high : low;
-    for (; unit + 2 * kPairs <= units; unit += 2 * kPairs) {
-        _mm_prefetch(reinterpret_cast<const char*>(low) + kAhead, _MM_HINT_T0);
-        if constexpr (Bits * kWords * kPairs > 8) {
-            _mm_prefetch(reinterpret_cast<const char*>(low) + kAhead + 64, _MM_HINT_T0);
+        for (int64_t g = 0; g < groups; g += kLanes) {
+            const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 2 * g));
+            const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+            for (int n = 0; n < N; ++n) {
+                even[0][n] = _mm512_fmadd_ps(scale, _mm512_load_ps(tokens.excess(first + n) + g), even[0][n]);
+                const __m512 step = _mm512_mul_ps(_mm512_load_ps(tokens.scales(first + n) + g), c.factors);
+                _mm512_store_ps(factors[n] + g, _mm512_mul_ps(scale, step));
+            }
         }
-        if constexpr (Masked) _mm_prefetch(reinterpret_cast<const char*>(mask) + kAhead, _MM_HINT_T0);
+        asm volatile("" ::: "memory");  // they are read one at a time from here on
+        int64_t unit = 0, at = 0;
+        // Only four bits come in two streams.
+        const uint8_t*& second = Bits == 4 ? high : low;
+        for (; unit + 2 * kPairs <= units; unit += 2 * kPairs) {
+#pragma GCC unroll 8
+            for (int line = 0; line < kLines; ++line) {
+                _mm_prefetch(reinterpret_cast<const char*>(low) + kAhead + 64 * line, _MM_HINT_T0);
+            }
+            if constexpr (Masked) _mm_prefetch(reinterpret_cast<const char*>(mask) + kAhead, _MM_HINT_T0);
 #pragma GCC unroll 2
-        for (int pair = 0; pair < kPairs; ++pair) {
-            add_unit<Bits, Group, false, Masked, Half, N>(low, mask, c, kWords, x, at, factors, unit + 2 * pair,
-                                                          even[pair]);
-            at += 64 * kWords;
-            add_unit<Bits, Group, Bits == 4, Masked, Half, N>(second, mask, c, kWords, x, at, factors,
-                                                              unit + 2 * pair + 1, odd[pair]);
-            at += 64 * kWords;
+            for (int pair = 0; pair < kPairs; ++pair) {
+                add_unit<Bits, Group, false, Masked, Half, N>(low, mask, c, kWords, x, at, factors, unit + 2 * pair,
+                                                              even[pair]);
+                at += 64 * kWords;
+                add_unit<Bits, Group, Bits == 4, Masked, Half, N>(second, mask, c, kWords, x, at, factors,
+                                                                  unit + 2 * pair + 1, odd[pair]);
+                at += 64 * kWords;
+            }
         }
-    }
-    for (; at < 64 * words; ++unit) {
-        const int left = int(std::min<int64_t>(kWords, words - at / 64));
-        if (unit % 2) {
-            add_unit<Bits, Group, Bits == 4, Masked, Half, N>(second, mask, c, left, x, at, factors, unit, odd[0]);
-        } else {
-            add_unit<Bits, Group, false, Masked, Half, N>(low, mask, c, left, x, at, factors, unit, even[0]);
+        for (; at < 64 * words; ++unit) {
+            const int left = int(std::min<int64_t>(kWords, words - at / 64));
+            if (unit % 2) {
+                add_unit<Bits, Group, Bits == 4, Masked, Half, N>(second, mask, c, left, x, at, factors, unit, odd[0]);
+            } else {
+                add_unit<Bits, Group, false, Masked, Half, N>(low, mask, c, left, x, at, factors, unit, even[0]);
+            }
+            at += 64 * left;
         }
-        at += 64 * left;
-    }
-    for (int n = 0; n < N; ++n) {
-        for (int i = 1; i < kPairs; ++i) {
-            even[0][n] = _mm512_add_ps(even[0][n], even[i][n]);
-            odd[0][n] = _mm512_add_ps(odd[0][n], odd[i][n]);
+        for (int n = 0; n < N; ++n) {
+            for (int i = 1; i < kPairs; ++i) {
+                even[0][n] = _mm512_add_ps(even[0][n], even[i][n]);
+                odd[0][n] = _mm512_add_ps(odd[0][n], odd[i][n]);
+            }
+            y[n * kRows + row - begin] = _mm512_reduce_add_ps(_mm512_add_ps(even[0][n], odd[0][n]));
         }
-        y[n] = _mm512_reduce_add_ps(_mm512_add_ps(even[0][n], odd[0][n]));
     }
 }
 
-using InRegisters = void (*)(const Matrix& matrix, int64_t row, const Tokens& tokens, int64_t first,
+using InRegisters = void (*)(const Matrix& matrix, int64_t begin, int64_t end, const Tokens& tokens, int64_t first,
                              const Constants& c, float* scratch, float* y);
 
 template <int Bits, int Group, bool Masked, bool Half>
 InRegisters for_tokens(int64_t tokens) {
-    if (tokens >= 4) return row_in_registers<Bits, Group, Masked, Half, 4>;
-    if (tokens >= 2) return row_in_registers<Bits, Group, Masked, Half, 2>;
-    return row_in_registers<Bits, Group, Masked, Half, 1>;
+    if (tokens >= 4) return rows_in_registers<Bits, Group, Masked, Half, 4>;
+    if (tokens >= 2) return rows_in_registers<Bits, Group, Masked, Half, 2>;
+    return rows_in_registers<Bits, Group, Masked, Half, 1>;
 }
 
 template <int Bits, int Group>
@@ -467,9 +477,9 @@ AVX512_VNNI Tokens round_tokens_avx512(const void* x, int32_t dtype, int64_t tok
     return round_tokens(x, dtype, tokens, columns, form);
 }
 
-AVX2 void row_by_levels_avx2(const Matrix& matrix, int64_t row, const Tokens& x, int64_t first, int64_t tokens,
-                             int8_t* levels, float* y) {
-    row_by_levels<WithShuffle>(matrix, row, x, first, tokens, levels, y);
+AVX2 void rows_by_levels_avx2(const Matrix& matrix, int64_t begin, int64_t end, const Tokens& x, int64_t first,
+                              int64_t tokens, int8_t* levels, float* y) {
+    rows_by_levels<WithShuffle>(matrix, begin, end, x, first, tokens, levels, y);
 }
 
 AVX2 void rows_to_dense_avx2(const Matrix& matrix, int64_t first, int64_t begin, int64_t end, int32_t dtype,
@@ -485,13 +495,30 @@ using Best = WithTable;
 using Best = Portable;
 #endif
 
-void row_by_levels_for(int32_t isa, const Matrix& matrix, int64_t row, const Tokens& x, int64_t first, int64_t tokens,
-                       int8_t* levels, float* y) {
+void rows_by_levels_for(int32_t isa, const Matrix& matrix, int64_t begin, int64_t end, const Tokens& x, int64_t first,
+                        int64_t tokens, int8_t* levels, float* y) {
 #ifdef SECATEURS_X86
-    if (isa >= kAvx2) return row_by_levels_avx2(matrix, row, x, first, tokens, levels, y);
+    if (isa >= kAvx2) return rows_by_levels_avx2(matrix, begin, end, x, first, tokens, levels, y);
 #endif
-    if (isa == kPortable) return row_by_levels<Portable>(matrix, row, x, first, tokens, levels, y);
-    row_by_levels<Best>(matrix, row, x, first, tokens, levels, y);
+    if (isa == kPortable) return rows_by_levels<Portable>(matrix, begin, end, x, first, tokens, levels, y);
+    rows_by_levels<Best>(matrix, begin, end, x, first, tokens, levels, y);
+}
+
+// Some rows' sums and biases, to y from `start` on.
+template <int32_t D>
+void put_as(const float* sums, const void* bias, int64_t begin, int64_t end, const int32_t* offsets, int64_t start,
+            void* y) {
+    for (int64_t row = begin; row < end; ++row) {
+        // Where nothing is kept the sum is exactly zero, which floats would miss.
+        const float sum = offsets[row] == offsets[row + 1] ? 0.0f : sums[row - begin];
+        store(y, D, start + row, sum + (bias ? load(bias, D, row) : 0.0f));
+    }
+}
+
+void put(const float* sums, const void* bias, int64_t begin, int64_t end, const int32_t* offsets, int64_t start,
+         void* y, int32_t dtype) {
+    const auto as = dtype == kFloat32 ? put_as<kFloat32> : dtype == kBfloat16 ? put_as<kBfloat16> : put_as<kFloat16>;
+    as(sums, bias, begin, end, offsets, start, y);
 }
 
 }  // namespace
@@ -516,25 +543,23 @@ EXPORT void secateurs_quantised_linear(const uint8_t* mask, const uint8_t* codes
 #endif
     in_parallel(offsets, 0, rows, columns, 1, threads, [&](int64_t begin, int64_t end) {
         std::vector<CacheLine> scratch(size_t(std::max(4 * rounded.lanes * 4, padded(columns) + 128) / 64 + 1));
-        float sums[kTokens];
-        for (int64_t row = begin; row < end; ++row) {
-            const float shift = bias ? load(bias, x_dtype, row) : 0.0f;
-            if (offsets[row] == offsets[row + 1]) {  // nothing is kept: exactly zero, which floats would miss
-                for (int64_t n = 0; n < tokens; ++n) store(y, x_dtype, n * rows + row, shift);
-                continue;
-            }
+        float sums[kTokens * kRows];
+        for (int64_t row = begin; row < end; row += kRows) {
+            const int64_t last = std::min(row + kRows, end);
             for (int64_t first = 0; first < tokens;) {
                 int64_t count = std::min<int64_t>(kTokens, tokens - first);
 #ifdef SECATEURS_X86
                 if (in_registers) {
                     count = count >= 4 ? 4 : count >= 2 ? 2 : 1;
-                    for_form(matrix.form, count)(matrix, row, rounded, first, constants,
+                    for_form(matrix.form, count)(matrix, row, last, rounded, first, constants,
                                                  reinterpret_cast<float*>(scratch.data()), sums);
                 } else
 #endif
-                    row_by_levels_for(isa, matrix, row, rounded, first, count,
-                                      reinterpret_cast<int8_t*>(scratch.data()), sums);
-                for (int64_t n = 0; n < count; ++n) store(y, x_dtype, (first + n) * rows + row, sums[n] + shift);
+                    rows_by_levels_for(isa, matrix, row, last, rounded, first, count,
+                                       reinterpret_cast<int8_t*>(scratch.data()), sums);
+                for (int64_t n = 0; n < count; ++n) {
+                    put(sums + n * kRows, bias, row, last, offsets, (first + n) * rows, y, x_dtype);
+                }
                 first += count;
             }
         }

@@ -201,17 +201,15 @@ class _Step:
         # What is called as a module may be anything; all else is known by where it lies.
         called = {decoder.embed_tokens, decoder.rotary_emb}
         modules = [module for module in decoder.modules() if module is not decoder and module not in called]
-        self._modules = [
-            (module._modules, name, held)
-            for module in (decoder, *modules)
-            for name, held in module._modules.items()
-        ]
-        self._tensors = [
-            (tensors, name, _place(tensor))
-            for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-        ]
+        held: list[tuple[dict[str, Any], str]] = []  # modules, and where there is no tensor
+        self._tensors: list[tuple[dict[str, Any], str]] = []
+        for module in (decoder, *modules):
+            held += [(module._modules, name) for name in module._modules]
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    (held if tensor is None else self._tensors).append((tensors, name))
+        self._held, self._holds = held, [where[name] for where, name in held]
+        self._places = [where[name].data_ptr() for where, name in self._tensors]
         self._own = [vars(module) for module in modules]
         self._hooks = [
             hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
@@ -253,11 +251,14 @@ class _Step:
     @property
     def still_so(self) -> bool:
         """Whether all that this knows is where it was."""
-        return (
-            all(modules.get(name) is held for modules, name, held in self._modules)
-            and all(_place(tensors.get(name)) == place for tensors, name, place in self._tensors)
-            and not any("forward" in own for own in self._own)
-        )
+        try:  # as lists, which takes far less time than one by one: it is asked for every token
+            return (
+                [where[name] for where, name in self._held] == self._holds
+                and [where[name].data_ptr() for where, name in self._tensors] == self._places
+                and not any("forward" in own for own in self._own)
+            )
+        except (KeyError, AttributeError):
+            return False
 
     @property
     def is_heard(self) -> bool:
@@ -360,10 +361,6 @@ class _Step:
         if norm.weight.dtype != self.dtype or not norm.weight.is_cpu or not norm.weight.is_contiguous():
             raise ValueError
         return _Norm(norm.weight.data_ptr(), norm.variance_epsilon)
-
-
-def _place(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _is_llama(decoder: Any) -> bool:
