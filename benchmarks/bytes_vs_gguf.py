@@ -35,27 +35,32 @@ from timing import in_turns
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ3_M", "IQ2_M")
 
-Ours = tuple[str, str, str, str]
-"""Method, zeros, values, and the embedding's; a dash is as stored."""
-OURS: tuple[Ours, ...] = (
-    ("sparsegpt", "0%", "int8:group=128", "int8:group=128"),
-    ("sparsegpt", "0%", "int4:group=32", "int8:group=128"),
-    ("sparsegpt", "0%", "int4", "int8:group=128"),
-    ("sparsegpt", "0%", "int4", "int4"),
-    ("sparsegpt", "0%", "int3:group=32", "int4"),
-    ("sparsegpt", "0%", "int3", "int4"),
-    ("sparsegpt", "0%", "int2:group=32", "int4"),
-    ("sparsellm", "50%", "int4", "int4"),
-)
+OURS: dict[str, Record] = {
+    "int8": {"pattern": "0%", "values": "int8:group=128", "embedding": "int8:group=128"},
+    "budget of 105 MB": {"method": "admm", "budget": "105MB", "embedding": "int8:group=128"},
+    "int4:group=32, embedding int8": {
+        "pattern": "0%",
+        "values": "int4:group=32",
+        "embedding": "int8:group=128",
+    },
+    "budget of 93 MB": {"method": "admm", "budget": "93MB", "embedding": "int8:group=128"},
+    "int4, embedding int8": {"pattern": "0%", "values": "int4", "embedding": "int8:group=128"},
+    "int4": {"pattern": "0%", "values": "int4", "embedding": "int4"},
+    "budget of 77.5 MB": {"method": "admm", "budget": "77.5MB", "embedding": "int4"},
+    "int3:group=32": {"pattern": "0%", "values": "int3:group=32", "embedding": "int4"},
+    "int3": {"pattern": "0%", "values": "int3", "embedding": "int4"},
+    "int2:group=32": {"pattern": "0%", "values": "int2:group=32", "embedding": "int4"},
+    "50% zeros, int4": {"method": "sparsellm", "pattern": "50%", "values": "int4", "embedding": "int4"},
+}
+"""Settings of `prune`, by SparseGPT where no method is named: nothing is pruned, and no time is lost."""
 
 
-def pruned(model: Path, form: Ours, tokens: Path, cache: Path) -> tuple[Path, Path, Record]:
+def pruned(model: Path, form: str, tokens: Path, cache: Path) -> tuple[Path, Path, Record]:
     """Our folder, ordinary and compressed, and what making it took."""
-    method, pattern, values, embedding = form
-    name = f"{model.name}-{'-'.join(form)}".replace("%", "").replace(":", "_").replace("=", "")
+    name = f"{model.name}-{form}".translate(str.maketrans(" :=%", "____"))
     output, small = cache / name, cache / f"{name}-small"
     job: Record = {"tool": "secateurs", "model": str(model), "tokens": str(tokens), "output": str(output)}
-    job |= {"method": method, "pattern": pattern, "values": values, "embedding": embedding}
+    job |= {"method": "sparsegpt", **OURS[form]}
     if not (cache / f"{name}.json").exists():
         run = in_processes({"": job}, 1)[""][0]
         (cache / f"{name}.json").write_text(json.dumps(run))
@@ -114,10 +119,9 @@ def main(
             add("llama.cpp", kind, Path(resolve(files[kind])), files[kind].stat().st_size, None)
     smalls: dict[str, Path] = {}
     for form in OURS:
-        output, smalls[", ".join(form)], run = pruned(model, form, cache / "ids.safetensors", cache)
-        if ("secateurs", ", ".join(form)) not in known:
-            size = Checkpoint(smalls[", ".join(form)]).bytes
-            add("secateurs", ", ".join(form), output, size, run)
+        output, smalls[form], run = pruned(model, form, cache / "ids.safetensors", cache)
+        if ("secateurs", form) not in known:
+            add("secateurs", form, output, Checkpoint(smalls[form]).bytes, run)
 
     for count in threads:
         field = f"tokens_per_second_{count}"

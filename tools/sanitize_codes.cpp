@@ -90,13 +90,15 @@ void check(const Form& form, int64_t rows, int64_t columns, int64_t tokens, doub
     std::unique_ptr<int32_t[]> exact_offsets(new int32_t[size_t(rows + 1)]);
     std::copy(offsets.begin(), offsets.end(), exact_offsets.get());
     for (int64_t i = 0; i < tokens * columns; ++i) store(x.get(), x_dtype, i, uniform());
+    std::unique_ptr<uint8_t[]> bias(random_bits() % 2 ? new uint8_t[size_t(rows * x_size)] : nullptr);
+    for (int64_t row = 0; bias && row < rows; ++row) store(bias.get(), x_dtype, row, uniform());
 
-    secateurs_quantised_linear(given_mask, packed + mask.size(), packed_scales, exact_offsets.get(), nullptr, x.get(),
-                               y.get(), rows, columns, tokens, form.bits, int32_t(form.group), form.half, x_dtype, 2,
-                               isa);
+    secateurs_quantised_linear(given_mask, packed + mask.size(), packed_scales, exact_offsets.get(), bias.get(),
+                               x.get(), y.get(), rows, columns, tokens, form.bits, int32_t(form.group), form.half,
+                               x_dtype, 2, isa);
     for (int64_t token = 0; token < tokens; ++token) {
         for (int64_t row = 0; row < rows; ++row) {
-            double sum = 0, most = 0.1;  // floats carry sums of what unsigned codes add, up to some hundreds
+            double sum = bias ? load(bias.get(), x_dtype, row) : 0.0f, most = 0.1;  // floats carry sums of what unsigned codes add, up to some hundreds
             for (int64_t j = 0; j < columns; ++j) {
                 const double weight = dense[size_t(row * columns + j)];
                 sum += weight * load(x.get(), x_dtype, token * columns + j);
@@ -133,12 +135,13 @@ int main() {
                     if (bits == 8 && form.half) continue;
                     for (int64_t columns : {1, 63, 64, 65, 129, 320, 700}) {
                         for (double sparsity : {0.0, 0.5, 0.97, 2.0}) {
-                            const int64_t tokens = 1 + int64_t(random_bits() % 9), rows = 1 + int64_t(random_bits() % 5);
+                            const int64_t tokens = 1 + int64_t(random_bits() % 9), rows = 1 + int64_t(random_bits() % 40);
                             check(form, rows, columns, tokens, sparsity, int32_t(random_bits() % kDtypes), isa,
                                   int64_t(random_bits() % 3));
                             if (!form.masked) break;
                         }
                     }
+                    check(form, 1200, 700, 3, 0.5, kBfloat16, isa, 1);  // enough for two threads
                 }
             }
         }

@@ -187,6 +187,19 @@ def test_two_threads_and_several_panels(path: str, tokens: int, monkeypatch: pyt
     assert not y[:, :200].any()
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_row_without_weights_gives_its_bias(path: str, tokens: int) -> None:
+    weight, grid = rounded(40, 300, 0.5, Values(4, grid="half"), torch.float32)
+    empty = [0, 15, 16, 17, 39]
+    weight[empty] = 0
+    packed, layout = pack(weight, grid)
+    x, bias = torch.randn(tokens, 300), torch.randn(40)
+    y = sparse_linear(x, packed, row_offsets("w", packed, layout), bias, layout)
+    assert torch.equal(y[:, empty], bias[empty].expand(tokens, -1))
+    exact = x.double() @ weight.double().T + bias
+    assert (y.double() - exact).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_does_not_get_lost(path: str, bad: float) -> None:
     weight, grid = rounded(5, 200, 0.0, Values(4), torch.float32)

@@ -60,6 +60,7 @@ struct Matrix {
     int64_t words() const { return padded(columns) / 64; }
     int64_t groups() const { return groups_of(form, columns); }
     const uint8_t* mask_of(int64_t row) const { return form.masked ? mask + row * 8 * words() : nullptr; }
+    bool is_empty(int64_t row) const { return offsets[row] == offsets[row + 1]; }
     const uint8_t* codes_of(int64_t row) const { return codes + offsets[row]; }
     const uint8_t* scales_of(int64_t row) const { return scales + row * groups() * 2; }
 };
@@ -229,6 +230,10 @@ INLINE void rows_by_levels(const Matrix& matrix, int64_t begin, int64_t end, con
                            int64_t tokens, int8_t* levels, float* y) {
     const int64_t groups = matrix.groups(), group = matrix.form.group;
     for (int64_t row = begin; row < end; ++row) {
+        if (matrix.is_empty(row)) {  // exactly zero, which floats would miss
+            for (int64_t n = 0; n < tokens; ++n) y[n * kRows + row - begin] = 0.0f;
+            continue;
+        }
         expand_row<Isa>(matrix, row, levels);
         const uint8_t* scales = matrix.scales_of(row);
         for (int64_t n = 0; n < tokens; ++n) {
@@ -309,7 +314,7 @@ AVX512_VNNI Constants constants_of(const Form& form) {
     return c;
 }
 
-typedef uint64_t Unaligned __attribute__((aligned(1), may_alias));
+typedef uint64_t Unaligned __attribute__((aligned(1), may_alias));  // to be an operand where it lies
 
 // 64 weights, unsigned; moves on to the next ones.
 template <int Bits, bool High, bool Masked, bool Half>
@@ -328,7 +333,7 @@ AVX512_VNNI INLINE __m512i next_word(const uint8_t*& codes, const uint8_t*& mask
         codes += Bits == 4 ? 64 : 8 * Bits;
         return weights;
     }
-    // From memory to a mask, where compilers go by way of a general register: that shares a port with expansion.
+    // From memory to a mask. Compilers go by way of a general register, which on AMD Zen 5 expansion waits for.
     const Unaligned* bits = reinterpret_cast<const Unaligned*>(mask);
     __mmask64 kept;
     asm("kmovq %1, %0" : "=k"(kept) : "m"(*bits));
@@ -369,9 +374,9 @@ AVX512_VNNI void rows_in_registers(const Matrix& matrix, int64_t begin, int64_t 
                                    int64_t first, const Constants& c, float* scratch, float* y) {
     constexpr int kWords = Group == 128 ? 2 : 1;
     constexpr int kPairs = N == 1 ? 2 : 1;  // one token alone needs more sums to hide the latency of additions
-    constexpr int kLines = std::max(1, 2 * kPairs * kWords * Bits / 8 / (Masked ? 2 : 1));  // of codes, for each pass
+    constexpr int kBytes = 2 * kPairs * kWords * Bits * (Masked ? 4 : 8);  // of codes in a pass; if half are kept
     const int64_t words = matrix.words(), units = words / kWords;
-    const int64_t groups = (matrix.columns + Group - 1) / Group;
+    const int64_t groups = (matrix.columns + Group - 1) / Group;  // a division by a constant
     const int8_t* x[N];
     float* factors[N];
     for (int n = 0; n < N; ++n) {
@@ -379,7 +384,11 @@ AVX512_VNNI void rows_in_registers(const Matrix& matrix, int64_t begin, int64_t 
         factors[n] = scratch + n * tokens.lanes;
     }
     for (int64_t row = begin; row < end; ++row) {
-        const uint8_t* mask = Masked ? matrix.mask + row * 8 * words : nullptr;
+        if (matrix.is_empty(row)) {  // as above
+            for (int n = 0; n < N; ++n) y[n * kRows + row - begin] = 0.0f;
+            continue;
+        }
+        const uint8_t* mask = matrix.mask_of(row);
         const uint8_t *low = matrix.codes_of(row), *high = low, *scales = matrix.scales + row * groups * 2;
         __m512 even[kPairs][N], odd[kPairs][N];
         for (int n = 0; n < N; ++n) {
@@ -400,8 +409,8 @@ AVX512_VNNI void rows_in_registers(const Matrix& matrix, int64_t begin, int64_t 
         const uint8_t*& second = Bits == 4 ? high : low;
         for (; unit + 2 * kPairs <= units; unit += 2 * kPairs) {
 #pragma GCC unroll 8
-            for (int line = 0; line < kLines; ++line) {
-                _mm_prefetch(reinterpret_cast<const char*>(low) + kAhead + 64 * line, _MM_HINT_T0);
+            for (int byte = 0; byte < kBytes; byte += 64) {
+                _mm_prefetch(reinterpret_cast<const char*>(low) + kAhead + byte, _MM_HINT_T0);
             }
             if constexpr (Masked) _mm_prefetch(reinterpret_cast<const char*>(mask) + kAhead, _MM_HINT_T0);
 #pragma GCC unroll 2
@@ -506,19 +515,15 @@ void rows_by_levels_for(int32_t isa, const Matrix& matrix, int64_t begin, int64_
 
 // Some rows' sums and biases, to y from `start` on.
 template <int32_t D>
-void put_as(const float* sums, const void* bias, int64_t begin, int64_t end, const int32_t* offsets, int64_t start,
-            void* y) {
+void put_as(const float* sums, const void* bias, int64_t begin, int64_t end, int64_t start, void* y) {
     for (int64_t row = begin; row < end; ++row) {
-        // Where nothing is kept the sum is exactly zero, which floats would miss.
-        const float sum = offsets[row] == offsets[row + 1] ? 0.0f : sums[row - begin];
-        store(y, D, start + row, sum + (bias ? load(bias, D, row) : 0.0f));
+        store(y, D, start + row, sums[row - begin] + (bias ? load(bias, D, row) : 0.0f));
     }
 }
 
-void put(const float* sums, const void* bias, int64_t begin, int64_t end, const int32_t* offsets, int64_t start,
-         void* y, int32_t dtype) {
+void put(const float* sums, const void* bias, int64_t begin, int64_t end, int64_t start, void* y, int32_t dtype) {
     const auto as = dtype == kFloat32 ? put_as<kFloat32> : dtype == kBfloat16 ? put_as<kBfloat16> : put_as<kFloat16>;
-    as(sums, bias, begin, end, offsets, start, y);
+    as(sums, bias, begin, end, start, y);
 }
 
 }  // namespace
@@ -558,7 +563,7 @@ EXPORT void secateurs_quantised_linear(const uint8_t* mask, const uint8_t* codes
                     rows_by_levels_for(isa, matrix, row, last, rounded, first, count,
                                        reinterpret_cast<int8_t*>(scratch.data()), sums);
                 for (int64_t n = 0; n < count; ++n) {
-                    put(sums + n * kRows, bias, row, last, offsets, (first + n) * rows, y, x_dtype);
+                    put(sums + n * kRows, bias, row, last, (first + n) * rows, y, x_dtype);
                 }
                 first += count;
             }

@@ -10,6 +10,7 @@ padding, windows, gradients, hooks, adapters, other devices.
 import ctypes
 import functools
 import inspect
+import operator
 import weakref
 from dataclasses import dataclass
 from types import CodeType
@@ -201,10 +202,9 @@ class _Step:
         # What is called as a module may be anything; all else is known by where it lies.
         called = {decoder.embed_tokens, decoder.rotary_emb}
         modules = [module for module in decoder.modules() if module is not decoder and module not in called]
-        held: list[tuple[dict[str, Any], str]] = []  # modules, and where there is no tensor
+        held = [(each._modules, name) for each in (decoder, *modules) for name in each._modules]
         self._tensors: list[tuple[dict[str, Any], str]] = []
-        for module in (decoder, *modules):
-            held += [(module._modules, name) for name in module._modules]
+        for module in modules:
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     (held if tensor is None else self._tensors).append((tensors, name))
@@ -251,9 +251,9 @@ class _Step:
     @property
     def still_so(self) -> bool:
         """Whether all that this knows is where it was."""
-        try:  # as lists, which takes far less time than one by one: it is asked for every token
+        try:  # with lists, which takes far less time than one by one: it is asked for every token
             return (
-                [where[name] for where, name in self._held] == self._holds
+                all(map(operator.is_, [where[name] for where, name in self._held], self._holds))
                 and [where[name].data_ptr() for where, name in self._tensors] == self._places
                 and not any("forward" in own for own in self._own)
             )
