@@ -1,3 +1,4 @@
+import gc
 import os
 
 import torch
@@ -8,3 +9,14 @@ torch.set_num_threads(1)
 # Before anything imports triton, whose own functions are made to be interpreted, or not, at that moment.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. Collections, of which accelerate asks for many, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Or nanobind says at the end that its functions leak."""
+    gc.unfreeze()
