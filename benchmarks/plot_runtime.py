@@ -4,8 +4,10 @@ python benchmarks/plot_runtime.py
 """
 
 import json
+from collections.abc import Callable
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from common import HERE, RESULTS, Record
 
@@ -99,10 +101,63 @@ def bytes_vs_perplexity(name: str) -> None:
     figure.savefig(PLOTS / f"bytes_vs_perplexity_{name}.svg")
 
 
+PROGRAMS = {"llama.cpp": "s", "secateurs": "o", "secateurs, blocks by transformers": "x"}
+"""The marker of each."""
+
+
+def points(ax: Axes, rows: list[Record], name: str, height: Callable[[Record], float]) -> None:
+    """What programs make of one model, each with its name: how high against how many MB."""
+    for program, marker in PROGRAMS.items():
+        own = [row for row in rows if row["program"] == program]
+        places = [(row["bytes" if "bytes" in row else "file_bytes"] / 1e6, height(row)) for row in own]
+        if own:
+            ax.plot(*zip(*places, strict=True), marker, label=program)
+        by_size = sorted(zip(places, own, strict=True), key=lambda found: found[0])
+        for number, (place, row) in enumerate(by_size):
+            label = row[name].replace(", groups of ", "/") if program in ("llama.cpp", "secateurs") else ""
+            ax.annotate(
+                label, place, textcoords="offset points", xytext=(5, 2 if number % 2 else -7), fontsize=6
+            )
+    ax.margins(0.2, 0.1)
+
+
+def generate_vs_llama() -> None:
+    """Tokens per second against the bytes of a file, on one thread and two."""
+    result = read("generate_vs_llama")
+    threads = sorted({row["threads"] for row in result["rows"]})
+    figure, axes = plt.subplots(
+        1, len(threads), figsize=(6.5 * len(threads), 5), layout="constrained", squeeze=False
+    )
+    for ax, count in zip(axes[0], threads, strict=True):
+        rows = [row for row in result["rows"] if row["threads"] == count and row["file_bytes"] < 1e9]
+        points(ax, rows, "kind", lambda row: row["tokens_per_second"])
+        ax.set(xlabel="MB in files", ylabel="tokens per second", title=f"threads: {count}")
+        ax.legend(loc="lower left", fontsize="small")
+    figure.suptitle(f"The geometry of Llama-3.2-1B; {result['about']['cpu']}")
+    figure.savefig(PLOTS / "generate_vs_llama.svg")
+
+
+def bytes_vs_gguf() -> None:
+    """Divergence from the model as it is stored against the bytes of a file, on each text."""
+    result = read("bytes_vs_gguf")
+    texts = list(result["rows"][0]["perplexity"])
+    figure, axes = plt.subplots(
+        1, len(texts), figsize=(6.5 * len(texts), 5), layout="constrained", squeeze=False
+    )
+    for ax, text in zip(axes[0], texts, strict=True):
+        points(ax, result["rows"], "form", lambda row, text=text: row["divergence"][text])
+        ax.set(xlabel="MB in files", ylabel=f"divergence on {text}, nats a token", yscale="log")
+        ax.legend(fontsize="small")
+    figure.suptitle(result["about"]["model"])
+    figure.savefig(PLOTS / "bytes_vs_gguf.svg")
+
+
 if __name__ == "__main__":
     PLOTS.mkdir(exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "secateurs"  # the same results draw the same files
     decode_cpu()
     generate_cpu()
+    generate_vs_llama()
+    bytes_vs_gguf()
     for file in sorted(RESULTS.glob("bytes_vs_perplexity_*.json")):
         bytes_vs_perplexity(file.stem.removeprefix("bytes_vs_perplexity_"))
