@@ -23,6 +23,7 @@ from folders import bytes_of, everything_in, rewrite, save, tensors_of
 from secateurs import Solution, Statistics, Wanda, cli
 from secateurs.checkpoint import output_lock
 from secateurs.pattern import Pattern
+from secateurs.pruning import walk
 
 TEXT = "".join(f"It was the {number}th cold evening, and nobody had lit a fire. " for number in range(40))
 
@@ -571,6 +572,13 @@ def test_a_broken_tokenizer(place: Place) -> None:
 # Mistakes in where the result is to go.
 
 
+@pytest.fixture
+def unread_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text may take minutes to read, and the model may have to write it."""
+    monkeypatch.setattr(walk, "_calibration", lambda *_: pytest.fail("text was read first"))
+
+
+@pytest.mark.usefixtures("unread_text")
 def test_output_folders_that_are_taken(place: Place) -> None:
     place.refuses("is the model's own folder", options=("--output", str(place.model)))
     place.output.mkdir()
@@ -578,8 +586,10 @@ def test_output_folders_that_are_taken(place: Place) -> None:
     place.refuses("exists and is not this run's")
 
 
-def test_another_run_has_the_output(place: Place) -> None:
+def test_another_run_has_the_output(place: Place, request: pytest.FixtureRequest) -> None:
     assert place.prune("--pattern", "60%").status == 0
+    place.refuses("exists and is not this run's", options=("--pattern", "60%", "--samples", "3"))
+    request.getfixturevalue("unread_text")
     place.refuses("exists and is not this run's", options=("--pattern", "70%"))
 
 

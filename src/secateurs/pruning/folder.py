@@ -106,11 +106,11 @@ class WorkFolder:
         return finished, pruned, [i for i in range(len(self.parts) - 1) if self._report(i).exists()]
 
     def _is_finished(self) -> bool:
-        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
+        if _is_free(self.output):
             return False
         record = self.output / RECORD
         if not record.is_file() or read_json(record).get("run") != self.asked:
-            raise ValueError(f"'{self.output}' exists and is not this run's: give another output folder")
+            raise _taken(self.output)
         return True
 
     def _is_marked(self) -> bool:
@@ -126,10 +126,7 @@ class WorkFolder:
                 self.partial.is_dir() and leftovers.issuperset(self.partial.rglob("*"))
             )
         if not ours:
-            raise ValueError(
-                f"'{self.partial}' holds an unfinished run with other settings, model or versions: "
-                "delete it or give another output folder"
-            )
+            raise _unfinished(self.partial)
         check_output(self.output, self.checkpoint, self.shards.missing_bytes)
         self.model.mkdir(parents=True, exist_ok=True)
         if not self.mark.is_file():
@@ -381,6 +378,46 @@ def shards_of(model: BlockwiseModel, folder: Path, most: int) -> Shards:
 def begun(output: Path) -> bool:
     """Whether something is where a run's output is to be, or in the folder that it works in before."""
     return output.exists() or _partial(output.resolve()).exists()
+
+
+def check_not_taken(output: Path, settings: Mapping[str, Any]) -> None:
+    """Find that a place is taken by another run, as far as can be known before any text is read.
+
+    Args:
+        output: the folder that a run is to make.
+        settings: of the run, those that text has no say in.
+
+    Raises:
+        ValueError: as of `WorkFolder`, which knows the text and the model as well.
+    """
+    output = output.resolve()
+    known = json.loads(json.dumps(settings, default=str))
+
+    def is_other(record: Path) -> bool:
+        held = read_json(record).get("settings")
+        return not isinstance(held, dict) or any(held.get(name) != value for name, value in known.items())
+
+    mark = _partial(output) / "progress" / "run.json"
+    if not _is_free(output):
+        if not (output / RECORD).is_file() or is_other(output / RECORD):
+            raise _taken(output)
+    elif mark.is_file() and is_other(mark):
+        raise _unfinished(_partial(output))
+
+
+def _is_free(output: Path) -> bool:
+    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
+
+
+def _taken(output: Path) -> ValueError:
+    return ValueError(f"'{output}' exists and is not this run's: give another output folder")
+
+
+def _unfinished(partial: Path) -> ValueError:
+    return ValueError(
+        f"'{partial}' holds an unfinished run with other settings, model or versions: "
+        "delete it or give another output folder"
+    )
 
 
 def _hash(identity: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from secateurs.pruning.allocation.room import Room, room_in
 from secateurs.pruning.allocation.sensitivity import Sensitivity
 from secateurs.pruning.allocation.survey import Allocator, Patterns, Survey, layer_shapes
 from secateurs.pruning.block.block import Advance, Block, BlockPruner, Streams
-from secateurs.pruning.folder import WorkFolder, begun, shards_of
+from secateurs.pruning.folder import WorkFolder, begun, check_not_taken, shards_of
 from secateurs.pruning.mlp.problem import HELD_OUT
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.reap import Cut, plan_cut
@@ -68,6 +68,8 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     progress = progress and ranks.is_main()
     checkpoint = Checkpoint(resolve(model))
     ranks.from_main(lambda: check_place(Path(settings.output), checkpoint))
+    known = {name: value for name, value in settings.record().items() if name != "refine"}
+    ranks.from_main(lambda: check_not_taken(Path(settings.output), known))
     blockwise = dense = BlockwiseModel(checkpoint, resolve_device(settings.device))
     cut = None
     if settings.share_of_experts < 1:
