@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from common import HERE, RESULTS, Record
 
@@ -16,6 +17,10 @@ PLOTS = HERE.parent / "docs" / "plots"
 
 def read(name: str) -> Record:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def save_plot(figure: Figure, name: str) -> None:
+    figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None})
 
 
 def decode_cpu() -> None:
@@ -47,7 +52,7 @@ def decode_cpu() -> None:
     speed_axes.set(xlabel="sparsity", ylabel="blocks per second, one token", yscale="log")
     speed_axes.legend(fontsize="small")
     figure.suptitle(f"A block of width {width}, MLP {mlp}; {about['threads']} threads of an {about['cpu']}")
-    figure.savefig(PLOTS / "decode_cpu.svg")
+    save_plot(figure, "decode_cpu")
 
 
 def generate_cpu() -> None:
@@ -71,7 +76,7 @@ def generate_cpu() -> None:
     figure.suptitle(
         f"A Llama of {about['parameters'] / 1e6:.0f} million parameters; threads: {about['threads']}"
     )
-    figure.savefig(PLOTS / "generate_cpu.svg")
+    save_plot(figure, "generate_cpu")
 
 
 def bytes_vs_perplexity(name: str) -> None:
@@ -98,7 +103,7 @@ def bytes_vs_perplexity(name: str) -> None:
         ax.set(xlabel="bytes per weight of the blocks", ylabel=f"perplexity on {text}", yscale="log")
         ax.legend(fontsize="small")
     figure.suptitle(f"The trained {name} of this repository")
-    figure.savefig(PLOTS / f"bytes_vs_perplexity_{name}.svg")
+    save_plot(figure, f"bytes_vs_perplexity_{name}")
 
 
 PROGRAMS = {"llama.cpp": "s", "secateurs": "o", "secateurs, blocks by transformers": "x"}
@@ -134,7 +139,7 @@ def generate_vs_llama() -> None:
         ax.set(xlabel="MB in files", ylabel="tokens per second", title=f"threads: {count}")
         ax.legend(loc="lower left", fontsize="small")
     figure.suptitle(f"The geometry of Llama-3.2-1B; {result['about']['cpu']}")
-    figure.savefig(PLOTS / "generate_vs_llama.svg")
+    save_plot(figure, "generate_vs_llama")
 
 
 def bytes_vs_gguf() -> None:
@@ -149,7 +154,7 @@ def bytes_vs_gguf() -> None:
         ax.set(xlabel="MB in files", ylabel=f"divergence on {text}, nats a token", yscale="log")
         ax.legend(fontsize="small")
     figure.suptitle(result["about"]["model"])
-    figure.savefig(PLOTS / "bytes_vs_gguf.svg")
+    save_plot(figure, "bytes_vs_gguf")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get 
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
+.venv/bin/mypy &
 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+wait $!
 exec .venv/bin/pytest --numprocesses auto --dist loadscope
