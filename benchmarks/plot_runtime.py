@@ -117,12 +117,13 @@ def points(ax: Axes, rows: list[Record], name: str, height: Callable[[Record], f
         places = [(row["bytes" if "bytes" in row else "file_bytes"] / 1e6, height(row)) for row in own]
         if own:
             ax.plot(*zip(*places, strict=True), marker, label=program)
-        by_size = sorted(zip(places, own, strict=True), key=lambda found: found[0])
-        for number, (place, row) in enumerate(by_size):
+        for place, row in zip(places, own, strict=True):
             label = row[name].replace(", groups of ", "/") if program in ("llama.cpp", "secateurs") else ""
-            ax.annotate(
-                label, place, textcoords="offset points", xytext=(5, 2 if number % 2 else -7), fontsize=6
-            )
+            rest = [other for other in places if other != place]
+            nearest = min(rest, key=lambda other, x=place[0]: abs(other[0] - x), default=place)
+            where = {"va": "bottom" if place[1] > nearest[1] else "top"}
+            where |= {"ha": "right", "xytext": (-5, 0)} if program == "llama.cpp" else {"xytext": (5, 0)}
+            ax.annotate(label, place, textcoords="offset points", fontsize=6, **where)
     ax.margins(0.2, 0.1)
 
 
