@@ -68,6 +68,7 @@ def prune(model: str | Path, *, settings: PruneSettings, progress: bool = False)
     progress = progress and ranks.is_main()
     checkpoint = Checkpoint(resolve(model))
     ranks.from_main(lambda: check_place(Path(settings.output), checkpoint))
+    # How many passes of refinement there are may depend on how much text there is.
     known = {name: value for name, value in settings.record().items() if name != "refine"}
     ranks.from_main(lambda: check_not_taken(Path(settings.output), known))
     blockwise = dense = BlockwiseModel(checkpoint, resolve_device(settings.device))
