@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,33 +53,32 @@ def sharing(rank: int) -> Found:
     """Tasks of one rank that fail, and those that do not."""
     device = torch.device("cpu")
 
-    def square(number: int) -> tuple[int, int]:
+    def square(number: int, rows: slice) -> tuple[int, int, tuple[int | None, int | None]]:
         if number < 0:
             raise FloatingPointError(f"no square of {number} on rank {rank}")
-        return number * number, os.getpid()
+        return number * number, os.getpid(), (rows.start, rows.step)
 
-    def of(*numbers: int) -> list[tuple[int, int]]:
-        tasks = deque(ranks.Task(abs(number), lambda number=number: square(number)) for number in numbers)
+    def of(*numbers: int, rows: int = 1) -> list[list[tuple[int, int, tuple[int | None, int | None]]]]:
+        tasks = deque(ranks.Task(abs(number), partial(square, number), rows) for number in numbers)
         return list(ranks.shared_out(tasks, device))
 
     with ranks.together():
-        found = of(7, 1, 3, 4)
+        found = {
+            "squares": of(7, 1, 3, 4),
+            "few rows": of(5, 4, rows=2 * ranks.LEAST_ROWS - 1),
+            "rows": of(5, 1, rows=2 * ranks.LEAST_ROWS),
+            "free": [[rows for _, _, rows in parts] for parts in of(0, rows=2 * ranks.LEAST_ROWS)],
+        }
         with pytest.raises(FloatingPointError) as error:
             of(5, -4)
-    return {"squares": found, "error": str(error.value)}
+    return {**found, "error": str(error.value)}
 
 
-def averaged(rank: int, gradients: torch.Tensor, weights: list[int]) -> Found:
-    """The mean of gradients: of two parameters at some places each, and of one whole."""
-    own = gradients[rank]
-    parameters = [torch.zeros(3, 4), torch.zeros(2, 3), torch.zeros(5)]
-    places = [torch.tensor([0, 3, 7, 11]), torch.tensor([1, 2]), None]
-    if weights[rank]:
-        for parameter, part in zip(parameters, own.split([12, 6, 5]), strict=True):
-            parameter.grad = part.view(parameter.shape).clone()
+def averaged(rank: int, vectors: torch.Tensor, weights: list[int]) -> Found:
+    """The mean of vectors, of three lengths."""
+    own = vectors[rank].clone().split([12, 6, 5])
     with ranks.together():
-        ranks.average_gradients(zip(parameters, places, strict=True), weights[rank])
-    return {"gradients": [parameter.grad for parameter in parameters], "places": places}
+        return {"mean": ranks.averaged(own, weights[rank])}
 
 
 def descended(rank: int, model: Path, output: Path) -> Found:
@@ -95,6 +95,13 @@ def pruned(rank: int, model: Path, output: Path, settings: Found) -> Found:
     """A run of `prune`."""
     report = prune(model, output=output, **{"calibration": calibration(), **settings})
     return {"error": report.error, "sparsity": report.sparsity, "output": str(report.output)}
+
+
+def divided(rank: int, model: Path, output: Path, settings: Found) -> Found:
+    """A run of `prune` on matrices that are all divided where ranks would wait."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ranks, "LEAST_ROWS", 8)
+        return pruned(rank, model, output, settings)
 
 
 def measured(rank: int, model: Path, text: Path) -> Found:

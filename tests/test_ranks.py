@@ -20,6 +20,7 @@ from rank_processes import (
     broken_off,
     calibration,
     descended,
+    divided,
     few,
     measured,
     mistaken,
@@ -48,6 +49,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "calibration": few(),
     },
     "rounded": {"method": "wanda", "pattern": "50%", "values": "int4", "embedding": "int8"},
+    "divided": {"method": "sparsegpt", "pattern": "2:4"},
+    "divided joint": {"method": "sparsellm:solver=sparsegpt,iterations=1", "pattern": "2:4", "refine": 0},
+    "divided rounded": {"method": "sparsegpt", "pattern": "2:4", "values": "int4"},
     "owl": {"method": "wanda", "pattern": "50%", "allocation": "owl:level=layer"},
     "experts": {"method": "wanda", "pattern": "2:4", "sequential": "linear"},
     "joint experts": {"method": "sparsellm:solver=wanda,iterations=1", "pattern": "2:4", "refine": 0},
@@ -55,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Of runs of `prune`, each on the model that its name says."""
 
-WORLDS = {"local": (2, 3), "joint": (2, 3)}
+WORLDS = {"local": (2, 3), "joint": (2, 3), "divided joint": (2, 3)}
 """How many ranks; where nothing is said, two."""
 
 
@@ -81,7 +85,8 @@ def found(here: Path) -> dict[str, list[Found]]:
     for name in SETTINGS:
         for world in WORLDS.get(name, (2,)):
             run = (model_of(name, here), here / f"{name} {world}", SETTINGS[name])
-            jobs.append((f"{name} {world}", world, pruned, run))
+            how = divided if "divided" in name else pruned
+            jobs.append((f"{name} {world}", world, how, run))
     llama, again = here / "llama", (here / "llama", here / "again", SETTINGS["joint"])
     cut_short = (llama, here / "resumed", SETTINGS["local"])
     stopped = (llama, here / "continued", SETTINGS["joint"])
@@ -128,11 +133,9 @@ def test_sums_are_those_of_all_tokens(found: dict[str, list[Found]]) -> None:
 
 def test_gradients_are_the_mean_of_all_sequences(found: dict[str, list[Found]]) -> None:
     mean = (torch.tensor(WEIGHTS).double() @ GRADIENTS.double() / sum(WEIGHTS)).split([12, 6, 5])
-    for rank, own in enumerate(found["averaged"]):
-        before = (GRADIENTS[rank] if WEIGHTS[rank] else torch.zeros(23)).split([12, 6, 5])
-        for found_, wanted, places, old in zip(own["gradients"], mean, own["places"], before, strict=True):
-            expected = wanted if places is None else old.double().index_copy(0, places, wanted[places])
-            torch.testing.assert_close(found_.flatten().double(), expected, rtol=1e-6, atol=1e-6)
+    for own in found["averaged"]:
+        for found_, wanted in zip(own["mean"], mean, strict=True):
+            torch.testing.assert_close(found_.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_a_descent_over_ranks_sees_less_of_each_sequence_and_does_as_well(
@@ -156,11 +159,26 @@ def test_a_descent_over_ranks_sees_less_of_each_sequence_and_does_as_well(
 def test_tasks_are_shared_out_by_cost_and_their_errors_are_everyones(found: dict[str, list[Found]]) -> None:
     first, second = found["sharing"]
     assert first == second
-    assert [square for square, _ in first["squares"]] == [49, 1, 9, 16]
-    by = [process for _, process in first["squares"]]
+    [squares, by, rows] = zip(*(part for [part] in first["squares"]), strict=True)
+    assert squares == (49, 1, 9, 16)
     assert len(set(by)) == 2
     assert by[0] != by[2] == by[3]  # 7, and 4 with 3
+    assert set(rows) == {(None, None)}
     assert first["error"] == "no square of -4 on rank 1"
+
+
+def test_tasks_are_divided_where_ranks_would_wait(found: dict[str, list[Found]]) -> None:
+    first, second = found["sharing"]
+    assert first == second
+    assert [len(parts) for parts in first["few rows"]] == [1, 1]  # nearly balanced, too
+    halves, others = first["rows"]
+    for square, parts in ((25, halves), (1, others)):
+        assert [(value, rows) for value, _, rows in parts] == [
+            (square, (0, 2)),
+            (square, (1, 2)),
+        ]
+        assert len({process for _, process, _ in parts}) == 2
+    assert first["free"] == [[(None, None)]]
 
 
 @pytest.mark.parametrize("name", [f"{n} {w}" for n in SETTINGS for w in WORLDS.get(n, (2,))])

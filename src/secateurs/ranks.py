@@ -14,9 +14,10 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -200,35 +201,18 @@ def meet() -> None:
     total(0)
 
 
-def average_gradients(parameters: Iterable[tuple[Tensor, Tensor | None]], weight: int) -> None:
-    """Make each parameter's gradient the mean of all ranks'.
+def averaged(tensors: Sequence[Tensor], weight: int) -> Sequence[Tensor]:
+    """The mean of all ranks' tensors, vectors of the same lengths.
 
     Args:
-        parameters: contiguous ones; those of a rank that had no sequences have no gradients yet. With each
-            the places, row by row, where its gradient is wanted, or None for all; elsewhere it is left as it
-            is. (Sending gradients takes longer than making them.)
-        weight: what this rank's gradients count: its sequences.
+        tensors: this rank's.
+        weight: what these count.
     """
     if _here.world == 1:
-        return
-    wanted = []
-    for parameter, places in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        wanted.append((parameter.grad, places))
-    own = torch.cat([*(_taken(*some) for some in wanted), torch.ones(1, device=wanted[0][0].device)])
+        return tensors
+    own = torch.cat([*tensors, tensors[0].new_ones(1)])
     sums = summed(own.mul_(weight))
-    sums /= sums[-1].clone()  # which stood for one sequence
-    sizes = [gradient.numel() if places is None else len(places) for gradient, places in wanted]
-    for (gradient, places), mean in zip(wanted, sums[:-1].split(sizes), strict=True):
-        if places is None:
-            gradient.copy_(mean.view_as(gradient))
-        else:
-            gradient.view(-1).index_copy_(0, places, mean)
-
-
-def _taken(gradient: Tensor, places: Tensor | None) -> Tensor:
-    return gradient.flatten() if places is None else gradient.view(-1).index_select(0, places)
+    return (sums[:-1] / sums[-1]).split([len(tensor) for tensor in tensors])
 
 
 class Poolable(Protocol):
@@ -255,15 +239,33 @@ def from_main(work: Callable[[], T]) -> T:
 
 
 class Task(NamedTuple):
-    """Something that one rank can do for all."""
+    """Something that one rank can do for all, or several of them by parts."""
 
     cost: float
     """In any unit; what costs nothing, each rank does by itself."""
-    do: Callable[[], Any]
+    do: Callable[[slice], Any]
+    """Is given which of its rows are to be done."""
+    rows: int = 1
+    """Each of which could be done by itself."""
 
 
-def shared_out(tasks: deque[Task], device: torch.device) -> Iterator[Any]:
-    """What comes of each of some tasks, in their order.
+ALL = slice(None)
+"""Rows of a task that is not divided."""
+
+LEAST_ROWS = 128
+"""Of a part. What the rows of a matrix compete for, those of a part compete for among themselves, and so few
+stand for all well enough."""
+
+BALANCED = 1.15
+"""What the busiest rank may have to do, over the mean, before tasks are divided: a part is dearer than its
+share of rows."""
+
+
+def shared_out(tasks: deque[Task], device: torch.device) -> Iterator[list[Any]]:
+    """What comes of each of some tasks, in their order: of all of it, or of each part.
+
+    A task is done by one rank. Where some would have to wait for others, all that have rows enough are
+    divided: of n parts, the first has rows 0, n, 2n and so on.
 
     Args:
         tasks: none of which needs what comes of another. It is emptied.
@@ -274,23 +276,41 @@ def shared_out(tasks: deque[Task], device: torch.device) -> Iterator[Any]:
     """
     if _here.world == 1:
         while tasks:
-            yield tasks.popleft().do()  # and what only it needed is let go of before the next
+            yield [tasks.popleft().do(ALL)]  # and what only it needed is let go of before the next
         return
-    owners = _owners([task.cost for task in tasks])
-    found = deque(_own(tasks.popleft(), owner) for owner in owners)
-    for owner in owners:
-        own = found.popleft()
-        yield _value(own) if owner is None else _told(own, owner, device)
+    counts = parts_of([(task.cost, task.rows) for task in tasks], _here.world)
+    costs = [task.cost / count for task, count in zip(tasks, counts, strict=True) for _ in range(count)]
+    owners = iter(owners_of(costs, _here.world))
+    found = deque[list[tuple[int | None, _Found | None]]]()
+    for count in counts:
+        task = tasks.popleft()
+        parts = [ALL] if count == 1 else [slice(first, None, count) for first in range(count)]
+        found.append([(owner, _own(task, part, owner)) for part, owner in zip(parts, owners, strict=False)])
+    while found:
+        yield [_value(own) if owner is None else _told(own, owner, device) for owner, own in found.popleft()]
 
 
-def _own(task: Task, owner: int | None) -> "_Found | None":
-    """What comes of a task, if this rank is to do it."""
-    return _attempted(task.do) if owner in (None, _here.rank) else None
+def _own(task: Task, rows: slice, owner: int | None) -> "_Found | None":
+    """What comes of a part of a task, if this rank is to do it."""
+    return _attempted(partial(task.do, rows)) if owner in (None, _here.rank) else None
 
 
-def _owners(costs: Sequence[float]) -> list[int | None]:
-    """Who does each: the most costly first, and always by who has least to do. None for all."""
-    loads, owners = [0.0] * _here.world, list[int | None]([None] * len(costs))
+def parts_of(tasks: Sequence[tuple[float, int]], world: int) -> list[int]:
+    """Into how many parts so many ranks divide each of some tasks, of which there are cost and rows."""
+    costs = [cost for cost, _ in tasks]
+    loads = [0.0] * world
+    for cost, owner in zip(costs, owners_of(costs, world), strict=True):
+        if owner is not None:
+            loads[owner] += cost
+    if max(loads) <= BALANCED * sum(loads) / world:
+        return [1] * len(tasks)
+    return [max(1, min(world, rows // LEAST_ROWS)) if cost else 1 for cost, rows in tasks]
+
+
+def owners_of(costs: Sequence[float], world: int) -> list[int | None]:
+    """Which of so many ranks does each: the most costly first, and always by who has least to do. None for
+    all."""
+    loads, owners = [0.0] * world, list[int | None]([None] * len(costs))
     for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
         if costs[task] == 0:
             break

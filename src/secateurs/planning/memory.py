@@ -33,12 +33,15 @@ FACTORS = {SparseGPT: 1, Rounding: 2, ToGrids: 2, ADMM: len(RHO)}
 FITTED = 3
 """More, while it is fitted."""
 
-REFINED = 21
-"""Bytes for each weight in the descent: its float32 value, gradient and two moments, a mask of one, what it
-is multiplied as, and what it is at last."""
+REFINED = 12
+"""Bytes for each weight in the descent: its float32 value and gradient, what it is multiplied as, and what it
+is at last."""
+
+LEFT = 24
+"""More for each that is left: its place, and beside that its value, gradient and two moments."""
 
 SENT = 8
-"""More over ranks, where half is left of a matrix: the places of what is, and its gradients."""
+"""More for these over ranks: what is sent, and what comes of it."""
 
 FORWARD = 4 / 3
 """Of the values that a block's matrices give for a batch, how many are there at once, with what is made of
@@ -182,7 +185,8 @@ class BlockMemory:
             solving = sum(self._solving(method.solver, down, fitted=True))
             found.append(Held(held + kept, shared + extra + solving))
         if pruner.refine and pruner.target != "layer":
-            each = REFINED + SENT * (self.work.ranks > 1)
+            left = 1 - self.work.pattern.sparsity
+            each = REFINED + left * (LEFT + SENT * (self.work.ranks > 1))
             work = each * self.work.weights + BACKWARD * TOKENS_A_STEP * self.work.values
             found.append(Held(streams + result, work))
         return found

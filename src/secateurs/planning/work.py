@@ -25,6 +25,7 @@ from secateurs.pruning.solvers.solver import Solver
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
 from secateurs.pruning.solvers.statistics import PANEL
 from secateurs.pruning.solvers.sweep import whole_groups
+from secateurs.ranks import owners_of, parts_of
 from secateurs.values import Values
 
 Phase = Literal["text", "load", "survey", "run", "solve", "refine", "write", "recover"]
@@ -81,11 +82,20 @@ class Amounts(dict[tuple[Phase, Kind], float]):
         return found
 
 
-PASSES = {"forward": 3, "admm": 24, "polish": 36, "local": 12, "rounding": 40, "step": 60, "adam": 57}
+PASSES = {
+    "forward": 3,
+    "admm": 24,
+    "polish": 36,
+    "local": 12,
+    "rounding": 40,
+    "step": 60,
+    "descent": 27,
+    "adam": 60,
+}
 """How often elementwise work goes through what it works on: each value that a matrix is given or gives in a
 forward pass; read or written, a weight in an iteration of ADMM, in one of conjugate gradients, in a solver
 else, and beside its columns' own work in one that rounds; a channel in a step of SparseLLM; and bytes for
-each weight in a step of the descent."""
+each weight in a step of the descent, and more for each that is left."""
 
 CALLS = {"forward": 60, "group of an expert": 20, "matrix": 30, "iteration": 25, "step": 400}
 """Kernels of a batch's way through a block, and through each group of matrices of an expert; of a matrix that
@@ -216,13 +226,19 @@ class BlockWork:
 
     def _solved(self, solver: Solver, group: Sequence[Matrix], *, fitted: bool = False) -> Amounts:
         """Matrices that see the same input, shared out over ranks as `ranks.shared_out` does."""
-        loads: list[list[Matrix]] = [[] for _ in range(self.ranks)]
-        for matrix in sorted(group, key=lambda m: -solving_cost(*m.shape)):
-            min(loads, key=lambda load: sum(solving_cost(*m.shape) for m in load)).append(matrix)
-        busiest = max(loads, key=lambda load: sum(solving_cost(*m.shape) for m in load))
+        costs = [solving_cost(*matrix.shape) for matrix in group]
+        counts = parts_of(list(zip(costs, (matrix.shape[0] for matrix in group), strict=True)), self.ranks)
+        parts = [
+            (cost / count, (matrix.shape[0] // count, matrix.shape[1]))
+            for matrix, cost, count in zip(group, costs, counts, strict=True)
+            for _ in range(count)
+        ]
+        loads: list[list[tuple[float, tuple[int, int]]]] = [[] for _ in range(self.ranks)]
+        for part, owner in zip(parts, owners_of([cost for cost, _ in parts], self.ranks), strict=True):
+            loads[owner or 0].append(part)
         amounts = self.factored(solver, group[0].shape[1], fitted=fitted)
-        for matrix in busiest:
-            amounts.add(self._solved_one(solver, *matrix.shape, fitted=fitted))
+        for _, shape in max(loads, key=lambda load: sum(cost for cost, _ in load)):
+            amounts.add(self._solved_one(solver, *shape, fitted=fitted))
         return amounts
 
     def factored(self, solver: Solver, columns: int, *, fitted: bool = False) -> Amounts:
@@ -417,7 +433,8 @@ class BlockWork:
         amounts.add(self.forward("refine", own, times=3))
         amounts["refine", "shapes"] = 3.0 * steps * len(self.expert_groups)
         amounts["refine", "passed"] *= 4 / self.dtype_bytes
-        amounts["refine", "moved"] += steps * PASSES["adam"] * self.weights
+        each = PASSES["descent"] + (1 - self.pattern.sparsity) * PASSES["adam"]
+        amounts["refine", "moved"] += steps * each * self.weights
         amounts["refine", "calls"] += steps * CALLS["step"]
         return amounts
 

@@ -131,8 +131,9 @@ class Block:
         part(self.parameters[name]).copy_(values)
 
 
-Work = deque[tuple[Matrix, Callable[[], Pruned]]]
-"""Matrices none of which sees what becomes of another, each with what prunes it if it is to be pruned."""
+Work = deque[tuple[Matrix, Callable[[slice], Pruned]]]
+"""Matrices none of which sees what becomes of another, each with what prunes some of its rows if it is to be
+pruned."""
 
 
 class BlockPruner(Protocol):
@@ -179,17 +180,20 @@ def prune_apart(block: Block, work: Work, clock: Clock, advance: Advance, report
         error = None
         if block.pattern(matrix) is not None:
             with clock("solve"):
-                pruned, seconds = next(found)
+                parts = next(found)
+                pruned = Pruned.joined([part for part, _ in parts], block.pattern(matrix))
                 # In float32 what it was pruned from may be the layer's own memory: not before.
                 block.store(matrix, pruned)
-            report.layers.append(layer_report(block.name(matrix), pruned, seconds))
+            report.layers.append(
+                layer_report(block.name(matrix), pruned, sum(seconds for _, seconds in parts))
+            )
             error = pruned.error
         advance(block.name(matrix), error)
 
 
 def _tasks(block: Block, work: Work) -> deque[ranks.Task]:
     tasks = deque(
-        ranks.Task(solving_cost(*matrix.shape), partial(_timed, block.name(matrix), prune))
+        ranks.Task(solving_cost(*matrix.shape), partial(_timed, block.name(matrix), prune), matrix.shape[0])
         for matrix, prune in work
         if block.pattern(matrix) is not None
     )
@@ -197,11 +201,11 @@ def _tasks(block: Block, work: Work) -> deque[ranks.Task]:
     return tasks
 
 
-def _timed(name: str, prune: Callable[[], Pruned]) -> tuple[Pruned, float]:
+def _timed(name: str, prune: Callable[[slice], Pruned], rows: slice) -> tuple[Pruned, float]:
     """What it gives, and the seconds that it took."""
     start = time.monotonic()
     try:
-        return prune(), time.monotonic() - start
+        return prune(rows), time.monotonic() - start
     except FloatingPointError as error:
         raise FloatingPointError(f"'{name}': {error}") from None
 

@@ -26,7 +26,7 @@ from secateurs.pruning.block.local import Local
 from secateurs.pruning.block.measure import Group, measure, observe
 from secateurs.pruning.block.refine import refine as refined_by_descent
 from secateurs.pruning.block.refine import shown_tokens
-from secateurs.pruning.mlp.linear import Pruned, apply, prune_linear
+from secateurs.pruning.mlp.linear import Pruned, apply, pruning_of
 from secateurs.pruning.mlp.problem import MLP, Tokens
 from secateurs.pruning.mlp.sparsellm import SparseLLM
 from secateurs.pruning.record import BlockReport, ExpertsReport, LayerReport, MLPReport, Refinement
@@ -191,10 +191,12 @@ class Joint:
         work: Work = deque((matrix, partial(self._pruned, block, matrix, moments, goal)) for matrix in group)
         prune_apart(block, work, clock, advance, report)
 
-    def _pruned(self, block: Block, matrix: Matrix, moments: Statistics, goal: Products | None) -> Pruned:
-        """A matrix by itself, fitted to its goal."""
-        method = self.method
-        return prune_linear(method.solver, block.linear(matrix), moments, goal, method.damping)
+    def _pruned(
+        self, block: Block, matrix: Matrix, moments: Statistics, goal: Products | None, rows: slice
+    ) -> Pruned:
+        """Rows of a matrix by itself, fitted to its goal."""
+        solver, damping = self.method.solver, self.method.damping
+        return pruning_of(solver, block.linear(matrix), moments, goal, damping).do(rows)
 
     def _prune_mlp(
         self,

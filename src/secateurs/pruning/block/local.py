@@ -77,15 +77,15 @@ class Local:
             self.prune_experts(block, experts, streams.pruned, clock, advance, report)
         return report
 
-    def _pruned(self, block: Block, matrix: Matrix, moments: Statistics) -> Pruned:
-        linear = block.linear(matrix)
+    def _pruned(self, block: Block, matrix: Matrix, moments: Statistics, rows: slice) -> Pruned:
+        linear = block.linear(matrix).of_rows(rows)
         assert linear.pattern is not None
         weight = linear.weight.float()
         solution = solve(self.solver, weight, weight, moments, linear.pattern)
         sparse = rounded(solution.weight, linear.weight.dtype)
         return Pruned(
             Linear(sparse, None, linear.pattern),
-            moments.error(weight, sparse),
+            *moments.lost(weight, sparse),
             solution.objective,
             solution.scales,
         )

@@ -6,7 +6,7 @@ pruned blocks in the same way).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
@@ -85,8 +85,8 @@ def refine(
     `TOKENS_A_STEP` tokens, or one sequence, and multiplies them in bfloat16 where the model does and the
     device is fast at it. Ranks share the sequences of a step, which for that shows less of each; where there
     are fewer, they take turns: with more to a step there would be fewer steps, and the result worse. A step's
-    gradient is that of all. Matrices keep their zeros. Memory: about six times the block's parameters in
-    float32, over ranks four times what is left of them besides, and the activations of one step.
+    gradient is that of all. Matrices keep their zeros. Memory: about three times the block's parameters in
+    float32, six times what is left of them besides, over ranks eight times, and the activations of one step.
 
     Args:
         model: whose block it is.
@@ -117,7 +117,6 @@ def refine(
         for name, tensor in stored.items()
     }
     parameters |= trained
-    kept = {name: parameter.detach() != 0 for name, parameter in trained.items() if parameter.ndim > 1}
     shown = _heads(model, index, pairs, parameters)
     seen = model.length if shown is pairs or model.head is None else model.head.length
     together = _together(seen)
@@ -147,37 +146,75 @@ def refine(
     steps = passes * math.ceil(count / _together(min(model.length, TOKENS_A_STEP)))
     warm_up = min(WARM_UP, 1 + steps // 4)
     rate = min(MOST_RATE, RATE / hidden[0].states.shape[-1])
+    left = _Left(trained.values())
     optimiser = torch.optim.Adam(
-        [
-            {"params": [parameter], "lr": rate * _typical(parameter.detach())}
-            for parameter in trained.values()
-        ],
+        [{"params": [vector], "lr": rate * _typical(vector)} for vector in left.vectors],
         betas=(0.9, 0.95),
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1, (step + 1) / warm_up) * (1 - step / steps)
     )
-    places = {name: mask.flatten().nonzero().squeeze(1) for name, mask in kept.items() if ranks.world() > 1}
     order = torch.Generator().manual_seed(index)
     with torch.enable_grad():
         for own in islice(_of_steps(len(shown), count, together, order), steps):
             some = [shown[i] for i in own]
             if some:
                 lost(some, parameters, of_shown).backward()
-            ranks.average_gradients(((trained[name], places.get(name)) for name in trained), len(some))
-            for name, mask in kept.items():
-                gradient = trained[name].grad
-                assert gradient is not None
-                gradient.mul_(mask)  # Adam does not move what never has a gradient
+            left.take_gradients(len(some))
             optimiser.step()
-            optimiser.zero_grad()
+            left.put()
             schedule.step()
-    del optimiser, schedule
+    del optimiser, schedule, left
     # Rounding may bring small negative weights to -0; adding 0 makes it +0.
     result = {name: parameter.detach().to(stored[name].dtype) + 0 for name, parameter in trained.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
     return Refined(result if after < before else None, before, after if math.isfinite(after) else None, seen)
+
+
+class _Left:
+    """What is left of some parameters, a vector of each, which is all that is to be stepped on and sent.
+
+    Args:
+        parameters: contiguous ones. Zeros of those with a single dimension are weights like others.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._places = [
+            parameter.detach().flatten().nonzero().squeeze(1)
+            if parameter.ndim > 1 and not parameter.all()
+            else None
+            for parameter in self._parameters
+        ]
+        self.vectors = [
+            self._of(parameter.detach(), places)
+            for parameter, places in zip(self._parameters, self._places, strict=True)
+        ]
+
+    def _of(self, tensor: Tensor, places: Tensor | None) -> Tensor:
+        return tensor.view(-1) if places is None else tensor.view(-1).index_select(0, places)
+
+    def take_gradients(self, weight: int) -> None:
+        """Give the vectors the mean of all ranks' gradients of the parameters, and let go of these.
+
+        Args:
+            weight: what this rank's count: its sequences. Without any, it has no gradients.
+        """
+        gradients = []
+        for parameter, places in zip(self._parameters, self._places, strict=True):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(self._of(gradient, places))
+            parameter.grad = None
+        for vector, gradient in zip(self.vectors, ranks.averaged(gradients, weight), strict=True):
+            vector.grad = gradient
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Put the vectors where they are in the parameters."""
+        for parameter, places, vector in zip(self._parameters, self._places, self.vectors, strict=True):
+            if places is not None:
+                parameter.view(-1).index_copy_(0, places, vector)
 
 
 def _of_steps(own: int, of_all: int, together: int, order: torch.Generator) -> Iterator[list[int]]:

@@ -1,8 +1,8 @@
 """A linear layer with the pattern that is asked of it, and how it is fitted to a goal and pruned."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from secateurs import ranks
 from secateurs.pattern import Mask, Pattern, Unstructured
 from secateurs.pruning.solvers.solver import Solution, Solver, finished, rounded
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
-from secateurs.pruning.solvers.statistics import Products, Statistics
+from secateurs.pruning.solvers.statistics import Products, Statistics, share_lost
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,66 @@ class Linear:
     bias: Tensor | None
     pattern: Pattern | None
 
+    def of_rows(self, rows: slice) -> "Linear":
+        """Some of its outputs, among themselves."""
+        if rows == slice(None):
+            return self
+        pattern = self.pattern
+        if isinstance(pattern, Mask):
+            pattern = replace(pattern, kept=pattern.kept[rows])
+        bias = None if self.bias is None else self.bias[rows]
+        return Linear(self.weight[rows].contiguous(), bias, pattern)
+
 
 class Pruned(NamedTuple):
     """A linear layer after pruning."""
 
     layer: Linear
-    error: float
-    """What pruning lost of the fitted layer's output (`Statistics.error`)."""
+    lost: float
+    """What pruning lost of the fitted layer's output, and what there was (`Statistics.lost`)."""
+    energy: float
     objective: tuple[float, ...]
     """Of the solver."""
     scales: Tensor | None = None
     """Of a solver that rounds, (out, groups)."""
+
+    @property
+    def error(self) -> float:
+        """The share that was lost."""
+        return share_lost(self.lost, self.energy)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Pruned"], pattern: Pattern | None) -> "Pruned":
+        """A layer from its parts, each every so manieth of the rows, and the pattern of all of it."""
+        if len(parts) == 1:
+            return parts[0]
+        layers = [part.layer for part in parts]
+        lost, energy = sum(part.lost for part in parts), sum(part.energy for part in parts)
+        shares = [part.energy / energy if energy > 0 else 1 / len(parts) for part in parts]
+        return cls(
+            Linear(
+                _interleaved([layer.weight for layer in layers]),
+                _interleaved([layer.bias for layer in layers if layer.bias is not None]),
+                pattern,
+            ),
+            lost,
+            energy,
+            tuple(
+                sum(share * error for share, error in zip(shares, errors, strict=True))
+                for errors in zip(*(part.objective for part in parts), strict=True)
+            ),
+            _interleaved([part.scales for part in parts if part.scales is not None]),
+        )
+
+
+def _interleaved(parts: Sequence[Tensor]) -> Any:
+    """A tensor of which there are every so manieth rows; None of none."""
+    if not parts:
+        return None
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for first, part in enumerate(parts):
+        whole[first :: len(parts)] = part
+    return whole
 
 
 def prune_linear(
@@ -61,7 +110,7 @@ def prune_linear(
         damping: of the fit.
     """
     if layer.pattern is None:
-        return Pruned(layer, 0.0, ())
+        return Pruned(layer, 0.0, 0.0, ())
     dense = cast(layer, moments.mean.dtype)
     if dense.bias is None:
         inputs, mean = moments, None
@@ -77,16 +126,21 @@ def prune_linear(
     if layer.bias is not None and mean is not None:
         made_up = torch.addmv(mean, sparse.to(mean.dtype), moments.mean, alpha=-1)
         bias = rounded(made_up, layer.bias.dtype)
-    error = inputs.error(weight, sparse.to(weight.dtype))
-    return Pruned(Linear(sparse, bias, layer.pattern), error, solution.objective, solution.scales)
+    lost = inputs.lost(weight, sparse.to(weight.dtype))
+    return Pruned(Linear(sparse, bias, layer.pattern), *lost, solution.objective, solution.scales)
 
 
 def pruning_of(
     solver: Solver, layer: Linear, moments: Statistics, goal: Products | None, damping: float
 ) -> ranks.Task:
-    """`prune_linear`, for one of the ranks to do."""
+    """`prune_linear`, for ranks to share."""
+
+    def prune(rows: slice) -> Pruned:
+        wanted = None if goal is None else goal.of_rows(rows)
+        return prune_linear(solver, layer.of_rows(rows), moments, wanted, damping)
+
     cost = 0.0 if layer.pattern is None else solving_cost(*layer.weight.shape)
-    return ranks.Task(cost, partial(prune_linear, solver, layer, moments, goal, damping))
+    return ranks.Task(cost, prune, len(layer.weight))
 
 
 def solving_cost(rows: int, columns: int) -> float:

@@ -200,7 +200,10 @@ class _Run:
             pruning_of(settings.solver, layer, self.moments, goal, settings.damping)
             for layer, goal in zip(mlp.first, goals, strict=True)
         )
-        return tuple(ranks.shared_out(tasks, self.device))
+        found = ranks.shared_out(tasks, self.device)
+        return tuple(
+            Pruned.joined(parts, layer.pattern) for parts, layer in zip(found, mlp.first, strict=True)
+        )
 
     def _prune_down(self, mlp: MLP, step: "_Step | None") -> Pruned:
         """Prune down, fitted to what the pruned gate and up give, from where the dense one is. The step, if
@@ -220,8 +223,8 @@ class _Run:
         if step:
             step.pool()
         task = pruning_of(settings.solver, down, moments, products, settings.damping)
-        pruned: Pruned = next(ranks.shared_out(deque([task]), self.device))
-        return pruned
+        [parts] = ranks.shared_out(deque([task]), self.device)
+        return Pruned.joined(parts, down.pattern)
 
     def _held_out_error(self, mlp: MLP) -> float:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -168,10 +168,12 @@ class Statistics:
         Returns:
             The share of the output's energy that is lost; 0 where the dense layer has no output.
         """
+        return share_lost(*self.lost(dense, sparse))
+
+    def lost(self, dense: Tensor, sparse: Tensor) -> tuple[float, float]:
+        """How much of a layer's output is lost, tr(D H D^T), and how much there is, tr(W H W^T)."""
         dense, sparse = dense.to(self._moment.dtype), sparse.to(self._moment.dtype)
-        energy = self.energy(dense)
-        # Rounding can take the lost energy below 0.
-        return max(self.energy(dense - sparse) / energy, 0.0) if energy > 0 else 0.0
+        return self.energy(dense - sparse), self.energy(dense)
 
     def energy(self, weight: Tensor) -> float:
         """That of a layer's output, tr(W H W^T), a mean over the tokens; of W (out, in)."""
@@ -304,6 +306,14 @@ class Products:
         """See `Statistics.pool`."""
         self.tokens = _pool(self.tokens, (self.moment, self.mean), summed)
 
+    def of_rows(self, rows: slice) -> "Products":
+        """Of some of the targets."""
+        if rows == slice(None):
+            return self
+        some = Products(0, 0)
+        some.tokens, some.moment, some.mean = self.tokens, self.moment[rows], self.mean[rows]
+        return some
+
 
 def _pool(tokens: int, means: tuple[Tensor, ...], summed: Callable[[Tensor], Tensor]) -> int:
     """Turn means over some tokens into means over all, and give their number."""
@@ -342,3 +352,9 @@ def _add_products(
 def live(norms: Tensor) -> Tensor:
     """Norms that may be divided by: 1 for dead inputs, whose scaled weights are 0 all the same."""
     return torch.where(norms == 0, 1, norms)
+
+
+def share_lost(lost: float, energy: float) -> float:
+    """The relative error; 0 where there was nothing to lose."""
+    # Rounding can take the lost energy below 0.
+    return max(lost / energy, 0.0) if energy > 0 else 0.0
