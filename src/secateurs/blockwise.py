@@ -364,7 +364,7 @@ class BlockwiseModel:
             keep: but for what the block leaves for later ones.
         """
         args, kwargs = self._call(index, batch).of(batch, batch.shared if keep else dict(batch.shared))
-        return _states(self.blocks[index](batch.states.to(self.device), *args, **kwargs))
+        return states_in(self.blocks[index](batch.states.to(self.device), *args, **kwargs))
 
     def _call(self, index: int, batch: Batch) -> "_Calls":
         if not batch.is_head:
@@ -379,7 +379,7 @@ class BlockwiseModel:
     def run_with(self, index: int, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """What `run` gives with other parameters, by their names in the block; gradients flow to them."""
         args, kwargs = self._call(index, batch).of(batch, dict(batch.shared))
-        return _states(
+        return states_in(
             torch.func.functional_call(self.blocks[index], parameters, (batch.states, *args), kwargs)
         )
 
@@ -411,7 +411,8 @@ class Head:
         return tensor.narrow(self.axis, 0, self.length)
 
 
-def _states(output: Any) -> Tensor:
+def states_in(output: Any) -> Tensor:
+    """The hidden states in what a block gives."""
     states: Tensor = output[0] if isinstance(output, tuple | list) else output
     return states
 

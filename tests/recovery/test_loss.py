@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateurs.recovery import loss as module
-from secateurs.recovery.loss import divergence
+from secateurs.recovery.loss import divergence, states_error
 
 
 def naive(logits: Tensor, wanted: Tensor, ids: Tensor, text: float) -> Tensor:
@@ -80,3 +80,28 @@ def test_a_model_that_needs_its_logits_again_is_not_given_wrong_gradients() -> N
     value = divergence(hidden.exp(), torch.randn(1, 4, 6), torch.ones(1, 4, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+@given(
+    blocks=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 100),
+)
+def test_error_of_states_and_its_gradient(blocks: int, dtype: torch.dtype, seed: int) -> None:
+    """Positions of very different sizes count alike, and of one whose states are all 0 no NaN comes."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (blocks, 2, 5, 7)
+    wanted = torch.randn(shape, generator=generator) * torch.logspace(-3, 3, 5)[:, None]
+    given = (wanted * (1 + torch.randn(shape, generator=generator))).to(dtype)
+    wanted = wanted.to(dtype)
+    wanted[:, 0, 0], given[:, 0, 0] = 0, 0
+    ours, plain = (given.clone().requires_grad_() for _ in range(2))
+    value = states_error(ours, wanted)
+    (3 * value).backward()
+    difference, size = plain.double() - wanted.double(), wanted.double().square().sum(dim=-1)
+    expected = (difference.square().sum(dim=-1) / size.clamp_min(1e-12)).mean()
+    (3 * expected).backward()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    assert ours.grad is not None
+    assert plain.grad is not None
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=0)

@@ -16,12 +16,13 @@ from secateurs import RecoveryReport, Report, compress, prune, recover
 from secateurs.calibration import sequences
 from secateurs.pruning import walk
 from secateurs.recovery import run as module
+from secateurs.recovery import steps
 from secateurs.recovery.steps import hold_out
 from secateurs.training.watch import Watch
 from secateurs.values import SCALES
 
 TEXT = "".join(f"It was the {number}th cold evening, and nobody had lit a fire. " for number in range(150))
-QUICK: dict[str, Any] = {"length": 32, "tokens": 12_288, "learning_rate": 3e-3, "device": "cpu"}
+QUICK: dict[str, Any] = {"length": 32, "tokens": 3_072, "learning_rate": 3e-3, "device": "cpu"}
 PRUNING: dict[str, Any] = {"samples": 8, "length": 32, "pattern": "60%", "method": "wanda", "device": "cpu"}
 
 
@@ -193,7 +194,7 @@ def test_without_a_text_the_dense_model_writes_all(dense: Path, pruned: Path, tm
 def test_of_a_model_with_fewer_experts(text: Path, tmp_path: Path) -> None:
     """Towards the dense one, which has all of them."""
     dense = decoders.save("mixtral", tmp_path / "dense")
-    settings = {**PRUNING, "calibration": text, "experts": "50%", "recover": 4_096}
+    settings = {**PRUNING, "calibration": text, "experts": "50%", "recover": 1_024}
     prune(dense, output=tmp_path / "out", **settings)
     report = RecoveryReport.read(tmp_path / "out")
     assert report.steps == 2
@@ -205,7 +206,7 @@ def test_after_pruning(
     dense: Path, pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one command, stopped in between and gone on with: the blocks are not pruned again."""
-    arguments = {**PRUNING, "calibration": text, "output": tmp_path / "out", "recover": 6_144}
+    arguments = {**PRUNING, "calibration": text, "output": tmp_path / "out", "recover": 1_536}
     with monkeypatch.context() as patch:
         stop_at(patch, 1)
         with pytest.raises(Stop):
@@ -225,7 +226,7 @@ def test_after_pruning(
         prune(dense, **{**arguments, "recover": 0})
 
 
-@pytest.mark.parametrize("recover", [0, 8_192])
+@pytest.mark.parametrize("recover", [0, 2_048])
 def test_who_asks_for_other_tokens_or_none_goes_on_from_the_pruned_model(
     recover: int, dense: Path, pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +235,7 @@ def test_who_asks_for_other_tokens_or_none_goes_on_from_the_pruned_model(
     with monkeypatch.context() as patch:
         stop_at(patch, 1)
         with pytest.raises(Stop):
-            prune(dense, **arguments, recover=6_144)
+            prune(dense, **arguments, recover=1_536)
     with monkeypatch.context() as patch:
         patch.setattr(walk, "_walk", None)
         prune(dense, **arguments, recover=recover)
@@ -253,7 +254,7 @@ def test_who_asks_for_other_tokens_or_none_goes_on_from_the_pruned_model(
 def test_what_stops_recovery_is_found_before_pruning(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = {**PRUNING, "calibration": text, "output": tmp_path / "out", "recover": 6_144}
+    arguments = {**PRUNING, "calibration": text, "output": tmp_path / "out", "recover": 1_536}
     monkeypatch.setattr(walk, "_walk", None)
     with monkeypatch.context() as patch:
         patch.setattr(module.TrainingArguments, "n_gpu", 2)
@@ -272,8 +273,8 @@ def test_a_file_of_settings_may_say_how_many_at_once(
 ) -> None:
     """The tokens of a step stay as many, and an option comes before it."""
     file = tmp_path / "settings.yaml"
-    file.write_text("per_device_train_batch_size: 16")
-    for batch_size, at_once in ((None, 16), (8, 8)):
+    file.write_text("per_device_train_batch_size: 8")
+    for batch_size, at_once in ((None, 8), (4, 4)):
         report = recover(
             pruned,
             towards=dense,
@@ -286,11 +287,50 @@ def test_a_file_of_settings_may_say_how_many_at_once(
         assert (report.steps, report.tokens) == (6, QUICK["tokens"])
         trainer = report.settings["trainer"]
         assert trainer["per_device_train_batch_size"] == at_once
-        assert trainer["gradient_accumulation_steps"] == 2048 // 32 // at_once
+        assert trainer["gradient_accumulation_steps"] == 512 // 32 // at_once
+
+
+def test_what_blocks_give_is_recovered_too(
+    dense: Path, pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is so with checkpointed activations, where blocks run twice."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("gradient_checkpointing: true")
+    arguments = {**QUICK, "towards": dense, "calibration": text}
+    recover(pruned, output=tmp_path / "whole", **arguments)
+    recover(pruned, output=tmp_path / "checkpointed", settings=file, **arguments)
+    for name, tensor in folders.tensors_of(tmp_path / "whole").items():
+        assert torch.equal(folders.tensors_of(tmp_path / "checkpointed")[name], tensor)
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "STATES", 0.0)
+        recover(pruned, output=tmp_path / "predictions", **arguments)
+    ids = AutoTokenizer.from_pretrained(dense)(text.read_text(), return_tensors="pt").input_ids[:, :32]
+    states = {}
+    for folder in (tmp_path / "whole", tmp_path / "predictions", dense):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():  # without the last, which are normed
+            states[folder.name] = torch.stack(model(ids, output_hidden_states=True).hidden_states[1:-1])
+    wanted = states["dense"]
+    whole, predictions = (
+        ((states[name] - wanted).norm(dim=-1) / wanted.norm(dim=-1)).square().mean()
+        for name in ("whole", "predictions")
+    )
+    assert whole < 0.9 * predictions
+
+
+def test_blocks_are_compared_where_they_are_alike(tmp_path: Path) -> None:
+    models = [decoders.build(name) for name in ("llama", "llama", "opt")]
+    with torch.no_grad(), steps.results_of(steps.blocks_alike(*models[:2])) as results:
+        for model in models[:2]:
+            model(torch.arange(3, 9)[None])
+    count = models[0].config.num_hidden_layers
+    assert [[states.shape for states in each] for each in results] == [[(1, 6, 64)] * count] * 2
+    assert not any(block._forward_hooks for block in models[0].model.layers)
+    assert steps.blocks_alike(models[0], models[2]) == []
 
 
 def test_where_nothing_is_gained_weights_stay(dense: Path, pruned: Path, text: Path, tmp_path: Path) -> None:
-    worse = {**QUICK, "tokens": 4096, "learning_rate": 2.0}
+    worse = {**QUICK, "tokens": 1024, "learning_rate": 2.0}
     report = recover(pruned, towards=dense, calibration=text, output=tmp_path / "out", **worse)
     assert not report.kept
     assert "nothing was gained: the weights are as they were" in str(report)

@@ -235,12 +235,14 @@ def recovered(model: Whole, tokens: int, batch: Text, *, low: bool, ranks: int, 
     amounts["run", "calls"] += steps * CALLS["step"] * len(model.blocks)
     amounts["run", "disk"] += min(steps, 10) * 12.0 * model.parameters + 3 * model.bytes
     # In float32: weights, gradients and the optimiser's two moments; a mask of a byte; the dense model, and
-    # where products are in the model's dtype what is multiplied. Logits of both, and in float32 to compare.
+    # where products are in the model's dtype what is multiplied. Logits of both, and in float32 to compare;
+    # what the dense model's blocks give.
     multiplied = model.dtype_bytes if low else 0
     weights = (17.0 + multiplied) * model.parameters + model.bytes
     values = BACKWARD * (multiplied or 4) * sum(block.values for block in model.blocks)
     logits_bytes = (4 + multiplied + model.dtype_bytes) * model.vocabulary
-    return Cost(amounts.in_phase("recover"), weights, together / ranks * (values + logits_bytes))
+    states = model.dtype_bytes * len(model.blocks) * model.hidden
+    return Cost(amounts.in_phase("recover"), weights, together / ranks * (values + logits_bytes + states))
 
 
 def _renamed(amounts: Amounts, kind: Kind, other: Kind) -> Amounts:

@@ -1,11 +1,13 @@
-"""How far a model's predictions are from another's, and the gradient of that, without copies of the logits.
+"""How far a model's predictions and hidden states are from another's, and the gradients of that.
 
 At every position: KL(dense || pruned) over the whole vocabulary, in float32. With a large vocabulary the
 logits are the largest tensors of a step, so only a few positions are in float32 beside them at any time, and
 the gradient is written where the pruned model's logits were: of tensors as large as they are, memory holds
-them and the dense model's, in the dtypes that the models gave them.
+them and the dense model's, in the dtypes that the models gave them. Of what blocks give it holds likewise
+the two models' own tensors.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ of memory each time, which cost more than what is computed."""
 
 CHUNK_ON_GPU = 256
 """A quarter of a GB in float32 with a vocabulary of 256k."""
+
+TINY = 1e-12
+"""Of states that are all zero, the square."""
 
 
 def divergence(logits: Tensor, wanted: Tensor, ids: Tensor, *, text: float = 0.0) -> Tensor:
@@ -71,3 +76,41 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.gradient.mul_(above), None, None, None
+
+
+def states_error(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean over blocks and positions of |given - wanted|^2 / |wanted|^2.
+
+    Kurtic et al. (arXiv 2310.06927) have it as SquareHead, with one norm for all positions. With one for
+    each, tokens whose states are a thousand times as large as others', a text's first, are not all of it.
+
+    Args:
+        given: of each block of the pruned model (batch, length, hidden).
+        wanted: of the dense model, likewise.
+
+    Returns:
+        A scalar, float32.
+    """
+    errors = [_StatesError.apply(*pair) for pair in zip(given, wanted, strict=True)]
+    return torch.stack(errors).mean()
+
+
+class _StatesError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, wanted: Tensor) -> Tensor:
+        ctx.save_for_backward(given, wanted)
+        difference, scale = _compared(given, wanted)
+        return (difference.square_().sum(dim=-1) * scale).sum()
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None]:
+        given, wanted = ctx.saved_tensors
+        difference, scale = _compared(given, wanted)
+        return difference.mul_((2 * above * scale)[..., None]).to(given.dtype), None
+
+
+def _compared(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """given - wanted, and 1 / |wanted|^2 over the number of positions, (batch, length), float32."""
+    wanted = wanted.float()
+    scale = wanted.square().sum(dim=-1).clamp_min(TINY).mul_(wanted[..., 0].numel()).reciprocal_()
+    return given.float() - wanted, scale

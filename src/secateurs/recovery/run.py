@@ -45,7 +45,16 @@ from secateurs.device import multiplies_bfloat16, resolve_device
 from secateurs.recovery.levels import Levels, homes_of
 from secateurs.recovery.report import KEY, RecoveryReport
 from secateurs.recovery.settings import RecoverSettings
-from secateurs.recovery.steps import Recovery, held_out_loss, hold_out, in_order, rows_of, without_noise
+from secateurs.recovery.steps import (
+    STATES,
+    Recovery,
+    blocks_alike,
+    held_out_loss,
+    hold_out,
+    in_order,
+    rows_of,
+    without_noise,
+)
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
 from secateurs.text import TooShortError, check_tokens, load_tokenizer
@@ -127,6 +136,7 @@ def recover_folder(
         "towards": str(settings.towards),
         "calibration": text.record,
         "text_loss": settings.text_loss,
+        "states": STATES,
         "lora": settings.lora,
         "max_shard_size": size_in_bytes(settings.max_shard_size),
         "processes": processes,
@@ -175,6 +185,7 @@ def recover_folder(
         steps = Recovery(
             dense=towards,
             text=settings.text_loss,
+            blocks=blocks_alike(loaded, towards),
             model=adapted,
             args=arguments,
             train_dataset=rows,

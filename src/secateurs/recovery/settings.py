@@ -13,14 +13,18 @@ from secateurs.settings import InWindows
 from secateurs.training.arguments import DEFAULTS, hardware
 from secateurs.training.settings import needs
 
-STEP_TOKENS = 2048
-"""Tokens to an optimiser step, where the sequences are not longer."""
+STEP_TOKENS = 512
+"""Tokens to an optimiser step, where sequences are not longer. At equal tokens smaller steps lead further,
+being more: there is little noise in gradients towards whole distributions."""
 
 SAMPLES = 1024
 """Sequences by default, at most."""
 
-LEARNING_RATE = 3e-4
-LORA_LEARNING_RATE = 1e-3
+LEARNING_RATE = 1.5e-4
+LORA_LEARNING_RATE = 5e-4
+"""Of steps of `STEP_TOKENS` tokens. Of larger ones, more by the root of how much larger they are (Malladi et
+al., arXiv 2205.10287)."""
+
 WARMUP = 0.05
 
 
@@ -45,7 +49,7 @@ class RecoverSettings(InWindows):
     default self: the dense model writes it."""
 
     tokens: int = 1_000_000
-    """To train on, 2048 to a step. Text that has fewer is repeated."""
+    """To train on, 512 to a step. Text that has fewer is repeated."""
 
     samples: int | None = None
     """Sequences to draw from the text. By default as many as the tokens make, at most 1024 and what there
@@ -59,13 +63,14 @@ class RecoverSettings(InWindows):
     themselves: for want of memory."""
 
     learning_rate: float | None = None
-    """Its peak. By default 3e-4, with LoRA 1e-3. Small models bear more (docs/recover.md)."""
+    """Its peak. By default 1.5e-4, with LoRA 5e-4, times the root of how many times 512 tokens a step has.
+    Small models bear more (docs/recover.md)."""
 
     warmup: float | None = None
     """Steps until then, or below 1 their share of all steps. By default 0.05. From there on it falls to 0."""
 
     batch_size: int | None = None
-    """Sequences on each device at once. By default 2048 tokens' worth."""
+    """Sequences on each device at once. By default a step's."""
 
     seed: int = 0
     """Of the text's sample, its order, and all else that is random."""
@@ -109,7 +114,7 @@ class RecoverSettings(InWindows):
     def defaults(self, length: int, processes: int, *, at_once: int | None = None) -> dict[str, Any]:
         """Trainer's settings by default, for sequences of that length.
 
-        A step has 2048 tokens on all devices together, or one sequence on each.
+        A step has 512 tokens on all devices together, or one sequence on each.
 
         Args:
             length: tokens in a sequence.
@@ -118,13 +123,14 @@ class RecoverSettings(InWindows):
         """
         sequences = max(1, STEP_TOKENS // length // processes)
         at_once = min(self.batch_size or at_once or sequences, sequences)
+        rate = LORA_LEARNING_RATE if self.lora else LEARNING_RATE
         return {
             **DEFAULTS,
             **hardware(self.device),
             "bf16": multiplies_bfloat16(resolve_device(self.device)),
             "per_device_train_batch_size": at_once,
             "gradient_accumulation_steps": sequences // at_once,
-            "learning_rate": LORA_LEARNING_RATE if self.lora else LEARNING_RATE,
+            "learning_rate": rate * max(1, sequences * length * processes / STEP_TOKENS) ** 0.5,
             "warmup_steps": WARMUP,
         }
 

@@ -1,13 +1,21 @@
 """Steps towards a dense model's predictions, and how far they got."""
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from secateurs.recovery.loss import divergence
+from secateurs.anatomy import UnsupportedArchitectureError
+from secateurs.anatomy.blocks import blocks_of
+from secateurs.blockwise import states_in
+from secateurs.recovery.loss import divergence, states_error
+
+STATES = 4.0
+"""Weight of the error of what blocks give, beside the divergence of the predictions."""
 
 NOISE = ("dropout", "layerdrop", "layer_drop", "drop_prob", "drop_path", "jitter")
 """Parts of the names that transformers' models give to what they do at random in training."""
@@ -17,17 +25,21 @@ ALIKE = 32
 
 
 class Recovery(Trainer):
-    """A Trainer whose loss is the divergence of a model from another.
+    """A Trainer whose loss is the divergence of a model from another, in predictions and, in training, in
+    what blocks give.
 
     Args:
         dense: the other, where the steps are made.
         text: weight of the text's own loss.
+        blocks: of the model and of the other, whose results are to be alike.
         parts: Trainer's own.
     """
 
-    def __init__(self, *, dense: PreTrainedModel, text: float, **parts: Any) -> None:
+    def __init__(
+        self, *, dense: PreTrainedModel, text: float, blocks: Iterable[nn.ModuleList], **parts: Any
+    ) -> None:
         super().__init__(**parts)
-        self.dense, self.text = dense, text
+        self.dense, self.text, self.blocks = dense, text, list(blocks)
         self.model_accepts_loss_kwargs = False  # a batch's loss is a mean, and batches are of one size
 
     def compute_loss(
@@ -38,8 +50,42 @@ class Recovery(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The mean over all positions of a batch of sequences without padding."""
-        loss = divergence_from(self.dense, model, inputs["input_ids"], self.text)
+        blocks = self.blocks if model.training else []
+        with results_of(blocks) as results:
+            loss = divergence_from(self.dense, model, inputs["input_ids"], self.text)
+        if blocks:
+            loss = loss + (1 - self.text) * STATES * states_error(*results)
         return (loss, {}) if return_outputs else loss
+
+
+def blocks_alike(model: PreTrainedModel, dense: PreTrainedModel) -> list[nn.ModuleList]:
+    """The blocks of both, where those of one are to give what those of the other do; else none."""
+    models = model, dense
+    try:
+        found = [blocks_of(one)[1] for one in models]
+    except UnsupportedArchitectureError:
+        return []
+    shapes = {
+        (type(one), len(blocks), one.config.get_text_config(decoder=True).hidden_size)
+        for one, blocks in zip(models, found, strict=True)
+    }
+    return found if len(shapes) == 1 else []
+
+
+@contextmanager
+def results_of(stacks: Iterable[nn.ModuleList]) -> Iterator[list[list[Tensor]]]:
+    """The hidden states that the blocks of each stack give, block by block, until the context is left."""
+    results: list[list[Tensor]] = [[] for _ in stacks]
+    hooks = [
+        block.register_forward_hook(lambda _module, _given, result, to=to: to.append(states_in(result)))
+        for blocks, to in zip(stacks, results, strict=True)
+        for block in dict.fromkeys(blocks)
+    ]
+    try:
+        yield results
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def divergence_from(dense: nn.Module, model: nn.Module, ids: Tensor, text: float) -> Tensor:
