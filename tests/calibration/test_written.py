@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import decoders
 import families
 from characters import BEGIN, characters
-from secateurs.calibration.written import Form, SelfWritten, form_of, write
+from secateurs.calibration.written import Form, SelfWritten, drawn, form_of, write
 from secateurs.text import wants_bos
 
 END = 2
@@ -185,3 +185,17 @@ def test_predictions_that_are_not_finite(value: float) -> None:
 def test_temperatures(temperature: float) -> None:
     with pytest.raises(ValueError, match="above 0"):
         SelfWritten(temperature)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-24])
+def test_only_what_has_a_share_is_drawn(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number is drawn, at both ends too."""
+    monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, number))
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(64, 999, generator=generator)
+    scores[:, [0, 1, 500, 997, 998]] = -torch.inf
+    shares = scores.softmax(dim=-1)
+    chosen = drawn(shares)
+    assert (shares.gather(1, chosen[:, None]) > 0).all()
+    up_to = shares.double().cumsum(dim=-1).gather(1, chosen[:, None])[:, 0]
+    assert ((up_to - number).abs() <= shares.max() + 1e-5).all()

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from secateurs.attention import grouped
 from secateurs.text.conversations import Conversation, apply_template
 from secateurs.text.tokenising import ids_of
 from secateurs.text.tokens import bos_id
@@ -205,13 +206,18 @@ class _Sequence:
         return rest
 
 
-class _Forcing(LogitsProcessor):
-    """Leaves each sequence one token where one is due."""
+class _Choosing(LogitsProcessor):
+    """Leaves each sequence one token: that which is due, or else one that is drawn."""
 
     def __init__(
-        self, sequences: list[_Sequence], never: frozenset[int], advance: Callable[[int], None] | None
+        self,
+        sequences: list[_Sequence],
+        never: frozenset[int],
+        temperature: float,
+        advance: Callable[[int], None] | None,
     ) -> None:
-        self.sequences, self.never, self.advance = sequences, sorted(never), advance
+        self.sequences, self.never, self.temperature = sequences, sorted(never), temperature
+        self.advance = advance
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (rows, tokens so far), (rows, tokens)
         # Whole rows only: where a vocabulary is padded, logits may be -inf on purpose.
@@ -221,14 +227,35 @@ class _Forcing(LogitsProcessor):
                 "cannot write calibration text"
             )
         scores[:, [id for id in self.never if id < scores.shape[1]]] = -math.inf
+        chosen = drawn((scores.float() / self.temperature).softmax(dim=-1)).tolist()
+        scores.fill_(-math.inf)
         for row, (sequence, last) in enumerate(zip(self.sequences, input_ids[:, -1].tolist(), strict=True)):
             due = sequence.due(last)
-            if due is not None:
-                scores[row] = -math.inf
-                scores[row, due] = 0.0
+            scores[row, chosen[row] if due is None else due] = 0.0
         if self.advance:
             self.advance(len(scores))
         return scores
+
+
+def drawn(shares: Tensor) -> Tensor:
+    """A token for each sequence.
+
+    `multinomial` draws a number for each token of the vocabulary, which on a processor takes half as long as
+    the model's products. There a single one says up to where shares are to be added.
+
+    Args:
+        shares: of the tokens, (sequences, vocabulary), float32.
+
+    Returns:
+        (sequences,) int64. No token without a share is among them.
+    """
+    if not shares.is_cpu:
+        return shares.multinomial(1)[:, 0]
+    up_to = shares.cumsum(dim=-1)
+    total = up_to[:, -1:]
+    # Rounding could make it the total, which no sum is above.
+    number = (torch.rand(len(shares), 1) * total).minimum(total.nextafter(torch.zeros(())))
+    return torch.searchsorted(up_to, number, right=True)[:, 0]
 
 
 def write(
@@ -266,26 +293,20 @@ def write(
     first = torch.tensor([[sequence.pending.popleft()] for sequence in sequences])
     if length == 1:
         return first
-    plain = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length - 1,
-        pad_token_id=0,
-    )
+    plain = GenerationConfig(do_sample=False, max_new_tokens=length - 1, pad_token_id=0)
+    choosing = _Choosing(sequences, form.never, temperature, advance)
     generator: Any = model
     before, devices = generator.generation_config, [model.device] if model.device.type == "cuda" else []
     # What a model's own settings say of sampling would be taken for what is left open here.
     generator.generation_config = GenerationConfig()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), grouped(model):
             torch.manual_seed(seed)
             tokens: Tensor = generator.generate(
                 first.to(model.device),
                 attention_mask=torch.ones_like(first, device=model.device),
                 generation_config=plain,
-                logits_processor=LogitsProcessorList([_Forcing(sequences, form.never, advance)]),
+                logits_processor=LogitsProcessorList([choosing]),
             )
     except (FloatingPointError, torch.OutOfMemoryError):
         raise

@@ -1,0 +1,59 @@
+"""A new token's attention, heads of a group together, against the formula in float64 and within models."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import decoders
+from secateurs.attention import NAME, grouped, grouped_attention
+
+SAMPLE = ("llama", "qwen3", "mistral", "gemma3", "phi3", "olmo2")
+
+
+@given(
+    batch=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    before=st.integers(1, 9),
+    scaling=st.sampled_from([None, 0.3]),
+    seed=st.integers(0, 100),
+)
+def test_one_token(
+    batch: int, shared: int, groups: int, before: int, scaling: float | None, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, shared * groups, 1, 8, generator=generator)
+    key, value = torch.randn(2, batch, shared, before, 8, generator=generator)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = groups, True  # type: ignore[assignment]
+    output, _ = grouped_attention(
+        module, query, key, value, None, scaling=scaling, position_ids=torch.ones(1)
+    )
+    for head in range(shared * groups):
+        own, of = query[:, head, 0].double(), head // groups
+        scores = torch.einsum("bd,bld->bl", own, key[:, of].double()) * (scaling or 8**-0.5)
+        expected = torch.einsum("bl,bld->bd", scores.softmax(-1), value[:, of].double())
+        torch.testing.assert_close(output[:, 0, head].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_models_say_the_same(name: str) -> None:
+    """With a sliding window, norms of heads and what else there is, and as they were before it."""
+    model = decoders.build(name).eval()
+    before = model.config._attn_implementation
+    ids = torch.randint(3, 100, (2, 5), generator=torch.Generator().manual_seed(0))
+    settings = {
+        "max_new_tokens": 40,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    plain = model.generate(ids, **settings)
+    with grouped(model):
+        assert model.config._attn_implementation == (NAME if before == "sdpa" else before)
+        ours = model.generate(ids, **settings)
+    assert model.config._attn_implementation == before
+    assert torch.equal(ours.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
