@@ -212,7 +212,7 @@ def averaged(tensors: Sequence[Tensor], weight: int) -> Sequence[Tensor]:
         return tensors
     own = torch.cat([*tensors, tensors[0].new_ones(1)])
     sums = summed(own.mul_(weight))
-    return (sums[:-1] / sums[-1]).split([len(tensor) for tensor in tensors])
+    return sums[:-1].div_(sums[-1]).split([len(tensor) for tensor in tensors])
 
 
 class Poolable(Protocol):
