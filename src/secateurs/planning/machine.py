@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import linear, silu
 from torch.nn.functional import scaled_dot_product_attention as attend
 
+from secateurs.calibration.written import drawn
 from secateurs.device import resolve_device
 from secateurs.pattern import NM, Unstructured
 from secateurs.planning.work import Amounts, Kind, Phase
@@ -171,7 +172,7 @@ def measured(device: str | None, dtype: torch.dtype) -> Machine:
         "calls": (1, lambda: small.add_(1)),
         "shapes": (1, lambda: linear(low[: next(sizes), :64], low[:64, :64])),
         "recalled": (SIZE**2, lambda: attend(heads[:, :, :1], heads, heads)),
-        "drawn": (chances.numel(), lambda: chances.softmax(-1).multinomial(1)),
+        "drawn": (chances.numel(), lambda: drawn(chances.softmax(-1))),
     }
     rates: dict[Kind, float] = {kind: amount / _shortest(run, where) for kind, (amount, run) in work.items()}
     if where.type == "cuda":

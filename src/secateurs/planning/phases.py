@@ -113,9 +113,9 @@ def written(model: Whole, text: Text) -> Cost:
     rows = min(text.samples, max(1, AT_ONCE // text.length))
     steps = math.ceil(text.samples / rows) * (text.length - 1)
     heads = [block.anatomy.heads for block in model.blocks]
-    # Keys and values, which are copied whole to append one.
-    cached = sum(2.0 * each.kv_count * each.dim for each in heads if each) * model.dtype_bytes
-    attended = sum(2.0 * each.count * each.dim for each in heads if each)
+    # Keys and values, which heads of a group attend to together, and which are copied whole to append one.
+    attended = sum(2.0 * each.kv_count * each.dim for each in heads if each)
+    cached = attended * model.dtype_bytes
     amounts = model.passed(text.tokens)
     amounts["run", "attention"] = amounts["run", "calls"] = 0.0  # which are others for a token alone
     amounts["run", "recalled"] = text.tokens * attended * text.length / 2
