@@ -53,12 +53,12 @@ def sharing(rank: int) -> Found:
     """Tasks of one rank that fail, and those that do not."""
     device = torch.device("cpu")
 
-    def square(number: int, rows: slice) -> tuple[int, int, tuple[int | None, int | None]]:
+    def square(number: int, rows: torch.Tensor | None) -> tuple[int, int, list[int] | None]:
         if number < 0:
             raise FloatingPointError(f"no square of {number} on rank {rank}")
-        return number * number, os.getpid(), (rows.start, rows.step)
+        return number * number, os.getpid(), None if rows is None else rows.tolist()
 
-    def of(*numbers: int, rows: int = 1) -> list[list[tuple[int, int, tuple[int | None, int | None]]]]:
+    def of(*numbers: int, rows: int = 1) -> list[list[tuple[int, int, list[int] | None]]]:
         tasks = deque(ranks.Task(abs(number), partial(square, number), rows) for number in numbers)
         return list(ranks.shared_out(tasks, device))
 

@@ -5,11 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import decoders
-from secateurs.attention import NAME, grouped, grouped_attention
+from secateurs.attention import grouped, grouped_attention
 
-SAMPLE = ("llama", "qwen3", "mistral", "gemma3", "phi3", "olmo2")
+SAMPLE = ("llama", "qwen3", "mistral", "gemma3", "phi3", "deepseek_v32", "glm_moe_dsa")
+"""With groups and without, windows, and two that look at what their attention is called."""
 
 
 @given(
@@ -38,22 +40,27 @@ def test_one_token(
         torch.testing.assert_close(output[:, 0, head].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in decoders.NAMES],
+)
 def test_models_say_the_same(name: str) -> None:
-    """With a sliding window, norms of heads and what else there is, and as they were before it."""
-    model = decoders.build(name).eval()
-    before = model.config._attn_implementation
+    """With a sliding window, norms of heads and what else there is."""
+    model = decoders.build(name).float().eval()
     ids = torch.randint(3, 100, (2, 5), generator=torch.Generator().manual_seed(0))
     settings = {
-        "max_new_tokens": 40,
+        "max_new_tokens": 30,
         "do_sample": False,
         "output_logits": True,
         "return_dict_in_generate": True,
     }
-    plain = model.generate(ids, **settings)
-    with grouped(model):
-        assert model.config._attn_implementation == (NAME if before == "sdpa" else before)
+    plain, again = (model.generate(ids, **settings) for _ in range(2))
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with grouped():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
         ours = model.generate(ids, **settings)
-    assert model.config._attn_implementation == before
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    if not torch.equal(plain.sequences, again.sequences):
+        pytest.skip("what it says is not determined")
     assert torch.equal(ours.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)

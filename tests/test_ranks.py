@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import decoders
 import folders
@@ -163,7 +165,7 @@ def test_tasks_are_shared_out_by_cost_and_their_errors_are_everyones(found: dict
     assert squares == (49, 1, 9, 16)
     assert len(set(by)) == 2
     assert by[0] != by[2] == by[3]  # 7, and 4 with 3
-    assert set(rows) == {(None, None)}
+    assert set(rows) == {None}
     assert first["error"] == "no square of -4 on rank 1"
 
 
@@ -173,12 +175,21 @@ def test_tasks_are_divided_where_ranks_would_wait(found: dict[str, list[Found]])
     assert [len(parts) for parts in first["few rows"]] == [1, 1]  # nearly balanced, too
     halves, others = first["rows"]
     for square, parts in ((25, halves), (1, others)):
-        assert [(value, rows) for value, _, rows in parts] == [
-            (square, (0, 2)),
-            (square, (1, 2)),
-        ]
-        assert len({process for _, process, _ in parts}) == 2
-    assert first["free"] == [[(None, None)]]
+        values, by, rows = zip(*parts, strict=True)
+        assert values == (square, square)
+        assert len(set(by)) == 2
+        assert sorted(rows[0] + rows[1]) == list(range(2 * ranks.LEAST_ROWS))
+    assert first["free"] == [[None]]
+
+
+@given(rows=st.integers(1, 300), count=st.integers(1, 16))
+def test_parts_have_one_of_every_so_many_rows(rows: int, count: int) -> None:
+    parts = ranks.rows_of_parts(rows, count)
+    assert len(parts) == count
+    assert torch.cat(parts).sort().values.tolist() == list(range(rows))
+    for part in parts:
+        assert sorted({int(row) // count for row in part}) == [int(row) // count for row in part]
+        assert len(part) in (rows // count, -(-rows // count))
 
 
 @pytest.mark.parametrize("name", [f"{n} {w}" for n in SETTINGS for w in WORLDS.get(n, (2,))])

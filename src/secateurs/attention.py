@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "secateurs-grouped"
+OTHERWISE = ("dropout", "softcap", "position_bias", "cache")
+"""What transformers' own function may be asked for, and has to answer."""
 
 
 def grouped_attention(
@@ -45,29 +44,23 @@ def grouped_attention(
     batch, heads, tokens, size = query.shape
     shared = key.shape[1]
     one_by_one = query.is_cpu and tokens == 1 and shared < heads and attention_mask is None
-    if not one_by_one or any(more.get(name) for name in ("dropout", "cache")) or "position_bias" in more:
+    asked = (more.get(name) for name in OTHERWISE)
+    if not one_by_one or any(isinstance(each, Tensor) or each for each in asked):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     rows = query.reshape(batch, shared, heads // shared, size)
     output = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
     return output.reshape(batch, 1, heads, -1), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, grouped_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
-
-
 @contextmanager
-def grouped(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend in this way, where it would by torch's kernels, until the context is left."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    own = {id(config): config for config in configs if isinstance(config, PretrainedConfig)}
-    chosen = [config for config in own.values() if config._attn_implementation == "sdpa"]
-    if not model._can_set_attn_implementation():
-        chosen.clear()
-    for config in chosen:
-        config._attn_implementation_internal = NAME
+def grouped() -> Iterator[None]:
+    """Models that attend by torch's kernels (sdpa) do so in this way until the context is left.
+
+    Under its own name, as some look at that.
+    """
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_attention
     try:
         yield
     finally:
-        for config in chosen:
-            config._attn_implementation_internal = "sdpa"
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before

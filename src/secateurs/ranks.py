@@ -243,14 +243,11 @@ class Task(NamedTuple):
 
     cost: float
     """In any unit; what costs nothing, each rank does by itself."""
-    do: Callable[[slice], Any]
-    """Is given which of its rows are to be done."""
+    do: Callable[[Tensor | None], Any]
+    """Is given which of its rows are to be done, their numbers, or None for all."""
     rows: int = 1
     """Each of which could be done by itself."""
 
-
-ALL = slice(None)
-"""Rows of a task that is not divided."""
 
 LEAST_ROWS = 128
 """Of a part. What the rows of a matrix compete for, those of a part compete for among themselves, and so few
@@ -265,7 +262,7 @@ def shared_out(tasks: deque[Task], device: torch.device) -> Iterator[list[Any]]:
     """What comes of each of some tasks, in their order: of all of it, or of each part.
 
     A task is done by one rank. Where some would have to wait for others, all that have rows enough are
-    divided: of n parts, the first has rows 0, n, 2n and so on.
+    divided (`rows_of_parts`).
 
     Args:
         tasks: none of which needs what comes of another. It is emptied.
@@ -276,7 +273,7 @@ def shared_out(tasks: deque[Task], device: torch.device) -> Iterator[list[Any]]:
     """
     if _here.world == 1:
         while tasks:
-            yield [tasks.popleft().do(ALL)]  # and what only it needed is let go of before the next
+            yield [tasks.popleft().do(None)]  # and what only it needed is let go of before the next
         return
     counts = parts_of([(task.cost, task.rows) for task in tasks], _here.world)
     costs = [task.cost / count for task, count in zip(tasks, counts, strict=True) for _ in range(count)]
@@ -284,15 +281,26 @@ def shared_out(tasks: deque[Task], device: torch.device) -> Iterator[list[Any]]:
     found = deque[list[tuple[int | None, _Found | None]]]()
     for count in counts:
         task = tasks.popleft()
-        parts = [ALL] if count == 1 else [slice(first, None, count) for first in range(count)]
+        parts = [None] if count == 1 else rows_of_parts(task.rows, count)
         found.append([(owner, _own(task, part, owner)) for part, owner in zip(parts, owners, strict=False)])
     while found:
         yield [_value(own) if owner is None else _told(own, owner, device) for owner, own in found.popleft()]
 
 
-def _own(task: Task, rows: slice, owner: int | None) -> "_Found | None":
+def _own(task: Task, rows: Tensor | None, owner: int | None) -> "_Found | None":
     """What comes of a part of a task, if this rank is to do it."""
     return _attempted(partial(task.do, rows)) if owner in (None, _here.rank) else None
+
+
+def rows_of_parts(rows: int, count: int) -> list[Tensor]:
+    """The numbers of the rows that each of some parts has: one of every so many, whichever chance gives it.
+
+    At regular distances a part could have rows of the same place in every head, which are alike.
+    """
+    groups = -(-rows // count)
+    places = torch.rand(groups, count, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    numbers = places + count * torch.arange(groups)[:, None]
+    return [own[own < rows] for own in numbers.T]
 
 
 def parts_of(tasks: Sequence[tuple[float, int]], world: int) -> list[int]:

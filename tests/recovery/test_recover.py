@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import decoders
 import folders
-from secateurs import RecoveryReport, Report, compress, prune, recover
+from secateurs import RecoverSettings, RecoveryReport, Report, compress, prune, recover
 from secateurs.calibration import sequences
 from secateurs.pruning import walk
 from secateurs.recovery import run as module
@@ -268,26 +268,38 @@ def test_what_stops_recovery_is_found_before_pruning(
             prune(dense, **arguments)
 
 
+@pytest.mark.parametrize(("batch_size", "at_once", "steps"), [(None, 8, 6), (4, 4, 6), (32, 32, 3)])
 def test_a_file_of_settings_may_say_how_many_at_once(
-    dense: Path, pruned: Path, text: Path, tmp_path: Path
+    batch_size: int | None, at_once: int, steps: int, dense: Path, pruned: Path, text: Path, tmp_path: Path
 ) -> None:
-    """The tokens of a step stay as many, and an option comes before it."""
+    """A step has 512 tokens, or of more at once as many as these are; an option comes before the file."""
     file = tmp_path / "settings.yaml"
     file.write_text("per_device_train_batch_size: 8")
-    for batch_size, at_once in ((None, 8), (4, 4)):
-        report = recover(
-            pruned,
-            towards=dense,
-            calibration=text,
-            output=tmp_path / f"out{at_once}",
-            settings=file,
-            batch_size=batch_size,
-            **QUICK,
-        )
-        assert (report.steps, report.tokens) == (6, QUICK["tokens"])
-        trainer = report.settings["trainer"]
-        assert trainer["per_device_train_batch_size"] == at_once
-        assert trainer["gradient_accumulation_steps"] == 512 // 32 // at_once
+    paths: dict[str, Any] = {"towards": dense, "calibration": text, "output": tmp_path / "out"}
+    report = recover(pruned, settings=file, batch_size=batch_size, **paths, **QUICK)
+    assert (report.steps, report.tokens) == (steps, QUICK["tokens"])
+    trainer = report.settings["trainer"]
+    assert trainer["per_device_train_batch_size"] == at_once
+    assert trainer["gradient_accumulation_steps"] == max(1, 512 // 32 // at_once)
+
+
+@pytest.mark.parametrize(
+    ("file", "told", "expected"),
+    [
+        ("", {}, 1.5e-4),
+        ("gradient_accumulation_steps: 8", {}, 1.5e-4 * 8**0.5),
+        ("gradient_accumulation_steps: 8", {"lora": 4, "batch_size": 4}, 5e-4 * 2**0.5),
+        ("learning_rate: 0.01", {"batch_size": 64}, 0.01),
+        ("learning_rate: 0.01", {"learning_rate": 0.02}, 0.02),
+    ],
+)
+def test_the_rate_follows_the_size_of_a_step(
+    file: str, told: dict[str, Any], expected: float, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(file or "{}")
+    whole = RecoverSettings(output="out", towards="dense", settings=settings, device="cpu", **told)
+    assert module._trainer(whole, 32, 1)["learning_rate"] == pytest.approx(expected)
 
 
 def test_what_blocks_give_is_recovered_too(
@@ -320,6 +332,7 @@ def test_what_blocks_give_is_recovered_too(
 
 def test_blocks_are_compared_where_they_are_alike(tmp_path: Path) -> None:
     models = [decoders.build(name) for name in ("llama", "llama", "opt")]
+    assert steps.blocks_alike(models[0], decoders.build("llama", seed=1)) == []  # trained apart, as it were
     with torch.no_grad(), steps.results_of(steps.blocks_alike(*models[:2])) as results:
         for model in models[:2]:
             model(torch.arange(3, 9)[None])

@@ -300,7 +300,7 @@ def write(
     # What a model's own settings say of sampling would be taken for what is left open here.
     generator.generation_config = GenerationConfig()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), grouped(model):
+        with torch.random.fork_rng(devices), torch.no_grad(), grouped():
             torch.manual_seed(seed)
             tokens: Tensor = generator.generate(
                 first.to(model.device),

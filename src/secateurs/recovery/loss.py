@@ -20,9 +20,6 @@ of memory each time, which cost more than what is computed."""
 CHUNK_ON_GPU = 256
 """A quarter of a GB in float32 with a vocabulary of 256k."""
 
-TINY = 1e-12
-"""Of states that are all zero, the square."""
-
 
 def divergence(logits: Tensor, wanted: Tensor, ids: Tensor, *, text: float = 0.0) -> Tensor:
     """Mean over all positions of (1 - text) KL(dense || pruned) + text * cross-entropy with the text.
@@ -82,7 +79,8 @@ def states_error(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     """Mean over blocks and positions of |given - wanted|^2 / |wanted|^2.
 
     Kurtic et al. (arXiv 2310.06927) have it as SquareHead, with one norm for all positions. With one for
-    each, tokens whose states are a thousand times as large as others', a text's first, are not all of it.
+    each, tokens whose states are a thousand times as large as others', a text's first, are not all of it. A
+    position where nothing is wanted does not count.
 
     Args:
         given: of each block of the pruned model (batch, length, hidden).
@@ -112,5 +110,6 @@ class _StatesError(torch.autograd.Function):
 def _compared(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """given - wanted, and 1 / |wanted|^2 over the number of positions, (batch, length), float32."""
     wanted = wanted.float()
-    scale = wanted.square().sum(dim=-1).clamp_min(TINY).mul_(wanted[..., 0].numel()).reciprocal_()
+    energy = wanted.square().sum(dim=-1)
+    scale = torch.where(energy > 0, 1 / (energy * energy.numel()), 0)
     return given.float() - wanted, scale

@@ -32,8 +32,8 @@ class RecoveryReport(TrainerReport):
     zeros: int
     """Weights of the blocks' matrices that were held at zero."""
     before: float
-    """Mean over the positions of held-out text of what training lowers: KL(dense || pruned) in nats, mixed
-    with the text's own loss if that was asked for."""
+    """Mean over the positions of held-out text: KL(dense || pruned) in nats, mixed with the text's own loss
+    if that was asked for."""
     after: float
     """The same of the trained weights, as they are stored."""
     rounded: int = 0

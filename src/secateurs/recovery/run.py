@@ -259,11 +259,13 @@ def _trainer(settings: RecoverSettings, length: int, processes: int) -> dict[str
     for name in ("num_train_epochs", "max_steps"):
         if name in told:
             raise ValueError(f"'{settings.settings}': '{name}' is not for this file to say, but for --tokens")
+    defaults = settings.defaults(length, processes, at_once=told.pop("per_device_train_batch_size", None))
+    chosen = {**defaults, **({"bf16": False} if told.get("fp16") else {}), **told, **settings.trainer}
+    sequences = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] * processes
+    if "learning_rate" not in {**told, **settings.trainer}:
+        chosen["learning_rate"] = settings.rate(sequences * length)
     return {
-        **settings.defaults(length, processes, at_once=told.pop("per_device_train_batch_size", None)),
-        **({"bf16": False} if told.get("fp16") else {}),
-        **told,
-        **settings.trainer,
+        **chosen,
         "include_num_input_tokens_seen": "all",
         "label_names": ["labels"],
         "train_sampling_strategy": "sequential",

@@ -70,7 +70,7 @@ class RecoverSettings(InWindows):
     """Steps until then, or below 1 their share of all steps. By default 0.05. From there on it falls to 0."""
 
     batch_size: int | None = None
-    """Sequences on each device at once. By default a step's."""
+    """Sequences on each device at once. By default a step's; of more than that a step has more tokens."""
 
     seed: int = 0
     """Of the text's sample, its order, and all else that is random."""
@@ -122,17 +122,20 @@ class RecoverSettings(InWindows):
             at_once: sequences on each at once, where `batch_size` does not say.
         """
         sequences = max(1, STEP_TOKENS // length // processes)
-        at_once = min(self.batch_size or at_once or sequences, sequences)
-        rate = LORA_LEARNING_RATE if self.lora else LEARNING_RATE
+        at_once = self.batch_size or at_once or sequences
         return {
             **DEFAULTS,
             **hardware(self.device),
             "bf16": multiplies_bfloat16(resolve_device(self.device)),
             "per_device_train_batch_size": at_once,
-            "gradient_accumulation_steps": sequences // at_once,
-            "learning_rate": rate * max(1, sequences * length * processes / STEP_TOKENS) ** 0.5,
+            "gradient_accumulation_steps": max(1, sequences // at_once),
             "warmup_steps": WARMUP,
         }
+
+    def rate(self, tokens: int) -> float:
+        """The learning rate by default, of steps of so many tokens."""
+        rate = LORA_LEARNING_RATE if self.lora else LEARNING_RATE
+        return rate * max(1.0, tokens / STEP_TOKENS) ** 0.5
 
     @property
     def trainer(self) -> dict[str, Any]:

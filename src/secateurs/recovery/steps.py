@@ -1,7 +1,7 @@
 """Steps towards a dense model's predictions, and how far they got."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,10 +36,10 @@ class Recovery(Trainer):
     """
 
     def __init__(
-        self, *, dense: PreTrainedModel, text: float, blocks: Iterable[nn.ModuleList], **parts: Any
+        self, *, dense: PreTrainedModel, text: float, blocks: Sequence[nn.ModuleList], **parts: Any
     ) -> None:
         super().__init__(**parts)
-        self.dense, self.text, self.blocks = dense, text, list(blocks)
+        self.dense, self.text, self.blocks = dense, text, blocks
         self.model_accepts_loss_kwargs = False  # a batch's loss is a mean, and batches are of one size
 
     def compute_loss(
@@ -50,17 +50,23 @@ class Recovery(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The mean over all positions of a batch of sequences without padding."""
-        blocks = self.blocks if model.training else []
+        blocks = self.blocks if model.training and self.text < 1 else ()
         with results_of(blocks) as results:
             loss = divergence_from(self.dense, model, inputs["input_ids"], self.text)
         if blocks:
-            loss = loss + (1 - self.text) * STATES * states_error(*results)
+            error = (1 - self.text) * STATES * states_error(*results)
+            # Its gradient, without its value: what is logged is what the model is judged by.
+            loss = loss + (error - error.detach())
         return (loss, {}) if return_outputs else loss
 
 
 def blocks_alike(model: PreTrainedModel, dense: PreTrainedModel) -> list[nn.ModuleList]:
-    """The blocks of both, where those of one are to give what those of the other do; else none."""
-    models = model, dense
+    """The blocks of both, where those of one are to give what those of the other do; else none.
+
+    That is where one was made of the other, which the embedding tells: models that were trained apart hold
+    the same in other directions.
+    """
+    models: tuple[Any, Any] = model, dense
     try:
         found = [blocks_of(one)[1] for one in models]
     except UnsupportedArchitectureError:
@@ -69,11 +75,13 @@ def blocks_alike(model: PreTrainedModel, dense: PreTrainedModel) -> list[nn.Modu
         (type(one), len(blocks), one.config.get_text_config(decoder=True).hidden_size)
         for one, blocks in zip(models, found, strict=True)
     }
-    return found if len(shapes) == 1 else []
+    own, other = (one.get_input_embeddings().weight.detach().float().cpu() for one in models)
+    related = own.shape == other.shape and (own - other).norm() < 0.5 * other.norm()
+    return found if len(shapes) == 1 and related else []
 
 
 @contextmanager
-def results_of(stacks: Iterable[nn.ModuleList]) -> Iterator[list[list[Tensor]]]:
+def results_of(stacks: Sequence[nn.ModuleList]) -> Iterator[list[list[Tensor]]]:
     """The hidden states that the blocks of each stack give, block by block, until the context is left."""
     results: list[list[Tensor]] = [[] for _ in stacks]
     hooks = [
@@ -99,7 +107,7 @@ def divergence_from(dense: nn.Module, model: nn.Module, ids: Tensor, text: float
 def held_out_loss(
     dense: nn.Module, model: nn.Module, tokens: Tensor, arguments: TrainingArguments, text: float
 ) -> float:
-    """What training lowers, on (sequences, length) tokens, in the arithmetic of its steps."""
+    """What the model is judged by, on (sequences, length) tokens, in the arithmetic of training's steps."""
     model.eval()
     total = 0.0
     for ids in tokens.split(arguments.per_device_train_batch_size):

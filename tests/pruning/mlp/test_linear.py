@@ -13,7 +13,7 @@ from secateurs.pruning.solvers.solver import Solver
 from secateurs.pruning.solvers.sparsegpt import SparseGPT
 from secateurs.pruning.solvers.statistics import Products, Statistics
 from secateurs.pruning.solvers.wanda import Wanda
-from secateurs.ranks import LEAST_ROWS
+from secateurs.ranks import LEAST_ROWS, rows_of_parts
 from secateurs.values import Values
 
 ROWS, COLUMNS, TOKENS = 13, 64, 300
@@ -35,7 +35,8 @@ def sums(*, fitted: bool) -> tuple[Statistics, Products | None]:
 
 def by_parts(solver: Solver, whole: Linear, sums: tuple[Statistics, Products | None], count: int) -> Pruned:
     task = pruning_of(solver, whole, *sums, 0.01)
-    return Pruned.joined([task.do(slice(first, None, count)) for first in range(count)], whole.pattern)
+    parts = [task.do(rows) for rows in rows_of_parts(len(whole.weight), count)]
+    return Pruned.joined(parts, whole.pattern)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -49,7 +50,7 @@ def test_rows_that_do_not_compete_are_pruned_alike(
     if isinstance(solver, Rounding):
         pattern = Mask(torch.rand(ROWS, COLUMNS) > 0.5)
     whole, known = layer(pattern, bias=bias), sums(fitted=fitted)
-    once = pruning_of(solver, whole, *known, 0.01).do(slice(None))
+    once = pruning_of(solver, whole, *known, 0.01).do(None)
     parts = by_parts(solver, whole, known, count)
     assert parts.layer.pattern is pattern
     close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
@@ -65,14 +66,17 @@ def test_rows_that_do_not_compete_are_pruned_alike(
         assert torch.equal(parts.scales, once.scales)
 
 
-def test_where_rows_compete_each_part_has_its_share_and_little_is_lost() -> None:
-    weight = torch.randn(3 * LEAST_ROWS, COLUMNS, dtype=torch.float64)
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_where_rows_compete_each_part_has_its_share_and_little_is_lost(parts: int) -> None:
+    """Rows are as large as their place in a head has it, as those of q and k may be."""
+    rows = parts * LEAST_ROWS
+    weight = torch.randn(rows, COLUMNS, dtype=torch.float64)
+    weight *= torch.logspace(0, -1, 32)[torch.arange(rows) % 32, None]
     whole, known = Linear(weight, None, Unstructured(0.75)), sums(fitted=False)
-    once = pruning_of(ADMM(), whole, *known, 0.01).do(slice(None))
-    parts = by_parts(ADMM(), whole, known, 3)
-    zeros = parts.layer.weight == 0
-    for first in range(3):
-        part = zeros[first::3]
-        assert int(part.sum()) == round(0.75 * part.numel())
-    assert parts.error == pytest.approx(once.error, rel=0.02)
-    assert parts.objective[-1] == pytest.approx(parts.error, rel=1e-6)
+    once = pruning_of(ADMM(), whole, *known, 0.01).do(None)
+    divided = by_parts(ADMM(), whole, known, parts)
+    zeros = divided.layer.weight == 0
+    for part in rows_of_parts(rows, parts):
+        assert int(zeros[part].sum()) == round(0.75 * len(part) * COLUMNS)
+    assert divided.error == pytest.approx(once.error, rel=0.02)
+    assert divided.objective[-1] == pytest.approx(divided.error, rel=1e-6)

@@ -131,7 +131,7 @@ class Block:
         part(self.parameters[name]).copy_(values)
 
 
-Work = deque[tuple[Matrix, Callable[[slice], Pruned]]]
+Work = deque[tuple[Matrix, Callable[[Tensor | None], Pruned]]]
 """Matrices none of which sees what becomes of another, each with what prunes some of its rows if it is to be
 pruned."""
 
@@ -201,7 +201,7 @@ def _tasks(block: Block, work: Work) -> deque[ranks.Task]:
     return tasks
 
 
-def _timed(name: str, prune: Callable[[slice], Pruned], rows: slice) -> tuple[Pruned, float]:
+def _timed(name: str, prune: Callable[[Tensor | None], Pruned], rows: Tensor | None) -> tuple[Pruned, float]:
     """What it gives, and the seconds that it took."""
     start = time.monotonic()
     try:

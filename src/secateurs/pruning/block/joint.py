@@ -192,7 +192,7 @@ class Joint:
         prune_apart(block, work, clock, advance, report)
 
     def _pruned(
-        self, block: Block, matrix: Matrix, moments: Statistics, goal: Products | None, rows: slice
+        self, block: Block, matrix: Matrix, moments: Statistics, goal: Products | None, rows: Tensor | None
     ) -> Pruned:
         """Rows of a matrix by itself, fitted to its goal."""
         solver, damping = self.method.solver, self.method.damping

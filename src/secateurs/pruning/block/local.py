@@ -77,7 +77,7 @@ class Local:
             self.prune_experts(block, experts, streams.pruned, clock, advance, report)
         return report
 
-    def _pruned(self, block: Block, matrix: Matrix, moments: Statistics, rows: slice) -> Pruned:
+    def _pruned(self, block: Block, matrix: Matrix, moments: Statistics, rows: Tensor | None) -> Pruned:
         linear = block.linear(matrix).of_rows(rows)
         assert linear.pattern is not None
         weight = linear.weight.float()

@@ -28,15 +28,16 @@ class Linear:
     bias: Tensor | None
     pattern: Pattern | None
 
-    def of_rows(self, rows: slice) -> "Linear":
-        """Some of its outputs, among themselves."""
-        if rows == slice(None):
+    def of_rows(self, rows: Tensor | None) -> "Linear":
+        """Some of its outputs, among themselves; None are all."""
+        if rows is None:
             return self
+        rows = rows.to(self.weight.device)
         pattern = self.pattern
         if isinstance(pattern, Mask):
             pattern = replace(pattern, kept=pattern.kept[rows])
         bias = None if self.bias is None else self.bias[rows]
-        return Linear(self.weight[rows].contiguous(), bias, pattern)
+        return Linear(self.weight[rows], bias, pattern)
 
 
 class Pruned(NamedTuple):
@@ -58,7 +59,7 @@ class Pruned(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence["Pruned"], pattern: Pattern | None) -> "Pruned":
-        """A layer from its parts, each every so manieth of the rows, and the pattern of all of it."""
+        """A layer from its parts (`ranks.rows_of_parts`), and the pattern of all of it."""
         if len(parts) == 1:
             return parts[0]
         layers = [part.layer for part in parts]
@@ -81,13 +82,12 @@ class Pruned(NamedTuple):
 
 
 def _interleaved(parts: Sequence[Tensor]) -> Any:
-    """A tensor of which there are every so manieth rows; None of none."""
+    """A tensor whose rows were divided; None of none."""
     if not parts:
         return None
-    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
-    for first, part in enumerate(parts):
-        whole[first :: len(parts)] = part
-    return whole
+    whole = torch.cat([*parts])
+    rows = torch.cat(ranks.rows_of_parts(len(whole), len(parts)))
+    return torch.empty_like(whole).index_copy_(0, rows.to(whole.device), whole)
 
 
 def prune_linear(
@@ -135,7 +135,7 @@ def pruning_of(
 ) -> ranks.Task:
     """`prune_linear`, for ranks to share."""
 
-    def prune(rows: slice) -> Pruned:
+    def prune(rows: Tensor | None) -> Pruned:
         wanted = None if goal is None else goal.of_rows(rows)
         return prune_linear(solver, layer.of_rows(rows), moments, wanted, damping)
 

@@ -306,10 +306,11 @@ class Products:
         """See `Statistics.pool`."""
         self.tokens = _pool(self.tokens, (self.moment, self.mean), summed)
 
-    def of_rows(self, rows: slice) -> "Products":
-        """Of some of the targets."""
-        if rows == slice(None):
+    def of_rows(self, rows: Tensor | None) -> "Products":
+        """Of some of the targets; None are all."""
+        if rows is None:
             return self
+        rows = rows.to(self.moment.device)
         some = Products(0, 0)
         some.tokens, some.moment, some.mean = self.tokens, self.moment[rows], self.mean[rows]
         return some
