@@ -17,7 +17,7 @@ STEP_TOKENS = 512
 """Tokens to an optimiser step, where sequences are not longer. At equal tokens smaller steps lead further,
 being more: there is little noise in gradients towards whole distributions."""
 
-SAMPLES = 1024
+SAMPLES = 4096
 """Sequences by default, at most."""
 
 LEARNING_RATE = 1.5e-4
@@ -52,7 +52,7 @@ class RecoverSettings(InWindows):
     """To train on, 512 to a step. Text that has fewer is repeated."""
 
     samples: int | None = None
-    """Sequences to draw from the text. By default as many as the tokens make, at most 1024 and what there
+    """Sequences to draw from the text. By default as many as the tokens make, at most 4096 and what there
     is."""
 
     text_loss: float = 0.0
