@@ -19,7 +19,7 @@ from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
 from families import tokens
-from secateurs import Statistics, cli, evaluate, prune, ranks
+from secateurs import Statistics, cli, evaluate, prune, ranks, recover
 from secateurs.checkpoint.shards import Shards
 from secateurs.evaluation.perplexity import perplexity
 from secateurs.pruning.block import refine
@@ -102,6 +102,13 @@ def divided(rank: int, model: Path, output: Path, settings: Found) -> Found:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ranks, "LEAST_ROWS", 8)
         return pruned(rank, model, output, settings)
+
+
+def recovered(rank: int, model: Path, pruned: Path, output: Path) -> Found:
+    """A run of `recover`, in which Trainer shares the steps out."""
+    settings = {"calibration": tokens(24, 32), "tokens": 2_048, "learning_rate": 3e-3, "device": "cpu"}
+    report = recover(pruned, towards=model, output=output, **settings)
+    return {"before": report.before, "after": report.after, "steps": report.steps}
 
 
 def measured(rank: int, model: Path, text: Path) -> Found:

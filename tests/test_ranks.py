@@ -28,6 +28,7 @@ from rank_processes import (
     mistaken,
     not_finite,
     pruned,
+    recovered,
     run_in_ranks,
     sharing,
     statistics,
@@ -104,6 +105,7 @@ def found(here: Path) -> dict[str, list[Found]]:
         ("mistaken", 3, mistaken, (arguments,)),
         ("not finite", 2, not_finite, (llama,)),
         ("unwritten", 2, unwritten, (llama, here / "unwritten")),
+        ("recovered", 2, recovered, (llama, here / "local 2", here / "recovered")),
     ]
     return run_in_ranks(here, [Job(job) for job in jobs])
 
@@ -217,6 +219,19 @@ def test_as_many_ranks_write_the_same_bytes(here: Path, found: dict[str, list[Fo
     for one, other in (("again", "joint 3"), ("continued", "joint 2")):
         weights = [(here / name / "model.safetensors").read_bytes() for name in (one, other)]
         assert weights[0] == weights[1]
+
+
+def test_ranks_recover_as_one_process_does(here: Path, found: dict[str, list[Found]]) -> None:
+    """Each step's sequences are shared out, and blocks are compared on each."""
+    first, second = found["recovered"]
+    assert first == second
+    alone = recovered(0, here / "llama", here / "local 2", here / "recovered alone")
+    assert first["steps"] == alone["steps"] == 4
+    assert first["before"] == pytest.approx(alone["before"], rel=1e-6)
+    assert first["after"] < 0.95 * first["before"]
+    assert first["after"] == pytest.approx(alone["after"], rel=0.01)
+    ours, pruned = (folders.tensors_of(here / name) for name in ("recovered", "local 2"))
+    assert all(torch.equal(ours[name] == 0, pruned[name] == 0) for name in pruned)
 
 
 def test_ranks_measure_as_one_process_does(here: Path, found: dict[str, list[Found]]) -> None:
