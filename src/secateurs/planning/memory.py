@@ -33,9 +33,9 @@ FACTORS = {SparseGPT: 1, Rounding: 2, ToGrids: 2, ADMM: len(RHO)}
 FITTED = 3
 """More, while it is fitted."""
 
-REFINED = 12
-"""Bytes for each weight in the descent: its float32 value and gradient, what it is multiplied as, and what it
-is at last."""
+REFINED = 2
+"""Bytes for each weight in the descent, beside its value and gradient as it is multiplied: what it is at
+last."""
 
 LEFT = 24
 """More for each that is left: its place, and beside that its value, gradient and two moments."""
@@ -186,7 +186,7 @@ class BlockMemory:
             found.append(Held(held + kept, shared + extra + solving))
         if pruner.refine and pruner.target != "layer":
             left = 1 - self.work.pattern.sparsity
-            each = REFINED + left * (LEFT + SENT * (self.work.ranks > 1))
+            each = REFINED + (4 if self.work.low else 8) + left * (LEFT + SENT * (self.work.ranks > 1))
             work = each * self.work.weights + BACKWARD * TOKENS_A_STEP * self.work.values
             found.append(Held(streams + result, work))
         return found

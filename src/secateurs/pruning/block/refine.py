@@ -6,7 +6,7 @@ pruned blocks in the same way).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
@@ -85,7 +85,7 @@ def refine(
     `TOKENS_A_STEP` tokens, or one sequence, and multiplies them in bfloat16 where the model does and the
     device is fast at it. Ranks share the sequences of a step, which for that shows less of each; where there
     are fewer, they take turns: with more to a step there would be fewer steps, and the result worse. A step's
-    gradient is that of all. Matrices keep their zeros. Memory: about three times the block's parameters in
+    gradient is that of all. Matrices keep their zeros. Memory: about twice the block's parameters in
     float32, six times what is left of them besides, over ranks eight times, and the activations of one step.
 
     Args:
@@ -110,17 +110,12 @@ def refine(
     parameters = {
         name: parameter.detach().float() for name, parameter in model.blocks[index].named_parameters()
     }
-    trained = {
-        name: tensor.to(
-            model.device, torch.float32, copy=True, memory_format=torch.contiguous_format
-        ).requires_grad_()
-        for name, tensor in stored.items()
-    }
-    parameters |= trained
     shown = _heads(model, index, pairs, parameters)
     seen = model.length if shown is pairs or model.head is None else model.head.length
     together = _together(seen)
     low = hidden[0].states.dtype == torch.bfloat16 and multiplies_bfloat16(model.device)
+    left = _Left(stored, model.device, torch.bfloat16 if low else torch.float32)
+    parameters |= left.parameters
 
     def lost(some: Sequence[tuple[Batch, Tensor]], weights: dict[str, Tensor], energy: float) -> Tensor:
         given = Batch.joined([batch for batch, _ in some])
@@ -146,7 +141,6 @@ def refine(
     steps = passes * math.ceil(count / _together(min(model.length, TOKENS_A_STEP)))
     warm_up = min(WARM_UP, 1 + steps // 4)
     rate = min(MOST_RATE, RATE / hidden[0].states.shape[-1])
-    left = _Left(trained.values())
     optimiser = torch.optim.Adam(
         [{"params": [vector], "lr": rate * _typical(vector)} for vector in left.vectors],
         betas=(0.9, 0.95),
@@ -165,9 +159,9 @@ def refine(
             optimiser.step()
             left.put()
             schedule.step()
-    del optimiser, schedule, left
+    del optimiser, schedule
     # Rounding may bring small negative weights to -0; adding 0 makes it +0.
-    result = {name: parameter.detach().to(stored[name].dtype) + 0 for name, parameter in trained.items()}
+    result = {name: left.whole(name).to(tensor.dtype) + 0 for name, tensor in stored.items()}
     after = error(parameters | {name: parameter.float() for name, parameter in result.items()})
     return Refined(result if after < before else None, before, after if math.isfinite(after) else None, seen)
 
@@ -176,24 +170,29 @@ class _Left:
     """What is left of some parameters, a vector of each, which is all that is to be stepped on and sent.
 
     Args:
-        parameters: contiguous ones. Zeros of those with a single dimension are weights like others.
+        stored: the parameters, by name. Zeros of those with a single dimension are weights like others.
+        device: to work on.
+        multiplied: the dtype that matrices are multiplied in, and so that they and their gradients are in.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = list(parameters)
-        self._places = [
-            parameter.detach().flatten().nonzero().squeeze(1)
-            if parameter.ndim > 1 and not parameter.all()
-            else None
-            for parameter in self._parameters
-        ]
-        self.vectors = [
-            self._of(parameter.detach(), places)
-            for parameter, places in zip(self._parameters, self._places, strict=True)
-        ]
+    def __init__(self, stored: Mapping[str, Tensor], device: torch.device, multiplied: torch.dtype) -> None:
+        self.parameters: dict[str, Tensor] = {}
+        """What the block is to have, with gradients."""
+        self._vectors: dict[str, Tensor] = {}
+        self._places: dict[str, Tensor | None] = {}
+        for name, tensor in stored.items():
+            dtype = multiplied if tensor.ndim > 1 else torch.float32
+            whole = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+            self.parameters[name] = whole.requires_grad_()
+            flat = tensor.to(device, torch.float32).flatten()
+            places = flat.nonzero()[:, 0] if tensor.ndim > 1 and not flat.all() else None
+            self._places[name] = places
+            self._vectors[name] = flat.clone() if places is None else flat.index_select(0, places)
 
-    def _of(self, tensor: Tensor, places: Tensor | None) -> Tensor:
-        return tensor.view(-1) if places is None else tensor.view(-1).index_select(0, places)
+    @property
+    def vectors(self) -> list[Tensor]:
+        """To step on, float32."""
+        return list(self._vectors.values())
 
     def take_gradients(self, weight: int) -> None:
         """Give the vectors the mean of all ranks' gradients of the parameters, and let go of these.
@@ -202,9 +201,11 @@ class _Left:
             weight: what this rank's count: its sequences. Without any, it has no gradients.
         """
         gradients = []
-        for parameter, places in zip(self._parameters, self._places, strict=True):
+        for name, parameter in self.parameters.items():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.append(self._of(gradient, places))
+            places = self._places[name]
+            own = gradient.view(-1) if places is None else gradient.view(-1).index_select(0, places)
+            gradients.append(own.float())
             parameter.grad = None
         for vector, gradient in zip(self.vectors, ranks.averaged(gradients, weight), strict=True):
             vector.grad = gradient
@@ -212,9 +213,21 @@ class _Left:
     @torch.no_grad()
     def put(self) -> None:
         """Put the vectors where they are in the parameters."""
-        for parameter, places, vector in zip(self._parameters, self._places, self.vectors, strict=True):
-            if places is not None:
-                parameter.view(-1).index_copy_(0, places, vector)
+        for name, vector in self._vectors.items():
+            self._put(self.parameters[name], name, vector)
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter as it has become, float32."""
+        whole = torch.zeros_like(self.parameters[name], dtype=torch.float32)
+        return self._put(whole, name, self._vectors[name])
+
+    def _put(self, whole: Tensor, name: str, vector: Tensor) -> Tensor:
+        places, flat = self._places[name], whole.view(-1)
+        if places is None:
+            flat.copy_(vector)
+        else:
+            flat.index_copy_(0, places, vector.to(flat.dtype))
+        return whole
 
 
 def _of_steps(own: int, of_all: int, together: int, order: torch.Generator) -> Iterator[list[int]]:
