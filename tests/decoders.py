@@ -6,9 +6,11 @@ can have is in it: sliding and full attention, linear attention, Mamba, convolut
 """
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     CONFIG_MAPPING,
@@ -369,6 +371,15 @@ def _taken(kind: type[PretrainedConfig], settings: dict[str, Any]) -> dict[str, 
     fields, names = {field.name for field in dataclasses.fields(kind)}, kind.attribute_map
     known = {name: name if name in fields else names.get(name, name) for name in settings}
     return {known[name]: value for name, value in settings.items() if known[name] in fields}
+
+
+def sampled(sample: Collection[str], without: Collection[str] = ()) -> list[Any]:
+    """All but some names as a test's parameters; those that are not in the sample are slow."""
+    return [
+        name if name in sample else pytest.param(name, marks=pytest.mark.slow)
+        for name in NAMES
+        if name not in without
+    ]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

@@ -42,10 +42,7 @@ def test_pruning(name: str, tmp_path: Path) -> None:
         assert outcome.word == WHOLE, outcome
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in decoders.NAMES],
-)
+@pytest.mark.parametrize("name", decoders.sampled(SAMPLE))
 def test_verbs(name: str, tmp_path: Path) -> None:
     """What a verb does is right, or it says in a line why it does not."""
     place = Place(name, tmp_path)

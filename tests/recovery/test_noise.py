@@ -16,14 +16,7 @@ OWN_WAY = ("phimoe",)
 """Whose routers draw experts in training, which is how they learn."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow)
-        for name in decoders.NAMES
-        if name not in OWN_WAY
-    ],
-)
+@pytest.mark.parametrize("name", decoders.sampled(SAMPLE, OWN_WAY))
 def test_in_training_models_give_what_they_give_in_evaluation(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,8 +240,8 @@ class _Choosing(LogitsProcessor):
 def drawn(shares: Tensor) -> Tensor:
     """A token for each sequence.
 
-    `multinomial` draws a number for each token of the vocabulary, which on a processor takes half as long as
-    the model's products. There a single one says up to where shares are to be added.
+    `multinomial` draws a number for each token of the vocabulary, which on a processor takes long beside a
+    small model's products. There a single one says up to where shares are to be added.
 
     Args:
         shares: of the tokens, (sequences, vocabulary), float32.
