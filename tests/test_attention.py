@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import decoders
-from secateurs.attention import grouped, grouped_attention
+from secateurs.attention import grouped_attention, token_by_token
 
 SAMPLE = ("llama", "qwen3", "mistral", "gemma3", "phi3", "deepseek_v32", "glm_moe_dsa")
 """With groups and without, windows, and two that look at what their attention is called."""
@@ -59,7 +59,7 @@ def test_models_say_the_same(name: str) -> None:
     }
     plain = model.generate(ids, **settings)
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with grouped():
+    with token_by_token(20):
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
         ours = model.generate(ids, **settings)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before

@@ -1,7 +1,9 @@
-"""Attention of a new token to those before it, on processors.
+"""Attention of a new token to those before it.
 
-Where several heads share keys and values, torch's kernel there goes through the heads one by one, each as a
-product with one row. As rows of one product, the queries of a group take a fraction of that time.
+Where several heads share keys and values, torch's kernel for processors goes through the heads one by one,
+each as a product with one row. As rows of one product, the queries of a group take a fraction of that time.
+And transformers' cache copies all keys and values with every token; here there is room for all from the
+first.
 """
 
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -46,20 +48,61 @@ def grouped_attention(
     asked = (more.get(name) for name in OTHERWISE)
     if not one_by_one or any(isinstance(each, Tensor) or each for each in asked):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
-    rows = query.reshape(batch, shared, heads // shared, size)
-    output = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
+    queries = query.reshape(batch, shared, heads // shared, size).mT
+    scores = (key @ queries).mT.float() * (size**-0.5 if scaling is None else scaling)
+    output = scores.softmax(dim=-1).to(value.dtype) @ value
     return output.reshape(batch, 1, heads, -1), None
 
 
-@contextmanager
-def grouped() -> Iterator[None]:
-    """Models that attend by torch's kernels (sdpa) do so in this way until the context is left.
+def _growing(length: int) -> Any:
+    """A method that updates a layer's cache in place, with room for so many tokens, or more if need be."""
 
-    Under its own name, as some look at that.
+    def update(
+        layer: DynamicLayer, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
+        layer.keys = _appended(layer.keys, key_states, length)
+        layer.values = _appended(layer.values, value_states, length)
+        return layer.keys, layer.values
+
+    return update
+
+
+def _appended(held: Tensor | None, new: Tensor, length: int) -> Tensor:
+    """States (batch, heads, tokens, size) with those of more tokens behind them.
+
+    A view of memory that has room for `length` tokens, if there are no more.
     """
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    before = 0 if held is None or not held.numel() else held.shape[-2]
+    tokens = before + new.shape[-2]
+    room = getattr(held, "room", None)
+    if room is None or tokens > room.shape[-2]:
+        room = new.new_empty(*new.shape[:-2], max(length, tokens), new.shape[-1])
+        if held is not None and before:
+            room[..., :before, :] = held
+    room[..., before:tokens, :] = new
+    states: Any = room[..., :tokens, :]
+    # Not on the layer: whatever else makes new states of these (another order of the batch) leaves it behind.
+    states.room = room
+    return states
+
+
+@contextmanager
+def token_by_token(length: int) -> Iterator[None]:
+    """Models of transformers' own attend and keep states in this way until the context is left.
+
+    Attention by torch's kernels (sdpa) is replaced under its own name, as some models look at that.
+
+    Args:
+        length: tokens that there will be.
+    """
+    layers: Any = DynamicLayer
+    attention, update = ALL_ATTENTION_FUNCTIONS["sdpa"], layers.update
     ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_attention
+    layers.update = _growing(length)
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+        layers.update = update

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateurs.attention import grouped
+from secateurs.attention import token_by_token
 from secateurs.text.conversations import Conversation, apply_template
 from secateurs.text.tokenising import ids_of
 from secateurs.text.tokens import bos_id
@@ -300,7 +300,7 @@ def write(
     # What a model's own settings say of sampling would be taken for what is left open here.
     generator.generation_config = GenerationConfig()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), grouped():
+        with torch.random.fork_rng(devices), torch.no_grad(), token_by_token(length):
             torch.manual_seed(seed)
             tokens: Tensor = generator.generate(
                 first.to(model.device),
