@@ -5,7 +5,8 @@ Continual pre-training of the bundled model, which saw novels only, on GSM8K's q
 train in turns, step by step in one process; times are processor seconds of its one thread. Both make logits
 only where there are labels. `dense, same time` is plain training for as many steps as `sat` leaves time for,
 with a learning rate schedule of its own. With --contender auto all that is of `auto`, which spends as many
-multiplications by measured rates. The others change one thing in `sat`. A row in the results is not repeated:
+multiplications by measured rates; of `whole, context` nothing is omitted but the questions' backward pass.
+The others change one thing in `sat`. A row in the results is not repeated:
 interrupt at will, and run the same command again. With --tuning the loss is that on the end of the training
 split, on which the settings below were chosen.
 
@@ -15,6 +16,7 @@ split, on which the settings below were chosen.
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, get_line
 from common import RESULTS, Record, environment, load, print_table, save
 from secateurs.demo import MODEL
 from secateurs.text import load_tokenizer
+from secateurs.training.context import context_read_only
 from secateurs.training.data import CHAT_TEMPLATE
 from secateurs.training.head import logits_where_labels
 from secateurs.training.ladder import Ladder
@@ -37,6 +40,7 @@ from secateurs.training.rates import described
 from secateurs.training.sparse import SparseTraining
 from timing import in_turns
 
+CONTEXT = ", context"
 Task = Literal["cpt", "sft"]
 Batch = dict[str, Tensor]
 
@@ -48,9 +52,9 @@ def settings(cell: str, steps: int, seed: int) -> Record | None:
     """Arguments of SparseTraining; None for plain training.
 
     A cell may be followed by the shape of its ladder, "auto/0.7/0.5/0.8": its peak, the share of its steps
-    that hold it, and where it ends.
+    that hold it, and where it ends. Last may come ", context": contexts are only read.
     """
-    cell, *shape = cell.split("/")
+    cell, *shape = cell.removesuffix(CONTEXT).split("/")
     peak, hold, end = map(float, shape or ("0.5", "0.5", "0.8"))
     # Its end, a fifth of the steps before training's, makes the dense last phase long enough to settle.
     ladder = Ladder(peak, round(end * steps), hold=hold, rungs=4)
@@ -58,6 +62,7 @@ def settings(cell: str, steps: int, seed: int) -> Record | None:
     return {
         "dense": None,
         "dense, same time": None,
+        "whole": {"rate": 0.0, "importance": "uniform"},  # to count operations
         "sat": sat,
         "auto": {**sat, "rate": "auto"},
         "activation": {**sat, "importance": "activation"},
@@ -163,7 +168,8 @@ def steps_of(
         sparse = SparseTraining(**arguments)
         sparse.attach(model, optimizer, total_steps=steps)
     seconds, losses = [], []
-    with logits_where_labels(model):
+    reading = context_read_only(model) if cell.endswith(CONTEXT) else nullcontext()
+    with logits_where_labels(model), reading:
         for batch in batches:
             start = time.process_time()
             with torch.autocast("cpu", torch.bfloat16, enabled=trainee.bfloat16):
@@ -308,7 +314,7 @@ def main(
     data: Path,
     tasks: tuple[Task, ...] = ("cpt", "sft"),
     seeds: tuple[int, ...] = (0, 1, 2),
-    contender: Literal["sat", "auto"] = "sat",
+    contender: Literal["sat", "auto", "whole, context", "auto, context"] = "sat",
     ablation: tuple[str, ...] = ABLATION,
     ablation_seeds: tuple[int, ...] = (0,),
     ablation_tasks: tuple[Task, ...] = ("cpt",),

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+import decoders
 import folders
 from secateurs import compress, inspect, perplexity, prune
 from secateurs.training.arguments import PACKAGES, read_settings
@@ -149,6 +150,45 @@ def test_fine_tuning(model: Path, chat: Path, tmp_path: Path) -> None:
             logits = whole(input_ids=ids).logits[0, question.shape[1] - 1 : -1]
         losses.append(functional.cross_entropy(logits, answer[0]).item())
     assert report.validation_loss == pytest.approx(sum(losses) / len(losses), rel=0.02)
+
+
+def test_contexts_that_are_only_read(model: Path, chat: Path, tmp_path: Path) -> None:
+    reports = {
+        context: train(
+            model, output=tmp_path / context, chat=chat, validation=chat, epochs=3, context=context, **QUICK
+        )
+        for context in ("learn", "read")
+    }
+    learn, read = reports["learn"], reports["read"]
+    assert read.settings["context"] == "read"
+    assert read.tokens == learn.tokens
+    assert read.dense_flops == pytest.approx(learn.dense_flops)
+    assert read.flops is not None
+    assert learn.flops is not None
+    assert read.flops < 0.6 * learn.flops  # answers are a sixth of these conversations
+    assert read.validation_loss == pytest.approx(learn.validation_loss, rel=0.1)
+    assert read.validation_loss != learn.validation_loss
+    assert dict(read.facts)["Context"] == "only read"
+    assert "Context" not in dict(learn.facts)
+
+
+@pytest.mark.parametrize("name", ["mamba", "llama"])
+def test_contexts_that_cannot_be_read(name: str, chat: Path, tmp_path: Path) -> None:
+    model, settings = decoders.save(name, tmp_path / "model"), tmp_path / "settings.yaml"
+    settings.write_text(f"gradient_checkpointing: {str(name == 'llama').lower()}")
+    before = folders.everything_in(tmp_path)
+    message = {"mamba": "more than keys and values", "llama": "without gradient checkpointing"}[name]
+    with pytest.raises(ValueError, match=message):
+        train(
+            model,
+            output=tmp_path / "out",
+            chat=chat,
+            context="read",
+            omission=0.0,
+            settings=settings,
+            **QUICK,
+        )
+    assert folders.everything_in(tmp_path) == before
 
 
 def test_the_output_is_the_input_with_other_weights(model: Path, chat: Path, tmp_path: Path) -> None:

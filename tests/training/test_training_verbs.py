@@ -170,6 +170,7 @@ def test_interrupted_it_says_how_to_go_on(place: Place, monkeypatch: pytest.Monk
         (["--text", "text.txt", "--omission", "1"], "in [0, 1)"),
         (["--text", "text.txt", "--omission", "-0.5"], "in [0, 1)"),
         (["--text", "text.txt", "--omission", "0.9"], "leaves a layer"),
+        (["--text", "text.txt", "--context", "read"], "context goes with chat"),
         (["--text", "text.txt", "--prune-to", "most"], "'most' is not a pattern"),
         (["--text", "text.txt", "--prune-to", "2:5"], "which is not a multiple of 5"),
         (["--text", "text.txt", "--prune-to", "70%", "--prune-end", "1"], "above 0 and below 1"),

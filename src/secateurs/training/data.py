@@ -21,6 +21,7 @@ from secateurs.text.folders import Split
 from secateurs.text.hub import PUBLISHED
 from secateurs.text.sources import load_conversations, load_text
 from secateurs.text.tokenising import CHUNK, reading, tokenise
+from secateurs.training.context import context_length
 
 __all__ = ["CHAT_TEMPLATE", "ChatData", "TextData", "load_conversations", "packed_blocks"]
 
@@ -291,12 +292,14 @@ class ChatData:
 
         class OwnLoss(SFTTrainer):
             """On a CPU TRL's fused head makes the logits of all positions, twice (benchmarks/head.py): there
-            a training step takes the model's own loss. Not so with a router's, which TRL adds by itself."""
+            a training step takes the model's own loss, and wherever the context is only read, which TRL
+            would look for logits of. Not so with a router's, which TRL adds by itself."""
 
             def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
                 usual = getattr(self.args, "loss_type", "nll") != "dft"
                 usual = usual and not self.aux_loss_enabled
-                if usual and model.training and self.args.device.type == "cpu":
+                own = self.args.device.type == "cpu" or context_length(model) is not None
+                if usual and model.training and own:
                     return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
                 return super().compute_loss(model, inputs, *args, **kwargs)
 

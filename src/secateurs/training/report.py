@@ -82,6 +82,8 @@ class TrainingReport(TrainerReport):
             ("Omission", f"{omission} ({settings['schedule']})"),
             ("Training loss", f"{self.train_loss:.4f}"),
         ]
+        if settings.get("context") == "read":
+            facts.insert(3, ("Context", "only read"))
         if self.pruning:
             facts.append(("Pruned", f"to {self.pruning['pattern']} by step {self.pruning['end']}"))
         if settings["lora"]:

@@ -44,6 +44,7 @@ from secateurs.training.arguments import (
     set_aside,
     trainer_arguments,
 )
+from secateurs.training.context import context_read_only
 from secateurs.training.data import CHAT_TEMPLATE, ChatData, TextData, load_conversations, packed_blocks
 from secateurs.training.folder import TrainingFolder, bytes_at_once, steps_in_all
 from secateurs.training.head import logits_where_labels
@@ -153,6 +154,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         "schedule": settings.schedule,
         "importance": settings.importance,
         "select": settings.select,
+        "context": settings.context,
         "prune_to": settings.prune_to,
         "prune_end": settings.prune_end if settings.prune_to else None,
         "length": length,
@@ -183,6 +185,15 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         raise ValueError(ZERO)
     if settings.omission and arguments.n_gpu > 1:
         raise ValueError("several GPUs, one process: start training with torchrun, or choose one GPU")
+    # Compiled, the head would be compiled anew for every number of labels; DataParallel copies modules; and
+    # a sharded head's weight is there for as long as the model's own code runs.
+    as_it_is = arguments.torch_compile or arguments.n_gpu > 1 or sharded
+    reads = settings.context == "read"
+    if reads and (as_it_is or arguments.gradient_checkpointing):
+        raise ValueError(
+            "context can only be read by a model that is neither compiled nor sharded, without gradient "
+            "checkpointing: leave these out, or context"
+        )
     if work.finished():
         if arguments.should_save:
             work.clear()
@@ -214,14 +225,17 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
         sparse if settings.omission else None, pruning, keep=arguments.save_total_limit, shown=progress
     )
     arguments.save_total_limit = None
-    with arguments.main_process_first(local=False):
-        if arguments.should_save:
-            work.begin()
-    # Compiled, the head would be compiled anew for every number of labels; DataParallel copies modules; and
-    # a sharded head's weight is there for as long as the model's own code runs.
-    as_it_is = arguments.torch_compile or arguments.n_gpu > 1 or sharded
     lean = nullcontext() if as_it_is else logits_where_labels(loaded)
-    with silent(), for_training(loaded), lean:
+    reading = context_read_only(loaded) if reads else nullcontext(False)
+    with silent(), for_training(loaded), lean, reading as read_only:
+        if reads and not read_only:
+            raise ValueError(
+                "context cannot be read by itself with this model, whose layers keep more than keys and "
+                "values of it: leave context out"
+            )
+        with arguments.main_process_first(local=False):
+            if arguments.should_save:
+                work.begin()
         run = data.trainer(
             model=adapted,
             args=arguments,

@@ -11,6 +11,7 @@ from secateurs.training.adaptive import AdaptivePruning
 from secateurs.training.callback import Importance, Select, SparsityAcceleratedTraining
 
 ScheduleName = Literal["ladder", "constant", "linear", "cubic"]
+Context = Literal["learn", "read"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class TrainSettings(OfText):
 
     importance: Importance = "weighted"
     """What decides which."""
+
+    context: Context = "learn"
+    """What steps do with what stands before the first answer of a conversation: learn from how it is made use
+    of, as plain training does, or only read it, which takes less time and memory."""
 
     select: Select = "topk"
     """The most important ones, or a sample in proportion to importance."""
@@ -106,6 +111,8 @@ class TrainSettings(OfText):
             raise ValueError("give either text to pre-train on or chat to fine-tune on")
         if self.chat is not None and self.field != "text":
             raise ValueError("field goes with text: conversations are found by their own fields")
+        if self.context == "read" and self.chat is None:
+            raise ValueError("context goes with chat: a text has nothing before its first label")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.lora is not None:

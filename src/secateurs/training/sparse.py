@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from secateurs.training.context import context_length
 from secateurs.training.cutting import local
 from secateurs.training.frozen import FrozenOptimizer
 from secateurs.training.importance import METRICS, WITH_LOSS, Importance, Scores, batch_of, measure, probed
@@ -173,7 +174,7 @@ class SparseTraining:
         self._hooks: list[Any] = [
             # Before FSDP's own hook, so that a probe is a forward pass of its own.
             self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward),
+            self.model.register_forward_hook(self._after_forward, with_kwargs=True),
             self.model.register_state_dict_pre_hook(lambda *_: self.whole()),
             self.model.register_load_state_dict_pre_hook(lambda *_: self.whole()),
             inner.register_state_dict_pre_hook(lambda *_: self.whole()),
@@ -264,9 +265,15 @@ class SparseTraining:
         self.flops_dense += sequences * sum(self._dense.passes(length))
 
     @torch.compiler.disable
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not module.training or self._probing:
+            return
+        if read := context_length(self.model):
+            self.flops_done -= len(batch_of(args, kwargs)) * self._work.passes(read)[1]
         loss = getattr(output, "loss", None)
-        if module.training and not self._probing and isinstance(loss, Tensor):
+        if isinstance(loss, Tensor):
             self._losses.append(loss.detach())
 
     def _check_losses(self) -> None:

@@ -49,7 +49,7 @@ class Work:
         self._forward = sum(2 * size for size, _ in sizes)
         self._backward = sum((4 if trained else 2) * size for size, trained in sizes)
 
-    def passes(self, length: int) -> tuple[float, float]:
+    def passes(self, length: float) -> tuple[float, float]:
         """Of one sequence of `length` tokens, forward and backward."""
         attention = 2 * length * self._width  # each token with half of the others, keys and values
         return length * (self._forward + attention), length * (self._backward + 2 * attention)

@@ -1,0 +1,242 @@
+"""Training steps that only read what stands before the answers.
+
+In fine-tuning on answers a question has no loss of its own. A backward pass through it costs twice its
+forward pass, and brings how its states would have to change to make the answer likelier. Here the context of
+each sequence, all before its first label, goes through the model without gradients and leaves its keys and
+values; what follows attends to those. Loss and predictions are the model's own; gradients are those of what
+the following tokens do. Neither is the context's backward pass made nor are its activations kept.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from secateurs.training.head import IGNORED, TOLERANCE
+from secateurs.training.omission import decoder_of
+
+GIVEN = ("input_ids", "attention_mask", "labels")
+"""What of a call is divided. With other tensors of several dimensions it is left as it is."""
+
+WORTH = 0.95
+"""Tokens in two paddings are more than in one: of the cost of the whole, what the parts may cost together."""
+
+
+@contextmanager
+def context_read_only(model: nn.Module) -> Iterator[bool]:
+    """Within, a model in training mode that is called with `labels` learns from the first of them on.
+
+    In evaluation mode and without labels the model is as ever, and so it is with gradient checkpointing,
+    which leaves no keys and values, and where little stands before the labels. It is proved first, on a few
+    tokens, that the loss and what follows the context learns are the model's own; if not (states instead of
+    keys and values, parts that do not take padding), nothing changes.
+
+    Args:
+        model: a decoder whose parameters are whole, or its wrapping (DDP, PEFT). Not to be compiled: sizes
+            change from batch to batch.
+
+    Yields:
+        Whether it does.
+    """
+    decoder: Any = decoder_of(model)
+    for inner in (decoder.base_model, decoder.get_decoder()):
+        reading = _Reading(decoder, inner)
+        try:
+            if reading.proved():
+                yield True
+                return
+        finally:
+            reading.remove()
+    yield False
+
+
+def context_length(model: nn.Module) -> float | None:
+    """The tokens of a sequence, on average, that the last training step of a model only read; None where it
+    does not read so."""
+    reading = _reading.get(decoder_of(model))
+    return None if reading is None else reading.length
+
+
+class Part(NamedTuple):
+    """Some columns of a batch in their order."""
+
+    ids: Tensor
+    mask: Tensor
+    """1 where there is a token, all (sequences, columns)."""
+    positions: Tensor
+    """The columns of the batch that these are."""
+
+    def given(self, before: "Part | None" = None) -> dict[str, Tensor]:
+        """Arguments of a call, with another part's keys and values if there was one before."""
+        mask = self.mask if before is None else torch.cat([before.mask, self.mask], dim=1)
+        return {"input_ids": self.ids, "attention_mask": mask, "position_ids": self.positions}
+
+
+def divided(ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Part, Part] | None:
+    """A batch's contexts, padded on the left, and what follows them, padded on the right.
+
+    What follows begins with the token before the first label, which predicts it.
+
+    Args:
+        ids: (sequences, length).
+        mask: (sequences, length), 1 where there is a token; those of a sequence lie side by side.
+        labels: (sequences, length), IGNORED where there is none.
+
+    Returns:
+        None if nothing stands before the labels, or too little to pay, or padding has a label to predict.
+    """
+    length = ids.shape[1]
+    places = torch.arange(length, device=ids.device)
+    begins = mask.long().argmax(dim=1)
+    ends = begins + mask.sum(dim=1)
+    labelled = (labels != IGNORED) & (places > 0)
+    # A sequence without a label is all context, but for a last token.
+    first = torch.where(labelled.any(dim=1), labelled.long().argmax(dim=1), ends) - 1
+    if (first < begins).any():  # a sequence without tokens, or padding that predicts
+        return None
+    context, rest = (first - begins).tolist(), (ends - first).tolist()
+    if not max(context) or max(context) + 3 * max(rest) > WORTH * 3 * length:
+        return None
+
+    def part(begin: list[int], counts: list[int], side: str) -> Part:
+        rows = [places[start : start + count] for start, count in zip(begin, counts, strict=True)]
+        at = pad_sequence(rows, batch_first=True, padding_side=side)
+        there = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+        return Part(ids.gather(1, at), there, at)
+
+    return part(begins.tolist(), context, "left"), part(first.tolist(), rest, "right")
+
+
+class _Reading:
+    """What changes the calls of a decoder."""
+
+    def __init__(self, decoder: Any, inner: Any) -> None:
+        """Of a model, and of what it has between embedding and head."""
+        self.decoder, self.inner = decoder, inner
+        self.make = self.inner.forward
+        self.names = list(inspect.signature(self.make).parameters)
+        self.labels: Tensor | None = None
+        """(sequences, length), of a call that has not come to the blocks yet."""
+        self.length = 0.0
+        self.proving = False
+        self.hooks = [
+            decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
+            decoder.register_forward_hook(self.leave, always_call=True),
+        ]
+        self.inner.forward = self.forward
+        _reading[decoder] = self
+
+    def remove(self) -> None:
+        del self.inner.forward, _reading[self.decoder]
+        for hook in self.hooks:
+            hook.remove()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.length = 0.0
+        labels = kwargs.get("labels")
+        learns = module.training or self.proving
+        self.labels = labels if isinstance(labels, Tensor) and learns else None
+
+    def leave(self, *_: Any) -> None:
+        self.labels = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of that of what is between embedding and head."""
+        labels, self.labels = self.labels, None
+        kwargs |= dict(zip(self.names, args, strict=False))
+        parts = None if labels is None else self._parts(labels, kwargs)
+        if labels is None or parts is None:
+            return self.make(**kwargs)
+        context, rest = parts
+        kwargs |= {"use_cache": True}
+        kwargs.pop("labels", None)  # that some hand on, and do nothing with
+        with torch.no_grad():
+            read = self.make(**{**kwargs, **context.given()})
+        if torch.is_autocast_enabled(context.ids.device.type):
+            torch.clear_autocast_cache()  # of weights that were cast without gradients
+        kwargs |= {**rest.given(before=context), "past_key_values": read.past_key_values}
+        output = self.make(**kwargs)
+        output.past_key_values = None
+        states = output.last_hidden_state
+        whole = states.new_zeros(*labels.shape, states.shape[-1])
+        for part, found in ((context, read.last_hidden_state), (rest, states)):
+            rows, columns = part.mask.nonzero(as_tuple=True)
+            whole = whole.index_put((rows, part.positions[rows, columns]), found[rows, columns])
+        output.last_hidden_state = whole
+        self.length = float(context.mask.sum()) / len(labels)
+        return output
+
+    def _parts(self, labels: Tensor, call: dict[str, Any]) -> tuple[Part, Part] | None:
+        """None where a call is to be left as it is."""
+        ids, mask = call.get("input_ids"), call.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.shape != labels.shape:
+            return None
+        others = (value for name, value in call.items() if name not in GIVEN)
+        if any(isinstance(each, Tensor) and each.dim() > 1 for each in others):
+            return None
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.inner.modules()):
+            return None
+        mask = torch.ones_like(ids) if mask is None else mask
+        known = isinstance(mask, Tensor) and mask.shape == labels.shape
+        return divided(ids, mask, labels) if known else None
+
+    def proved(self) -> bool:
+        """Whether a few made-up tokens have the model's own loss, and embeddings their own gradient."""
+        device = next(self.decoder.parameters()).device
+        vocabulary = self.decoder.config.get_text_config(decoder=True).vocab_size
+        ids = (7 * torch.arange(20, device=device) % vocabulary).view(2, 10)
+        mask, labels = torch.ones_like(ids), ids.clone()
+        mask[1, 8:] = 0
+        labels[0, :7], labels[1, :5], labels[1, 8:] = IGNORED, IGNORED, IGNORED
+        call = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+        # The token before the first label, and those behind it.
+        follows = (torch.arange(10, device=device) >= torch.tensor([[6], [4]], device=device)) & mask.bool()
+        modes = [module for module in self.decoder.modules() if module.training]
+        for module in modes:
+            module.training = False
+        try:
+            loss, gradient = self._learnt(call)
+            self.proving = True
+            found, others = self._learnt(call)
+        except Exception:  # of whatever kind the model's code stumbles into
+            return False
+        finally:
+            self.proving = False
+            for module in modes:
+                module.training = True
+        divided_there = others.shape == (2, 4, *gradient.shape[2:])
+        if not divided_there or not gradient.any():
+            return False
+        tolerance = max(TOLERANCE, 2 * torch.finfo(gradient.dtype).eps)
+        there = torch.arange(4, device=device) < follows.sum(dim=1, keepdim=True)
+        own, others = gradient[follows], others[there]
+        near = (own - others).norm() <= 100 * tolerance * own.norm()
+        return bool(near) and torch.allclose(found, loss, rtol=tolerance)
+
+    def _learnt(self, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient of the embeddings that were looked up with gradients."""
+        looked_up: list[Tensor] = []
+
+        def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            looked_up.append(output.detach().requires_grad_())
+            return looked_up[-1]
+
+        hook = self.decoder.get_input_embeddings().register_forward_hook(keep)
+        try:
+            with torch.enable_grad():
+                loss = self.decoder(**call).loss
+                (gradient,) = torch.autograd.grad(loss, looked_up)
+        finally:
+            hook.remove()
+        return loss.detach(), gradient
+
+
+_reading: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()
+"""What changes a decoder's calls at the moment."""
