@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     StaticCache,
 )
 
@@ -49,6 +52,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "qwen2": Qwen2Config(**{**SIZES, "head_dim": 20}),
     "qwen3": Qwen3Config(**SIZES),
+    "granite": GraniteConfig(
+        **SIZES,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.3,
+        logits_scaling=2.0,
+    ),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1]),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, sliding_window=8, layer_types=[*["sliding_attention"] * 2, "full_attention"]
+    ),
 }
 GRIDS = {
     "as stored": (0.5, None),
@@ -160,13 +174,34 @@ def test_on_every_instruction_set(path: str, tmp_path: Path) -> None:
     assert_close(given, wanted, 1e-5)
 
 
-def test_a_cache_outgrows_its_room(tmp_path: Path) -> None:
-    model = compressed(tmp_path, grid="as stored")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_outgrows_its_room(family: str, tmp_path: Path) -> None:
+    """A window moves through its room, and then to another."""
+    model = compressed(tmp_path, family, grid="as stored")
     tokens = torch.arange(ROOM + 20) * 7 % 96
-    given, cache = logits(model, tokens)
-    wanted, _ = logits(reference(model), tokens)
+    with own_code(model) as own:
+        given, cache = logits(model, tokens)
+    assert own.call_count == 1
+    wanted, wanted_cache = logits(reference(model), tokens)
     assert cache.get_seq_length() == PROMPT.numel() + len(tokens)
     assert_close(given, wanted, 1e-5)
+    for layer, other in zip(cache.layers, wanted_cache.layers, strict=True):
+        assert_close(layer.keys, other.keys, 1e-5)
+        assert layer.get_seq_length() == other.get_seq_length()
+
+
+@torch.no_grad()
+def test_one_and_several_tokens_by_turns(tmp_path: Path) -> None:
+    """Each goes on with what the other left of a window."""
+    model = compressed(tmp_path, "gemma3", grid="as stored")
+    plain, found = reference(model), []
+    for each in (model, plain):
+        cache, made = each(PROMPT).past_key_values, []
+        for count in (1, 1, 4, 1, 1, 1, 6, 1, 1):
+            tokens = torch.arange(count)[None] * 11 + len(made)
+            made.append(each(tokens, past_key_values=cache).logits[0, -1])
+        found.append(torch.stack(made))
+    assert_close(*found, 1e-5)
 
 
 def test_generation_says_the_same(model: Any) -> None:
@@ -370,11 +405,22 @@ def test_caches_of_other_kinds_and_batches(model: Any) -> None:
 
 
 def test_windows_go_the_models_own_way(tmp_path: Path) -> None:
-    """A cache that knows of no window, where the model has one."""
+    """A cache that knows of no window, where the model has one, or of one whose past is kept."""
     with mock.patch.dict(CONFIGS, mistral=MistralConfig(**SIZES, sliding_window=8)):
         model = compressed(tmp_path, "mistral", grid="as stored")
-    given, _ = logits(model, TOKENS, DynamicCache())
+    with own_code(model) as own:
+        given, _ = logits(model, TOKENS, DynamicCache())
+        assert own.call_count == 1 + 5  # from the ninth position on
     assert_close(given, logits(reference(model), TOKENS, DynamicCache())[0], 1e-5)
+    with own_code(model) as own:
+        given, cache = logits(model, TOKENS)
+        assert own.call_count == 1
+    assert_close(given, logits(reference(model), TOKENS)[0], 1e-5)
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    with own_code(model) as own, torch.no_grad():
+        model(torch.tensor([[3]]), past_key_values=cache)
+        assert own.call_count == 1
 
 
 def test_decoders_whose_code_is_the_same() -> None:
@@ -385,7 +431,10 @@ def test_decoders_whose_code_is_the_same() -> None:
         step_by_step(model)
         if "forward" in vars(model.get_decoder()):
             found.add(name)
-    assert found == {"internlm3", "iquestcoder", "llama", "llava", "mistral", "mistral3", "qwen2", "qwen3"}
+    assert found == {
+        *("internlm3", "iquestcoder", "llama", "llava", "mistral", "mistral3", "qwen2", "qwen3"),
+        *("gemma3", "gemma3_text", "granite", "smollm3"),
+    }
 
 
 @pytest.mark.parametrize("part", ["keys", "values"])

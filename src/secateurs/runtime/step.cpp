@@ -34,18 +34,22 @@ struct Linear {
 struct Norm {
     const void* weight;  // null without one
     float epsilon;
+    int32_t from_one;  // the weight is what is added to 1, and nothing is rounded before it
 };
 
 struct Block {
     Linear query, key, value, output, gate, up, down;
     Norm attention_norm, mlp_norm, query_norm, key_norm;
+    Norm attended_norm, mlp_made_norm;  // of what attention and MLP make
     void *keys, *values;  // (key heads, room, head size) each
-    int64_t room;
-    float scaling;
+    int64_t room, length;  // of them there are `length`
+    const void *cosines, *sines;  // (head size), of the position; null where heads are not turned
+    float scaling, residual;  // of scores, and of what is added to the hidden state
 };
 
 struct Shape {
     int64_t blocks, width, channels, heads, key_heads, head_size;
+    int64_t gelu;  // by tanh; otherwise SiLU
 };
 
 namespace {
@@ -96,6 +100,10 @@ INLINE void normalise(const void* x, const Norm& norm, int64_t count, void* y) {
     float sum = total(squares);
     for (; i < count; ++i) sum += load(x, D, i) * load(x, D, i);
     const float factor = 1.0f / std::sqrt(sum / float(count) + norm.epsilon);
+    if (norm.from_one) {
+        for (i = 0; i < count; ++i) store(y, D, i, load(x, D, i) * factor * (1.0f + load(norm.weight, D, i)));
+        return;
+    }
     for (i = 0; i < count; ++i) {
         store(y, D, i, load(norm.weight, D, i) * rounded<D>(load(x, D, i) * factor));
     }
@@ -150,17 +158,19 @@ INLINE void attend(const void* query, const void* keys, const void* values, int6
     for (int64_t i = 0; i < size; ++i) store(output, D, i, sums[i] / all);
 }
 
+// GELU by tanh is x times the sigmoid of twice what tanh is of.
 template <int32_t D>
-INLINE void gated(const void* gate, const void* up, int64_t count, void* y) {
+INLINE void gated(const void* gate, const void* up, bool gelu, int64_t count, void* y) {
+    const float linear = gelu ? 1.5957691216f : 1.0f, cubic = gelu ? 0.0713548163f : 0.0f;
     for (int64_t i = 0; i < count; ++i) {
-        const float value = load(gate, D, i);
-        store(y, D, i, rounded<D>(value / (1.0f + exponential(-value))) * load(up, D, i));
+        const float value = load(gate, D, i), inner = value * (linear + cubic * value * value);
+        store(y, D, i, rounded<D>(value / (1.0f + exponential(-inner))) * load(up, D, i));
     }
 }
 
 template <int32_t D>
-INLINE void add(const void* x, int64_t count, void* y) {
-    for (int64_t i = 0; i < count; ++i) store(y, D, i, load(y, D, i) + load(x, D, i));
+INLINE void add(const void* x, float factor, int64_t count, void* y) {
+    for (int64_t i = 0; i < count; ++i) store(y, D, i, load(y, D, i) + rounded<D>(load(x, D, i) * factor));
 }
 
 void multiply(const Linear& w, const void* x, void* y, int32_t dtype, int32_t threads, int32_t isa) {
@@ -179,8 +189,8 @@ struct Loops {
     void (*rotate)(void* x, const void* cosines, const void* sines, int64_t heads, int64_t size);
     void (*attend)(const void* query, const void* keys, const void* values, int64_t length, int64_t size,
                    float scaling, float* scores, float* sums, void* output);
-    void (*gated)(const void* gate, const void* up, int64_t count, void* y);
-    void (*add)(const void* x, int64_t count, void* y);
+    void (*gated)(const void* gate, const void* up, bool gelu, int64_t count, void* y);
+    void (*add)(const void* x, float factor, int64_t count, void* y);
 };
 
 #define LOOPS(NAME, TARGET)                                                                                          \
@@ -196,8 +206,10 @@ struct Loops {
                                     int64_t size, float scaling, float* scores, float* sums, void* output) {         \
             attend<D>(query, keys, values, length, size, scaling, scores, sums, output);                             \
         }                                                                                                            \
-        TARGET static void gate(const void* x, const void* up, int64_t count, void* y) { gated<D>(x, up, count, y); } \
-        TARGET static void added(const void* x, int64_t count, void* y) { add<D>(x, count, y); }                     \
+        TARGET static void gate(const void* x, const void* up, bool gelu, int64_t count, void* y) {                  \
+            gated<D>(x, up, gelu, count, y);                                                                         \
+        }                                                                                                            \
+        TARGET static void added(const void* x, float factor, int64_t count, void* y) { add<D>(x, factor, count, y); } \
         static Loops all() { return {normalised, rotated, attended, gate, added}; }                                  \
     };
 
@@ -241,10 +253,9 @@ void shared_out(int64_t count, int64_t bytes, int32_t threads, const Work& work)
 }  // namespace
 
 // `hidden` (width), of one token, becomes the last block's output, normalised; its keys and values are put behind
-// the `length` ones that there are. cosines, sines: (head size), of its position. All in `dtype`.
-EXPORT void secateurs_step(const Block* blocks, const Shape* shape, const Norm* norm, const void* cosines,
-                           const void* sines, void* hidden, int64_t length, int32_t dtype, int32_t threads,
-                           int32_t isa) {
+// those that there are. All in `dtype`.
+EXPORT void secateurs_step(const Block* blocks, const Shape* shape, const Norm* norm, void* hidden, int32_t dtype,
+                           int32_t threads, int32_t isa) {
     const Loops loops = loops_for(isa, dtype);
     const int64_t size = shape->head_size, each = size_of(dtype), queries = shape->heads * size;
     const int64_t shared = shape->heads / shape->key_heads, keys = shape->key_heads * size;
@@ -272,9 +283,11 @@ EXPORT void secateurs_step(const Block* blocks, const Shape* shape, const Norm* 
         for (int64_t head = 0; block->key_norm.weight && head < shape->key_heads; ++head) {
             loops.normalise(key + head * size * each, block->key_norm, size, key + head * size * each);
         }
-        loops.rotate(query, cosines, sines, shape->heads, size);
-        loops.rotate(key, cosines, sines, shape->key_heads, size);
-        const int64_t bytes = size * each, apart = block->room * bytes;
+        if (block->cosines) {
+            loops.rotate(query, block->cosines, block->sines, shape->heads, size);
+            loops.rotate(key, block->cosines, block->sines, shape->key_heads, size);
+        }
+        const int64_t bytes = size * each, apart = block->room * bytes, length = block->length;
         uint8_t *all_keys = static_cast<uint8_t*>(block->keys), *all_values = static_cast<uint8_t*>(block->values);
         for (int64_t head = 0; head < shape->key_heads; ++head) {
             std::memcpy(all_keys + head * apart + length * bytes, key + head * bytes, size_t(bytes));
@@ -289,13 +302,15 @@ EXPORT void secateurs_step(const Block* blocks, const Shape* shape, const Norm* 
             }
         });
         product(block->output, mixed, x);
-        loops.add(x, shape->width, hidden);
+        if (block->attended_norm.weight) loops.normalise(x, block->attended_norm, shape->width, x);
+        loops.add(x, block->residual, shape->width, hidden);
         loops.normalise(hidden, block->mlp_norm, shape->width, x);
         product(block->gate, x, gate);
         product(block->up, x, up);
-        loops.gated(gate, up, shape->channels, gate);
+        loops.gated(gate, up, shape->gelu != 0, shape->channels, gate);
         product(block->down, gate, x);
-        loops.add(x, shape->width, hidden);
+        if (block->mlp_made_norm.weight) loops.normalise(x, block->mlp_made_norm, shape->width, x);
+        loops.add(x, block->residual, shape->width, hidden);
     }
     loops.normalise(hidden, *norm, shape->width, hidden);
 }
