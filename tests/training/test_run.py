@@ -104,7 +104,7 @@ def test_without_omission_it_is_plain_training(model: Path, text: Path, tmp_path
     """Against a loop written here: AdamW at a constant rate on the blocks in Trainer's order."""
     settings = tmp_path / "settings.yaml"
     settings.write_text(
-        "lr_scheduler_type: constant\nmax_grad_norm: 0\ntrain_sampling_strategy: sequential\n"
+        "lr_scheduler_type: constant\nmax_grad_norm: 0\ntrain_sampling_strategy: sequential\nbf16: false\n"
     )
     report = train(
         model, output=tmp_path / "out", text=text, omission=0, steps=5, warmup=0, settings=settings, **QUICK
@@ -121,6 +121,25 @@ def test_without_omission_it_is_plain_training(model: Path, text: Path, tmp_path
     trained = folders.tensors_of(tmp_path / "out")
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_products_are_in_bfloat16_where_a_processor_has_them(
+    able: bool, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    seen = set()
+    linear = functional.linear
+
+    def watched(states: torch.Tensor, *given: Any) -> torch.Tensor:
+        product = linear(states, *given)
+        seen.add(product.dtype)
+        return product
+
+    monkeypatch.setattr(functional, "linear", watched)
+    report = train(model, output=tmp_path / "out", text=text, omission=0, steps=2, **QUICK)
+    assert report.settings["trainer"]["bf16"] is able
+    assert (torch.bfloat16 in seen) is able
 
 
 def test_weights_come_out_in_the_dtype_they_came_in(text: Path, tmp_path: Path) -> None:

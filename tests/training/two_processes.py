@@ -189,7 +189,9 @@ def make_models(folder: Path) -> None:
     folders.rewrite(folder / "gpt2", stored)
     (folder / "text.txt").write_text("".join(f"It was the {n}th cold evening. " for n in range(80)))
     # By default Adam makes whole steps where a gradient is 0 but for rounding.
-    settings = "adam_epsilon: 0.01\nlr_scheduler_type: constant\nsave_steps: 3\nlogging_steps: 1\n"
+    settings = (
+        "adam_epsilon: 0.01\nlr_scheduler_type: constant\nsave_steps: 3\nlogging_steps: 1\nbf16: false\n"
+    )
     (folder / "1.yaml").write_text(settings)
     (folder / "2.yaml").write_text(f"{settings}fsdp: true\nfsdp_config: {{activation_checkpointing: true}}\n")
 

@@ -102,7 +102,9 @@ def two_processes(folder: Path) -> list[dict[int, tuple[list[float], list[Tensor
     for stage in COMMANDS:
         (folder / f"zero{stage}.yaml").write_text(f"{common}deepspeed: {config(stage)}\n")
         low = {**config(stage), "bf16": {"enabled": "auto"}}
-        (folder / f"low{stage}.yaml").write_text(f"{common}bf16: true\ndeepspeed: {low}\n")
+        (folder / f"low{stage}.yaml").write_text(
+            f"{common.replace('bf16: false', 'bf16: true')}\ndeepspeed: {low}\n"
+        )
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": ":".join(sys.path)}
     multiprocessing.start_processes(_process, (folder,), nprocs=2, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.integrations.liger import apply_liger_kernel
 
 from secateurs.checkpoint import read_json
-from secateurs.device import resolve_device
+from secateurs.device import multiplies_bfloat16, resolve_device
 from secateurs.settings import fitted, read_yaml
 
 DEFAULTS: dict[str, Any] = {
@@ -160,8 +160,8 @@ def hardware(device: str | None) -> dict[str, Any]:
         raise ValueError(
             f"'{device}' is no device to train on: use cpu, or cuda with CUDA_VISIBLE_DEVICES to choose a GPU"
         )
-    on_gpu = resolve_device(device).type == "cuda"
-    return {"use_cpu": not on_gpu, "bf16": on_gpu and torch.cuda.is_bf16_supported()}
+    found = resolve_device(device)
+    return {"use_cpu": found.type == "cpu", "bf16": multiplies_bfloat16(found)}
 
 
 def trainer_arguments(kind: type[TrainingArguments], settings: dict[str, Any]) -> TrainingArguments:
