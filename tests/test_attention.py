@@ -42,6 +42,22 @@ def test_one_token(
         torch.testing.assert_close(output[:, 0, head].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 100.0)]
+)
+def test_one_token_in_half_the_bits(dtype: torch.dtype, scale: float) -> None:
+    """As near to float64 as transformers' eager attention, and finite where sums of products are not."""
+    generator = torch.Generator().manual_seed(0)
+    query = (scale * torch.randn(2, 6, 1, 64, generator=generator)).to(dtype)
+    key, value = (scale * torch.randn(2, 2, 2, 40, 64, generator=generator)).to(dtype)
+    module: Any = nn.Module()
+    module.num_key_value_groups = 3
+    output, _ = grouped_attention(module, query, key, value / scale, None)
+    keys, values = (each.double().repeat_interleave(3, dim=1) for each in (key, value / scale))
+    expected = ((query.double() @ keys.mT / 8).softmax(-1) @ values).transpose(1, 2)
+    assert (output - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
+
+
 WITHOUT = ("blt", "recurrent_gemma")
 """One makes no cache, the other says something else each time."""
 

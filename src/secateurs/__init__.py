@@ -53,6 +53,7 @@ from secateurs.runtime import compress, decompress  # also teaches transformers 
 from secateurs.text import calibration_blocks, evaluation_tokens
 from secateurs.training.adaptive import AdaptivePruning
 from secateurs.training.callback import SparsityAcceleratedTraining
+from secateurs.training.context import context_read_only
 from secateurs.training.head import logits_where_labels
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.profile import profile
@@ -104,6 +105,7 @@ __all__ = [
     "calibration_blocks",
     "compare",
     "compress",
+    "context_read_only",
     "decompress",
     "divergence",
     "evaluate",

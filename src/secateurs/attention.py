@@ -6,6 +6,7 @@ And transformers' cache copies all keys and values with every token; here there 
 first.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,8 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """What transformers' `sdpa_attention_forward` computes.
 
+    Scores of one token are rounded to the dtype of its query, as transformers' eager attention rounds them.
+
     Args:
         module: the attention layer.
         query: (batch, heads, tokens, head size).
@@ -48,9 +51,10 @@ def grouped_attention(
     asked = (more.get(name) for name in OTHERWISE)
     if not one_by_one or any(isinstance(each, Tensor) or each for each in asked):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
-    queries = query.reshape(batch, shared, heads // shared, size).mT
-    scores = (key @ queries).mT.float() * (size**-0.5 if scaling is None else scaling)
-    output = scores.softmax(dim=-1).to(value.dtype) @ value
+    # Scaled before they are summed: float16 would not hold the sums.
+    scaled = query * (size**-0.5 if scaling is None else scaling)
+    scores = (key @ scaled.reshape(batch, shared, heads // shared, size).mT).mT
+    output = scores.float().softmax(dim=-1).to(value.dtype) @ value
     return output.reshape(batch, 1, heads, -1), None
 
 
@@ -62,29 +66,29 @@ def _growing(length: int) -> Any:
     ) -> tuple[Tensor, Tensor]:
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
-        layer.keys = _appended(layer.keys, key_states, length)
-        layer.values = _appended(layer.values, value_states, length)
+        layer.keys = _appended(layer, layer.keys, key_states, length)
+        layer.values = _appended(layer, layer.values, value_states, length)
         return layer.keys, layer.values
 
     return update
 
 
-def _appended(held: Tensor | None, new: Tensor, length: int) -> Tensor:
+def _appended(layer: DynamicLayer, held: Tensor | None, new: Tensor, length: int) -> Tensor:
     """States (batch, heads, tokens, size) with those of more tokens behind them.
 
-    A view of memory that has room for `length` tokens, if there are no more.
+    A view of memory that has room for `length` tokens, if there are no more, and belongs to one layer.
     """
     before = 0 if held is None or not held.numel() else held.shape[-2]
     tokens = before + new.shape[-2]
-    room = getattr(held, "room", None)
-    if room is None or tokens > room.shape[-2]:
+    owner, room = getattr(held, "room", (None, new))
+    if owner is None or owner() is not layer or tokens > room.shape[-2]:
         room = new.new_empty(*new.shape[:-2], max(length, tokens), new.shape[-1])
         if held is not None and before:
             room[..., :before, :] = held
     room[..., before:tokens, :] = new
     states: Any = room[..., :tokens, :]
     # Not on the layer: whatever else makes new states of these (another order of the batch) leaves it behind.
-    states.room = room
+    states.room = weakref.ref(layer), room
     return states
 
 

@@ -29,9 +29,11 @@ from transformers import (
 )
 
 import decoders
+from secateurs import prune
 from secateurs.checkpoint.scales import write_scales
 from secateurs.runtime import compress
 from secateurs.runtime.cpu import cpu_kernels
+from secateurs.runtime.load import load_model
 from secateurs.runtime.step import ROOM, step_by_step
 from secateurs.values import Values
 
@@ -421,6 +423,23 @@ def test_windows_go_the_models_own_way(tmp_path: Path) -> None:
     with own_code(model) as own, torch.no_grad():
         model(torch.tensor([[3]]), past_key_values=cache)
         assert own.call_count == 1
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "mistral3", "gemma3_text"])
+def test_image_text_models(name: str, tmp_path: Path) -> None:
+    """What goes around the decoder makes embeddings, and maybe masks."""
+    dense = decoders.save(name, tmp_path / "dense")
+    prune(dense, output=tmp_path / "pruned", method="magnitude", pattern="50%")
+    compress(tmp_path / "pruned", tmp_path / "small")
+    model = load_model(tmp_path / "small", "cpu")
+    ids = torch.randint(3, 100, (1, 6), generator=torch.Generator().manual_seed(0))
+    told = {"max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with own_code(model) as own:
+        given = model.generate(ids, **told)
+    assert own.call_count == 1
+    wanted = reference(model).generate(ids, **told)
+    assert torch.equal(given.sequences, wanted.sequences)
+    assert_close(torch.stack(given.logits), torch.stack(wanted.logits), 1e-5)
 
 
 def test_decoders_whose_code_is_the_same() -> None:

@@ -191,23 +191,33 @@ def test_contexts_that_are_only_read(model: Path, chat: Path, tmp_path: Path) ->
     assert "Context" not in dict(learn.facts)
 
 
-@pytest.mark.parametrize("name", ["mamba", "llama"])
-def test_contexts_that_cannot_be_read(name: str, chat: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("mamba", "logging_steps: 1", "does not take a text in parts"),
+        ("llama", "gradient_checkpointing: true", "only read without gradient_checkpointing"),
+        ("llama", "label_smoothing_factor: 0.1", "only read without label_smoothing_factor"),
+        ("llama", "neftune_noise_alpha: 5", "only read without neftune_noise_alpha"),
+        ("qwen3_moe", "logging_steps: 1", "only read without the routers' loss"),
+    ],
+)
+def test_contexts_that_cannot_be_read(
+    name: str, content: str, message: str, chat: Path, tmp_path: Path
+) -> None:
     model, settings = decoders.save(name, tmp_path / "model"), tmp_path / "settings.yaml"
-    settings.write_text(f"gradient_checkpointing: {str(name == 'llama').lower()}")
+    settings.write_text(content)
     before = folders.everything_in(tmp_path)
-    message = {"mamba": "more than keys and values", "llama": "without gradient checkpointing"}[name]
+    told = {"chat": chat, "context": "read", "omission": 0.0, "settings": settings, **QUICK}
     with pytest.raises(ValueError, match=message):
-        train(
-            model,
-            output=tmp_path / "out",
-            chat=chat,
-            context="read",
-            omission=0.0,
-            settings=settings,
-            **QUICK,
-        )
+        train(model, output=tmp_path / "out", **told)
     assert folders.everything_in(tmp_path) == before
+
+
+def test_contexts_of_experts(chat: Path, tmp_path: Path) -> None:
+    model, settings = decoders.save("qwen3_moe", tmp_path / "model"), tmp_path / "settings.yaml"
+    settings.write_text("router_aux_loss_coef: 0.0")
+    told = {"chat": chat, "context": "read", "omission": 0.0, "settings": settings, "steps": 2, **QUICK}
+    assert train(model, output=tmp_path / "out", **told).steps == 2
 
 
 def test_the_output_is_the_input_with_other_weights(model: Path, chat: Path, tmp_path: Path) -> None:

@@ -120,9 +120,16 @@ class _Forward:
             return None
         if isinstance(mask, Tensor) and (mask.shape != (1, length + 1) or not mask.all()):
             return None
+        if isinstance(mask, dict) and not all(map(_hides_nothing, mask.values())):
+            return None
         if positions is None:
             positions = torch.tensor([[length]])
-        hidden: Tensor = decoder.embed_tokens(told["input_ids"])
+        hidden: Tensor | None = told.get("inputs_embeds")
+        hidden = (
+            decoder.embed_tokens(told["input_ids"])
+            if hidden is None
+            else hidden.clone(memory_format=torch.contiguous_format)
+        )
         if step.embedded is not None:
             hidden = hidden * step.embedded
         kinds = {kind for kind in step.turned if kind is not None}
@@ -138,14 +145,16 @@ class _Forward:
 
     @staticmethod
     def _is_plain(config: Any, told: dict[str, Any]) -> bool:
-        """Whether a decoder is asked for its next state and nothing else, given a token of one sequence."""
-        ids, mask = told.get("input_ids"), told.get("attention_mask")
+        """Whether a decoder is asked for its next state and nothing else, given a token of one sequence, or
+        the embedding that an image-text model has made of it."""
+        ids, made, mask = (told.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         cached, in_a_dict = told.get("use_cache"), told.get("return_dict")
+        given = made if ids is None else ids
         return (
-            isinstance(ids, Tensor)
-            and ids.shape == (1, 1)
-            and told.get("inputs_embeds") is None
-            and (mask is None or isinstance(mask, Tensor))
+            isinstance(given, Tensor)
+            and given.shape[:2] == (1, 1)
+            and (ids is None or made is None)
+            and (mask is None or isinstance(mask, Tensor | dict))
             and bool(config.use_cache if cached is None else cached)
             and bool(config.return_dict if in_a_dict is None else in_a_dict)
             and config._attn_implementation in ATTENTIONS
@@ -407,6 +416,13 @@ class _Step:
         if _alike(norm, gemma3.Gemma3RMSNorm):
             return _Norm(norm.weight.data_ptr(), norm.eps, True)
         return _Norm(norm.weight.data_ptr(), norm.variance_epsilon, False)
+
+
+def _hides_nothing(mask: Any) -> bool:
+    """Whether a token sees all positions by the mask (1, 1, 1, positions) that an image-text model makes."""
+    if not isinstance(mask, Tensor):
+        return mask is None
+    return mask.shape[:3] == (1, 1, 1) and bool(mask.all() if mask.dtype == torch.bool else not mask.any())
 
 
 def _norms_of(layer: Any) -> list[tuple[Any, str | None]]:

@@ -16,12 +16,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig
 
 from secateurs.training.head import IGNORED, TOLERANCE
 from secateurs.training.omission import decoder_of
 
 GIVEN = ("input_ids", "attention_mask", "labels")
 """What of a call is divided. With other tensors of several dimensions it is left as it is."""
+
+ANGLES_BY_LENGTH = ("dynamic", "longrope")
+"""Rotary embeddings that turn keys by how long the whole is: its parts would be turned otherwise."""
+
+PROOF = 48
+"""Tokens of a sequence to prove it on: more than the windows of models that are made small for tests."""
 
 WORTH = 0.95
 """Tokens in two paddings are more than in one: of the cost of the whole, what the parts may cost together."""
@@ -31,10 +38,11 @@ WORTH = 0.95
 def context_read_only(model: nn.Module) -> Iterator[bool]:
     """Within, a model in training mode that is called with `labels` learns from the first of them on.
 
-    In evaluation mode and without labels the model is as ever, and so it is with gradient checkpointing,
-    which leaves no keys and values, and where little stands before the labels. It is proved first, on a few
-    tokens, that the loss and what follows the context learns are the model's own; if not (states instead of
-    keys and values, parts that do not take padding), nothing changes.
+    In evaluation mode and without labels the model is as ever, and so it is where little stands before the
+    labels, with padding on the left, with gradient checkpointing, which leaves no keys and values, and where
+    more is asked for than the loss and the last states (positions of one's own, routers' logits). It is
+    proved first, on a few tokens, that the loss and what follows the context learns are the model's own; if
+    not (states instead of keys and values, parts that do not take padding), nothing changes.
 
     Args:
         model: a decoder whose parameters are whole, or its wrapping (DDP, PEFT). Not to be compiled: sizes
@@ -44,7 +52,10 @@ def context_read_only(model: nn.Module) -> Iterator[bool]:
         Whether it does.
     """
     decoder: Any = decoder_of(model)
-    for inner in (decoder.base_model, decoder.get_decoder()):
+    if decoder in _reading:
+        yield True
+        return
+    for inner in () if _looks_at_the_whole(decoder.config) else (decoder.base_model, decoder.get_decoder()):
         reading = _Reading(decoder, inner)
         try:
             if reading.proved():
@@ -60,6 +71,16 @@ def context_length(model: nn.Module) -> float | None:
     does not read so."""
     reading = _reading.get(decoder_of(model))
     return None if reading is None else reading.length
+
+
+def _looks_at_the_whole(config: PretrainedConfig) -> bool:
+    """Whether a model does something by the length of what it is called with, or at random for each call."""
+    config = config.get_text_config(decoder=True)
+    rotary: Any = getattr(config, "rope_parameters", None) or {}
+    kinds = [rotary, *rotary.values()]  # one for all layers, or one for each type of them
+    types = {kind.get("rope_type") for kind in kinds if isinstance(kind, dict)}
+    chooses = getattr(config, "index_topk", None) or getattr(config, "layerdrop", 0)
+    return bool(types.intersection(ANGLES_BY_LENGTH)) or bool(chooses)
 
 
 class Part(NamedTuple):
@@ -84,22 +105,27 @@ def divided(ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Part, Part] | No
 
     Args:
         ids: (sequences, length).
-        mask: (sequences, length), 1 where there is a token; those of a sequence lie side by side.
+        mask: (sequences, length), not 0 where there is a token.
         labels: (sequences, length), IGNORED where there is none.
 
     Returns:
-        None if nothing stands before the labels, or too little to pay, or padding has a label to predict.
+        None if nothing stands before the labels, or too little to pay; and where there is padding before or
+        between tokens, or padding predicts a label.
     """
     length = ids.shape[1]
     places = torch.arange(length, device=ids.device)
-    begins = mask.long().argmax(dim=1)
-    ends = begins + mask.sum(dim=1)
+    mask = mask != 0
+    ends = mask.sum(dim=1)
     labelled = (labels != IGNORED) & (places > 0)
+    if (
+        not ends.all()
+        or (mask != (places < ends[:, None])).any()
+        or (labelled & (places > ends[:, None])).any()
+    ):
+        return None
     # A sequence without a label is all context, but for a last token.
     first = torch.where(labelled.any(dim=1), labelled.long().argmax(dim=1), ends) - 1
-    if (first < begins).any():  # a sequence without tokens, or padding that predicts
-        return None
-    context, rest = (first - begins).tolist(), (ends - first).tolist()
+    context, rest = first.tolist(), (ends - first).tolist()
     if not max(context) or max(context) + 3 * max(rest) > WORTH * 3 * length:
         return None
 
@@ -109,7 +135,7 @@ def divided(ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Part, Part] | No
         there = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
         return Part(ids.gather(1, at), there, at)
 
-    return part(begins.tolist(), context, "left"), part(first.tolist(), rest, "right")
+    return part([0] * len(context), context, "left"), part(context, rest, "right")
 
 
 class _Reading:
@@ -119,6 +145,7 @@ class _Reading:
         """Of a model, and of what it has between embedding and head."""
         self.decoder, self.inner = decoder, inner
         self.make = self.inner.forward
+        self.before = vars(inner).get("forward")
         self.names = list(inspect.signature(self.make).parameters)
         self.labels: Tensor | None = None
         """(sequences, length), of a call that has not come to the blocks yet."""
@@ -133,6 +160,8 @@ class _Reading:
 
     def remove(self) -> None:
         del self.inner.forward, _reading[self.decoder]
+        if self.before is not None:
+            self.inner.forward = self.before
         for hook in self.hooks:
             hook.remove()
 
@@ -176,8 +205,13 @@ class _Reading:
         ids, mask = call.get("input_ids"), call.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.shape != labels.shape:
             return None
-        others = (value for name, value in call.items() if name not in GIVEN)
-        if any(isinstance(each, Tensor) and each.dim() > 1 for each in others):
+        for name, value in call.items():
+            if name not in GIVEN and isinstance(value, Tensor) and value.dim() > 1:
+                return None
+            if name.startswith("output_") and value:
+                return None
+        config = self.decoder.config.get_text_config(decoder=True)
+        if any(getattr(config, f"output_{what}", False) for what in ("router_logits", "hidden_states")):
             return None
         if any(getattr(module, "gradient_checkpointing", False) for module in self.inner.modules()):
             return None
@@ -189,13 +223,15 @@ class _Reading:
         """Whether a few made-up tokens have the model's own loss, and embeddings their own gradient."""
         device = next(self.decoder.parameters()).device
         vocabulary = self.decoder.config.get_text_config(decoder=True).vocab_size
-        ids = (7 * torch.arange(20, device=device) % vocabulary).view(2, 10)
-        mask, labels = torch.ones_like(ids), ids.clone()
-        mask[1, 8:] = 0
-        labels[0, :7], labels[1, :5], labels[1, 8:] = IGNORED, IGNORED, IGNORED
+        ids = (7 * torch.arange(2 * PROOF, device=device) % vocabulary).view(2, PROOF)
+        places = torch.arange(PROOF, device=device)
+        begins, ends = (torch.tensor(each, device=device)[:, None] for each in ([30, 22], [PROOF, PROOF - 5]))
+        labels = ids.where((places >= begins) & (places < ends), IGNORED)
+        mask = (places < ends).long()
         call = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
         # The token before the first label, and those behind it.
-        follows = (torch.arange(10, device=device) >= torch.tensor([[6], [4]], device=device)) & mask.bool()
+        follows = (places >= begins - 1) & (places < ends)
+        counts = follows.sum(dim=1, keepdim=True)
         modes = [module for module in self.decoder.modules() if module.training]
         for module in modes:
             module.training = False
@@ -209,14 +245,12 @@ class _Reading:
             self.proving = False
             for module in modes:
                 module.training = True
-        divided_there = others.shape == (2, 4, *gradient.shape[2:])
-        if not divided_there or not gradient.any():
+        if others.shape[:2] != (2, int(counts.max())) or not gradient.any():
             return False
-        tolerance = max(TOLERANCE, 2 * torch.finfo(gradient.dtype).eps)
-        there = torch.arange(4, device=device) < follows.sum(dim=1, keepdim=True)
-        own, others = gradient[follows], others[there]
-        near = (own - others).norm() <= 100 * tolerance * own.norm()
-        return bool(near) and torch.allclose(found, loss, rtol=tolerance)
+        own, others = gradient[follows], others[places[: others.shape[1]] < counts]
+        rounding = torch.finfo(gradient.dtype).eps
+        near = (own - others).norm() <= max(100 * TOLERANCE, 4 * rounding) * own.norm()
+        return bool(near) and torch.allclose(found, loss, rtol=max(TOLERANCE, rounding))
 
     def _learnt(self, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient of the embeddings that were looked up with gradients."""
@@ -230,7 +264,8 @@ class _Reading:
 
         hook = self.decoder.get_input_embeddings().register_forward_hook(keep)
         try:
-            with torch.enable_grad():
+            # What autocast rounds would hide what is wrong.
+            with torch.enable_grad(), torch.autocast(self.decoder.device.type, enabled=False):
                 loss = self.decoder(**call).loss
                 (gradient,) = torch.autograd.grad(loss, looked_up)
         finally:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -189,11 +190,8 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     # a sharded head's weight is there for as long as the model's own code runs.
     as_it_is = arguments.torch_compile or arguments.n_gpu > 1 or sharded
     reads = settings.context == "read"
-    if reads and (as_it_is or arguments.gradient_checkpointing):
-        raise ValueError(
-            "context can only be read by a model that is neither compiled nor sharded, without gradient "
-            "checkpointing: leave these out, or context"
-        )
+    if reads:
+        _check_context(arguments, config, sharded=sharded)
     if work.finished():
         if arguments.should_save:
             work.clear()
@@ -230,8 +228,8 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     with silent(), for_training(loaded), lean, reading as read_only:
         if reads and not read_only:
             raise ValueError(
-                "context cannot be read by itself with this model, whose layers keep more than keys and "
-                "values of it: leave context out"
+                "with this model context cannot be read by itself: of made-up tokens the loss and gradients "
+                "were not its own, or its code does not take a text in parts; leave context out"
             )
         with arguments.main_process_first(local=False):
             if arguments.should_save:
@@ -318,6 +316,23 @@ def _finished(
         work.amend({"validation_loss": loss, "validation": validation})
     run.accelerator.wait_for_everyone()
     return TrainingReport.read(work.output)
+
+
+def _check_context(arguments: Any, config: PretrainedConfig, *, sharded: bool) -> None:
+    """Raises ValueError for what needs the whole of a text at once, when its context is only to be read."""
+    names = ("gradient_checkpointing", "torch_compile", "label_smoothing_factor", "neftune_noise_alpha")
+    found = [name for name in (*names, "padding_free") if getattr(arguments, name, None)]
+    if sharded:
+        found.append("fsdp and deepspeed")
+    if arguments.n_gpu > 1:
+        found.append("several GPUs in one process")
+    # As TRL decides whether there is a loss of routers.
+    text, share = config.get_text_config(decoder=True), arguments.router_aux_loss_coef
+    share = getattr(text, "router_aux_loss_coef", 0.0) if share is None else share
+    if share and hasattr(text, "output_router_logits"):
+        found.append("the routers' loss (set router_aux_loss_coef to 0)")
+    if found:
+        raise ValueError(f"a context is only read without {', '.join(found)}: leave that out, or context")
 
 
 def _read(settings: TrainSettings, length: int, tokenizer: PreTrainedTokenizerBase) -> TextData | ChatData:
