@@ -1,4 +1,4 @@
-"""A training step that only reads what stands before the answers, beside a plain one, by how much stands there.
+"""A training step that only reads what stands before the answers, beside a plain one, by how long that is.
 
 SmolLM2-135M-Instruct on text, of which the end of each sequence counts as the answer; products in bfloat16,
 logits where there are labels, AdamW. Both take turns, in processor seconds of one thread.
