@@ -79,9 +79,9 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
 
     Continual pre-training on a text, or supervised fine-tuning on the answers in conversations, by
     Sparsity-Accelerated Training (arXiv 2406.01392). Weights are trained in float32 (with LoRA: the
-    adapters), with products in bfloat16 where the device is made for them. Zeros of a pruned model stay zero. The output is the model's
-    folder with other weights, each tensor in the dtype it came in. If the run is interrupted, the same call
-    continues it. With other data to validate on, it measures the finished output.
+    adapters), with products in bfloat16 where the device is made for them. Zeros of a pruned model stay zero.
+    The output is the model's folder with other weights, each tensor in the dtype it came in. If the run is
+    interrupted, the same call continues it. With other data to validate on, it measures the finished output.
 
     Args:
         model: a Hugging Face model folder with safetensors, or a name on the hub. It is only read.
