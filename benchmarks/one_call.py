@@ -44,8 +44,8 @@ GEOMETRIES: dict[str, Any] = {
     "SmolLM2-135M": LlamaConfig(**sizes(576, 1536, 30, 9, 3, 64)),
     "Gemma 3 270M": Gemma3TextConfig(**sizes(640, 2048, 18, 4, 1, 256), sliding_window=512),
     "Gemma 3 1B": Gemma3TextConfig(**sizes(1152, 6912, 26, 4, 1, 256), sliding_window=512),
-    "Granite 3.3 2B": GraniteConfig(**sizes(2048, 8192, 40, 32, 8, 64), residual_multiplier=0.22),
-    "SmolLM3 3B": SmolLM3Config(**sizes(2048, 11008, 36, 16, 4, 128)),
+    "Granite 3.3 2B, 8 blocks": GraniteConfig(**sizes(2048, 8192, 8, 32, 8, 64), residual_multiplier=0.22),
+    "SmolLM3 3B, 8 blocks": SmolLM3Config(**sizes(2048, 11008, 8, 16, 4, 128)),
 }
 
 
