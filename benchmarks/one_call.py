@@ -37,6 +37,7 @@ def sizes(width: int, channels: int, blocks: int, heads: int, shared: int, of_he
         "head_dim": of_head,
         "vocab_size": VOCABULARY,
         "tie_word_embeddings": True,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
     }
 
 
