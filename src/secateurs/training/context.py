@@ -55,7 +55,9 @@ def context_read_only(model: nn.Module) -> Iterator[bool]:
     if decoder in _reading:
         yield True
         return
-    for inner in () if _looks_at_the_whole(decoder.config) else (decoder.base_model, decoder.get_decoder()):
+    # Some call what lies within the one, some the one within the other.
+    places = dict.fromkeys((decoder.base_model, decoder.get_decoder()))
+    for inner in () if _looks_at_the_whole(decoder.config) else places:
         reading = _Reading(decoder, inner)
         try:
             if reading.proved():
