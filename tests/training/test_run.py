@@ -142,6 +142,17 @@ def test_products_are_in_bfloat16_where_a_processor_has_them(
     assert (torch.bfloat16 in seen) is able
 
 
+def test_trainers_of_other_precisions_go_on_beside_it(model: Path, text: Path, tmp_path: Path) -> None:
+    """Of arguments that were there before."""
+    arguments = TrainingArguments(str(tmp_path / "own"), use_cpu=True, bf16=False, report_to="none")
+    assert arguments.device.type == "cpu"
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("bf16: true")
+    train(model, output=tmp_path / "out", text=text, steps=2, settings=settings, **QUICK)
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(model), arguments)
+    assert trainer.accelerator.mixed_precision == "no"
+
+
 def test_weights_come_out_in_the_dtype_they_came_in(text: Path, tmp_path: Path) -> None:
     model = folders.save(tmp_path / "model", "opt", torch.bfloat16)
     train(model, output=tmp_path / "out", text=text, steps=3, **QUICK)

@@ -58,7 +58,7 @@ from secateurs.recovery.steps import (
 from secateurs.runtime.load import load_model
 from secateurs.settings import takes
 from secateurs.text import TooShortError, check_tokens, load_tokenizer
-from secateurs.training.arguments import is_sharded, read_settings, trainer_arguments
+from secateurs.training.arguments import is_sharded, read_settings, state_restored, trainer_arguments
 from secateurs.training.folder import STATELESS, TrainingFolder, bytes_at_once
 from secateurs.training.loop import (
     for_training,
@@ -109,6 +109,7 @@ def recover(model: str | Path, *, settings: RecoverSettings, progress: bool = Fa
         return recover_folder(checkpoint, settings, model=str(model), progress=progress)
 
 
+@state_restored()
 def recover_folder(
     checkpoint: Checkpoint, settings: RecoverSettings, *, model: str, progress: bool, run: str | None = None
 ) -> RecoveryReport:

@@ -229,6 +229,19 @@ def is_by_deepspeed() -> bool:
 
 
 @contextmanager
+def state_restored() -> Iterator[None]:
+    """What accelerate keeps for a whole process is as before once this is left. Otherwise a Trainer that is
+    made then, of arguments that were there before, would be refused for another precision."""
+    state = AcceleratorState._shared_state
+    before = dict(state)
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(before)
+
+
+@contextmanager
 def set_aside(arguments: TrainingArguments) -> Iterator[TrainingArguments]:
     """Arguments for a Trainer that leaves nothing behind and tells no logger."""
     with tempfile.TemporaryDirectory() as folder:

@@ -43,6 +43,7 @@ from secateurs.training.arguments import (
     is_sharded,
     read_settings,
     set_aside,
+    state_restored,
     trainer_arguments,
 )
 from secateurs.training.context import context_read_only
@@ -104,6 +105,7 @@ def train(model: str | Path, *, settings: TrainSettings, progress: bool = False)
         return _train(str(model), checkpoint, settings, progress)
 
 
+@state_restored()
 def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress: bool) -> TrainingReport:
     chat, lora = settings.chat is not None, settings.lora
     kind = arguments_kind(chat)
