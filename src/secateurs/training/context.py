@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
 from secateurs.training.head import IGNORED, TOLERANCE
-from secateurs.training.omission import decoder_of
+from secateurs.training.omission import decoder_of, evaluating
 
 GIVEN = ("input_ids", "attention_mask", "labels")
 """What of a call is divided. With other tensors of several dimensions it is left as it is."""
@@ -234,19 +234,15 @@ class _Reading:
         # The token before the first label, and those behind it.
         follows = (places >= begins - 1) & (places < ends)
         counts = follows.sum(dim=1, keepdim=True)
-        modes = [module for module in self.decoder.modules() if module.training]
-        for module in modes:
-            module.training = False
         try:
-            loss, gradient = self._learnt(call)
-            self.proving = True
-            found, others = self._learnt(call)
+            with evaluating(self.decoder):
+                loss, gradient = self._learnt(call)
+                self.proving = True
+                found, others = self._learnt(call)
         except Exception:  # of whatever kind the model's code stumbles into
             return False
         finally:
             self.proving = False
-            for module in modes:
-                module.training = True
         if others.shape[:2] != (2, int(counts.max())) or not gradient.any():
             return False
         own, others = gradient[follows], others[places[: others.shape[1]] < counts]

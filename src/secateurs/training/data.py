@@ -292,8 +292,8 @@ class ChatData:
 
         class OwnLoss(SFTTrainer):
             """On a CPU TRL's fused head makes the logits of all positions, twice (benchmarks/head.py): there
-            a training step takes the model's own loss, and wherever the context is only read, which TRL
-            would look for logits of. Not so with a router's, which TRL adds by itself."""
+            a training step takes the model's own loss, and wherever contexts are only read, which are found
+            by the labels that the model is called with. Not so with a router's, which TRL adds by itself."""
 
             def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
                 usual = getattr(self.args, "loss_type", "nll") != "dft"

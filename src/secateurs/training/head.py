@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from secateurs.training.omission import decoder_of
+from secateurs.training.omission import decoder_of, evaluating
 
 CHUNK = 256
 """Positions at once. On a CPU fewer are slower, and more no faster (benchmarks/head.py)."""
@@ -158,21 +158,17 @@ class _Lean:
         labels = ids.clone()
         labels[0, :6], labels[1, 3:] = IGNORED, IGNORED
         call = {"input_ids": ids, "labels": labels, "num_items_in_batch": torch.tensor(7, device=device)}
-        modes = [module for module in self.decoder.modules() if module.training]
-        for module in modes:
-            module.training = False
         try:
-            with self._seen() as plain:
-                own = self.decoder(**call).loss
-            self.chunked = plain == [True] and _can_chunk(self.head)
-            self.proving = True
-            found = self.decoder(**call)
+            with evaluating(self.decoder):
+                with self._seen() as plain:
+                    own = self.decoder(**call).loss
+                self.chunked = plain == [True] and _can_chunk(self.head)
+                self.proving = True
+                found = self.decoder(**call)
         except Exception:  # of whatever kind the model's code stumbles into
             return False
         finally:
             self.proving = False
-            for module in modes:
-                module.training = True
         rows = found.logits.shape[:-1].numel()
         tolerance = max(TOLERANCE, 2 * torch.finfo(self.head.weight.dtype).eps)
         return rows == int((labels[:, 1:] != IGNORED).sum()) and torch.allclose(

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateurs.training.cutting import whole_of
 from secateurs.training.head import IGNORED
-from secateurs.training.omission import Omission, decoder_of
+from secateurs.training.omission import Omission, decoder_of, evaluating
 from secateurs.training.units import Kind
 
 Importance = Literal["activation", "weighted", "taylor", "fisher", "magnitude", "uniform"]
@@ -95,7 +95,7 @@ def measure(
         return _shape(omission, [_magnitudes(omission, block, kind) for block, kind in _cells(omission)])
     args, kwargs, token_mask = _few_tokens(model, args, kwargs, metric)
     sums = _Sums(omission, metric, token_mask)
-    with _evaluating(model), sums.recording(), torch.set_grad_enabled(metric in WITH_LOSS):
+    with evaluating(model), sums.recording(), torch.set_grad_enabled(metric in WITH_LOSS):
         output = model(*args, **kwargs)
         if metric in WITH_LOSS:
             sums.add_gradients(output.loss)
@@ -238,17 +238,3 @@ def _few_tokens(
         batch | {"use_cache": False},
         cast(Tensor, mask).bool() if one_each else None,
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout or activation checkpointing, and without a draw from the random numbers of training."""
-    modules = [module for module in model.modules() if module.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
-        torch.clear_autocast_cache()  # it keeps weights cast without gradients

@@ -1,7 +1,10 @@
 """A model whose blocks run on a subset of their heads and channels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateurs.training.cutting import Cutting
@@ -62,3 +65,17 @@ def parameter_of(block: nn.Module, name: str) -> nn.Parameter:
         owner = owner.base_layer
     parameter: nn.Parameter = getattr(owner, leaf)
     return parameter
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout or activation checkpointing, and without a draw from the random numbers of training."""
+    modules = [module for module in model.modules() if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+        torch.clear_autocast_cache()  # it keeps weights cast without gradients

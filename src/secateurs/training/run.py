@@ -329,7 +329,7 @@ def _check_context(arguments: Any, config: PretrainedConfig, *, sharded: bool) -
     if arguments.n_gpu > 1:
         found.append("several GPUs in one process")
     # As TRL decides whether there is a loss of routers.
-    text, share = config.get_text_config(decoder=True), arguments.router_aux_loss_coef
+    text, share = config.get_text_config(decoder=True), getattr(arguments, "router_aux_loss_coef", None)
     share = getattr(text, "router_aux_loss_coef", 0.0) if share is None else share
     if share and hasattr(text, "output_router_logits"):
         found.append("the routers' loss (set router_aux_loss_coef to 0)")

@@ -49,7 +49,7 @@ class TrainSettings(OfText):
 
     context: Context = "learn"
     """What steps do with what stands before the first answer of a conversation: learn from how it is made use
-    of, as plain training does, or only read it, which takes less time and memory."""
+    of, as plain training does, or only read it, which takes less time where that is long."""
 
     select: Select = "topk"
     """The most important ones, or a sample in proportion to importance."""
