@@ -2,8 +2,8 @@
 
 Linear layers of Llama's MLP over the number of tokens: straight from the packed weight, expanded in panels
 of several sizes, and dense, in turns; medians. The fewest tokens at which expansion wins are where
-`secateurs.runtime.kernels.DIRECT_TOKENS` should lie, or `DIRECT_TOKENS_OF_CODES`, and the panel that wins is
-`PANEL_BYTES`.
+`secateurs.runtime.kernels.DIRECT_TOKENS` should lie, or `DIRECT_TOKENS_OF_CODES`, if there are
+any on a machine; and the panel that wins is `PANEL_BYTES`.
 
     python benchmarks/prefill_cpu.py
     python benchmarks/prefill_cpu.py --values int8 int4 int3 --sparsities 0 0.5 --panels 4 \
@@ -35,7 +35,7 @@ AS_STORED = "as stored"
 def packed(
     x: Tensor, weights: list[tuple[Tensor, Tensor, Layout]], direct_tokens: int, panel_bytes: int
 ) -> None:
-    kernels.DIRECT_TOKENS = kernels.DIRECT_TOKENS_OF_CODES = {x.dtype: direct_tokens}
+    kernels.direct_tokens = lambda *_: direct_tokens  # type: ignore[assignment]
     kernels.PANEL_BYTES = panel_bytes
     for data, offsets, layout in weights:
         sparse_linear(x, data, offsets, None, layout)

@@ -1,13 +1,14 @@
-"""What it costs that products with codes round activations to eight bits while tokens come one by one.
+"""What it costs that products with codes round activations to eight bits.
 
-A compressed model multiplies long texts by expanded weights, and few tokens straight from the codes, each
-rounded to eight bits in groups (docs/format.md). Here windows of a text are read in both ways: the
-second by having products take any number of tokens. Perplexity of each, and the divergence of the first from
-the second, for folders that `secateurs compress` wrote.
+A compressed model multiplies straight from the codes, each token rounded to eight bits in groups
+(docs/format.md). Here windows of a text are read so, and by expanded weights with tokens as they are.
+Perplexity of each, and the divergence of the second from the first, for folders that `secateurs compress`
+wrote.
 
     python benchmarks/rounded_activations.py small-int4 small-int2 --texts ../data/wikitext-2/test.txt
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,8 +21,6 @@ from common import RESULTS, environment, load, print_table, save
 from secateurs.runtime import kernels
 from secateurs.runtime.load import load_model
 from secateurs.text import evaluation_tokens
-
-ANY = dict.fromkeys(kernels.DIRECT_TOKENS_OF_CODES, 1 << 30)
 
 
 @torch.no_grad()
@@ -49,10 +48,12 @@ def main(
             whole = tokens[: len(tokens) // length * length].view(-1, length)
             losses, divergences = [], []
             for window in whole[torch.arange(windows) * len(whole) // windows]:
-                expanded = predictions(model, window)
-                with patch.object(kernels, "DIRECT_TOKENS_OF_CODES", ANY):
-                    direct = predictions(model, window)
-                pair = torch.stack([expanded, direct])[:, :-1]
+                both = []
+                for most in (0, sys.maxsize):
+                    with patch.object(kernels, "direct_tokens", lambda *_, most=most: most):
+                        both.append(predictions(model, window))
+                expanded, direct = both
+                pair = torch.stack(both)[:, :-1]
                 losses.append(-pair.gather(-1, window[1:, None].expand(2, -1, 1)).mean((1, 2)))
                 divergences.append((expanded.exp() * (expanded - direct)).sum(-1).mean())
             expanded_ppl, direct_ppl = torch.stack(losses).mean(0).exp().tolist()

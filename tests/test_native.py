@@ -1,5 +1,7 @@
 """Shared libraries that may be missing or broken."""
 
+import shutil
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,3 +32,11 @@ def test_without_a_library_there_is_one_warning(tmp_path: Path, monkeypatch: pyt
                 native.function("pruning.solvers._sweep", "secateurs_sweep", [], without="all is slower")
                 is None
             )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(
+    "driver", sorted((Path(__file__).parents[1] / "tools").glob("*.cpp")), ids=lambda it: it.stem
+)
+def test_what_drives_the_kernels_under_sanitizers_compiles(driver: Path) -> None:
+    subprocess.run(["g++", "-std=c++17", "-fsyntax-only", "-w", "-fopenmp", driver], check=True)

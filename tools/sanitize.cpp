@@ -80,7 +80,7 @@ void check(int64_t rows, int64_t columns, int64_t tokens, double sparsity, int32
 }  // namespace
 
 int main() {
-    const int64_t shapes[][2] = {{1, 1}, {1, 64}, {3, 31}, {5, 63}, {4, 65}, {2, 127}, {17, 100}, {9, 1000}};
+    const int64_t shapes[][2] = {{1, 1}, {1, 64}, {3, 31}, {5, 63}, {4, 65}, {2, 127}, {17, 100}, {9, 1000}, {40, 300}};
     long checks = 0;
     std::vector<int32_t> isas;
     for (int32_t isa = 0; isa < kIsas; ++isa)
@@ -90,7 +90,7 @@ int main() {
             for (int32_t x_dtype = 0; x_dtype < kDtypes; ++x_dtype)
                 for (const auto& shape : shapes)
                     for (double sparsity : {0.0, 0.5, 0.95, 1.0})
-                        for (int64_t tokens : {1, 2, 7, 8, 9, 17})
+                        for (int64_t tokens : {1, 2, 7, 8, 9, 17, 260})
                             for (bool misaligned : {false, true}) {
                                 check(shape[0], shape[1], tokens, sparsity, dtype, x_dtype, isa, misaligned);
                                 ++checks;

@@ -135,13 +135,14 @@ int main() {
                     if (bits == 8 && form.half) continue;
                     for (int64_t columns : {1, 63, 64, 65, 129, 320, 700}) {
                         for (double sparsity : {0.0, 0.5, 0.97, 2.0}) {
-                            const int64_t tokens = 1 + int64_t(random_bits() % 9), rows = 1 + int64_t(random_bits() % 40);
+                            const int64_t tokens = 1 + int64_t(random_bits() % 20), rows = 1 + int64_t(random_bits() % 40);
                             check(form, rows, columns, tokens, sparsity, int32_t(random_bits() % kDtypes), isa,
                                   int64_t(random_bits() % 3));
                             if (!form.masked) break;
                         }
                     }
                     check(form, 1200, 700, 3, 0.5, kBfloat16, isa, 1);  // enough for two threads
+                    check(form, 70, 700, 260, 0.5, kFloat32, isa, 2);   // more tokens than weights are expanded for
                 }
             }
         }

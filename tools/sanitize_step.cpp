@@ -61,23 +61,39 @@ Linear matrix(int64_t rows, int64_t columns, int32_t dtype) {
 void check(const Shape& shape, int32_t dtype, int32_t isa) {
     const int64_t queries = shape.heads * shape.head_size, keys = shape.key_heads * shape.head_size, tokens = 20;
     std::vector<Block> blocks;
+    const auto norm = [&](int64_t size, bool there) {
+        return Norm{there ? numbers(size, dtype, 1) : nullptr, 1e-5f, int32_t(random_bits() % 2)};
+    };
     for (int64_t i = 0; i < shape.blocks; ++i) {
-        const bool with_norms = i % 2;
-        blocks.push_back({matrix(queries, shape.width, dtype), matrix(keys, shape.width, dtype),
-                          matrix(keys, shape.width, dtype), matrix(shape.width, queries, dtype),
-                          matrix(shape.channels, shape.width, dtype), matrix(shape.channels, shape.width, dtype),
-                          matrix(shape.width, shape.channels, dtype), {numbers(shape.width, dtype, 1), 1e-5f},
-                          {numbers(shape.width, dtype, 1), 1e-5f},
-                          {with_norms ? numbers(shape.head_size, dtype, 1) : nullptr, 1e-5f},
-                          {with_norms ? numbers(shape.head_size, dtype, 1) : nullptr, 1e-5f},
-                          block_of(keys * tokens * size_of(dtype)), block_of(keys * tokens * size_of(dtype)), tokens,
-                          0.3f});
+        const bool more = i % 2;
+        Block block{};
+        block.query = matrix(queries, shape.width, dtype);
+        block.key = matrix(keys, shape.width, dtype);
+        block.value = matrix(keys, shape.width, dtype);
+        block.output = matrix(shape.width, queries, dtype);
+        block.gate = matrix(shape.channels, shape.width, dtype);
+        block.up = matrix(shape.channels, shape.width, dtype);
+        block.down = matrix(shape.width, shape.channels, dtype);
+        block.attention_norm = norm(shape.width, true);
+        block.mlp_norm = norm(shape.width, true);
+        block.query_norm = norm(shape.head_size, more);
+        block.key_norm = norm(shape.head_size, more);
+        block.attended_norm = norm(shape.width, more);
+        block.mlp_made_norm = norm(shape.width, more);
+        block.keys = block_of(keys * tokens * size_of(dtype));
+        block.values = block_of(keys * tokens * size_of(dtype));
+        block.room = tokens;
+        block.cosines = more ? nullptr : numbers(shape.head_size, dtype, 1);
+        block.sines = more ? nullptr : numbers(shape.head_size, dtype, 1);
+        block.scaling = 0.3f;
+        block.residual = 0.5f;
+        blocks.push_back(block);
     }
-    const Norm norm{numbers(shape.width, dtype, 1), 1e-5f};
+    const Norm last = norm(shape.width, true);
     for (int64_t length = 0; length < tokens; ++length) {
         uint8_t* hidden = numbers(shape.width, dtype, 1);
-        secateurs_step(blocks.data(), &shape, &norm, numbers(shape.head_size, dtype, 1),
-                       numbers(shape.head_size, dtype, 1), hidden, length, dtype, 2, isa);
+        for (Block& block : blocks) block.length = length;
+        secateurs_step(blocks.data(), &shape, &last, hidden, dtype, 2, isa);
         for (int64_t i = 0; i < shape.width; ++i) {
             if (!std::isfinite(load(hidden, dtype, i))) {
                 std::puts("not finite");
@@ -98,7 +114,8 @@ int main() {
                 for (int64_t width : {1, 63, 80, 129}) {
                     const int64_t key_heads = 1 + int64_t(random_bits() % 3);
                     const int64_t heads = key_heads * (1 + int64_t(random_bits() % 3));
-                    check({2, width, 1 + int64_t(random_bits() % 200), heads, key_heads, size}, dtype, isa);
+                    check({2, width, 1 + int64_t(random_bits() % 200), heads, key_heads, size, int64_t(random_bits() % 2)},
+                          dtype, isa);
                 }
             }
         }

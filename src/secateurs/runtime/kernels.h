@@ -27,6 +27,12 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -137,6 +143,44 @@ void in_parallel(const int32_t* offsets, int64_t first, int64_t last, int64_t co
     work(first, last);
 }
 
+// Some rows' sums and biases, to y from `start` on.
+template <int32_t D>
+void put_as(const float* sums, const void* bias, int64_t begin, int64_t end, int64_t start, void* y) {
+    for (int64_t row = begin; row < end; ++row) {
+        store(y, D, start + row, sums[row - begin] + (bias ? load(bias, D, row) : 0.0f));
+    }
+}
+
+void put(const float* sums, const void* bias, int64_t begin, int64_t end, int64_t start, void* y, int32_t dtype) {
+    const auto as = dtype == kFloat32 ? put_as<kFloat32> : dtype == kBfloat16 ? put_as<kBfloat16> : put_as<kFloat16>;
+    as(sums, bias, begin, end, start, y);
+}
+
+// ---- strips ----
+//
+// Where many tokens share an expansion, 32 rows do too, in two panels of 16: a vector holds four bytes of each row,
+// so that a lane is a row, and four bytes of a token are one operand for all of them.
+
+constexpr int64_t kStrip = 32;
+constexpr int64_t kMany = 7;           // tokens from which it is quicker
+constexpr int64_t kBlockTokens = 256;  // that weights are expanded for at once
+
+// Tokens are taken two at a time at least.
+inline int64_t whole_tiles(int64_t tokens) { return (tokens + 1) / 2 * 2; }
+
+// Calls strip(row, last, first, count, panels, sums) for strips of rows [begin, end) and blocks of tokens.
+template <class Strip>
+void in_strips(int64_t begin, int64_t end, int64_t tokens, int64_t panels, const Strip& strip) {
+    const int64_t block = std::min(kBlockTokens, whole_tiles(tokens));
+    std::vector<CacheLine> lines(size_t(panels + 2 * block));
+    for (int64_t row = begin; row < end; row += kStrip) {
+        for (int64_t first = 0; first < tokens; first += kBlockTokens) {
+            strip(row, std::min(row + kStrip, end), first, std::min(kBlockTokens, tokens - first), lines.data(),
+                  lines.data() + panels);
+        }
+    }
+}
+
 #ifdef SECATEURS_X86
 // So many bytes before they are needed weights are fetched: a third of it is too late on AMD Zen 5.
 constexpr int kAhead = 4096;
@@ -147,6 +191,38 @@ AVX512 inline __m512i load_packed(const uint8_t* values) {
     __m512i packed = _mm512_loadu_si512(values);
     asm("" : "+v"(packed));
     return packed;
+}
+
+// Lines that are needed some thousand cycles later, for the second-level cache; moves on.
+AVX512 INLINE void fetch(const uint8_t*& lines, int count) {
+    for (int i = 0; i < count; ++i, lines += 64) _mm_prefetch(reinterpret_cast<const char*>(lines), _MM_HINT_T1);
+}
+
+// Rows of 16 words of 32 bits to columns.
+AVX512 INLINE void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
 }
 #endif
 

@@ -1,11 +1,12 @@
 """Products with packed weights as torch operators, on the fastest path that the machine has.
 
-On the CPU, C++ kernels multiply straight from the packed form while the tokens are few; on CUDA, Triton
-kernels do. More tokens than that are a matter of arithmetic instead of bytes: the weight is expanded a panel
-at a time and multiplied by torch. Everything is an operator of its own with a fake and an input gradient, so
+On the CPU, C++ kernels multiply straight from the packed form; on CUDA, Triton kernels do. Where that does
+not pay for many tokens, which are a matter of arithmetic instead of bytes, the weight is expanded a panel at a
+time and multiplied by torch. Everything is an operator of its own with a fake and an input gradient, so
 torch.compile, and adapters trained on top, see one opaque linear.
 """
 
+import sys
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -13,18 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateurs.runtime.cpu import DTYPE_CODES, cpu_kernels
+from secateurs.runtime.cpu import DTYPE_CODES, CpuKernels, cpu_kernels
 from secateurs.runtime.format import unpack
 from secateurs.runtime.layout import TAIL_BYTES, Codes, Layout
 from secateurs.values import Values
 
-# More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they
-# stay in the cache for the product. benchmarks/prefill_cpu.py measures both: the faster torch multiplies, the
-# sooner expansion pays.
+# Where a CPU's kernels do not take any number, more tokens than this go through expansion: so many bytes of
+# expanded weight at a time that they stay in the cache for the product. benchmarks/prefill_cpu.py measures
+# both: the faster torch multiplies, the sooner expansion pays.
 DIRECT_TOKENS = {torch.float32: 48, torch.bfloat16: 12, torch.float16: 48}
 DIRECT_TOKENS_OF_CODES = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 128}
 PANEL_BYTES = 4 << 20
 ROWS_AT_ONCE = 4096
+
+
+def direct_tokens(dtype: torch.dtype, layout: Layout, kernels: CpuKernels) -> int:
+    """How many tokens of a dtype are multiplied straight from a packed weight on the CPU."""
+    if kernels.takes_many(dtype, layout):
+        return sys.maxsize
+    return (DIRECT_TOKENS if layout.codes is None else DIRECT_TOKENS_OF_CODES)[dtype]
 
 
 def expand(weight: Tensor, offsets: Tensor, layout: Layout, first: int, last: int) -> Tensor:
@@ -89,15 +97,14 @@ def _linear(
     assert x.device == weight.device
     tokens = x.reshape(-1, columns)
     shape = (*x.shape[:-1], layout.rows)
-    direct = DIRECT_TOKENS if layout.codes is None else DIRECT_TOKENS_OF_CODES
     if weight.is_cuda and x.dtype in DTYPE_CODES:
         from secateurs.runtime import gpu
 
         if len(tokens) <= gpu.DIRECT_TOKENS:
             return _shaped(gpu.linear(tokens, weight, offsets, bias, layout), shape)
-    elif weight.device.type == "cpu" and len(tokens) <= direct.get(x.dtype, 0):
+    elif weight.device.type == "cpu" and x.dtype in DTYPE_CODES:
         kernels = cpu_kernels()
-        if kernels is not None:
+        if kernels is not None and len(tokens) <= direct_tokens(x.dtype, layout, kernels):
             return _shaped(kernels.linear(tokens, weight, offsets, bias, layout), shape)
     wide = torch.promote_types(x.dtype, dtype)
     tokens = tokens.to(wide)

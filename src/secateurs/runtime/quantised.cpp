@@ -20,12 +20,6 @@
 
 #include <cmath>
 
-#if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
-#else
-#define INLINE inline
-#endif
-
 #ifdef SECATEURS_X86
 #define AVX512_VNNI                                                                                               \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,fma,f16c,popcnt," \
@@ -55,7 +49,7 @@ struct Matrix {
     const uint8_t* codes;
     const uint8_t* scales;
     const int32_t* offsets;  // where each row's codes begin, in bytes
-    int64_t columns;
+    int64_t rows, columns;
 
     int64_t words() const { return padded(columns) / 64; }
     int64_t groups() const { return groups_of(form, columns); }
@@ -112,9 +106,9 @@ INLINE float round_group(const float* x, int64_t count, int8_t* rounded, int32_t
 
 INLINE Tokens round_tokens(const void* x, int32_t dtype, int64_t tokens, int64_t columns, const Form& form) {
     const int64_t stride = (columns + 127) / 128 * 128, groups = groups_of(form, columns);
-    const int64_t lanes = whole_lanes(groups);
-    Tokens rounded{std::vector<CacheLine>(size_t(tokens * stride / 64)),
-                   std::vector<CacheLine>(size_t(tokens * 2 * lanes * 4 / 64)), stride, lanes};
+    const int64_t lanes = whole_lanes(groups), places = whole_tiles(tokens);
+    Tokens rounded{std::vector<CacheLine>(size_t(places * stride / 64)),
+                   std::vector<CacheLine>(size_t(places * 2 * lanes * 4 / 64)), stride, lanes};
     std::vector<float> row(size_t(stride), 0.0f);
     for (int64_t n = 0; n < tokens; ++n) {
         for (int64_t j = 0; j < columns; ++j) row[size_t(j)] = load(x, dtype, n * columns + j);
@@ -474,6 +468,158 @@ InRegisters for_form(const Form& form, int64_t tokens) {
     return for_group<2>(form, tokens);
 }
 
+// ---- a strip of rows times many tokens ----
+
+constexpr int64_t kChunkWords = 8;            // of a row: those of a strip are a third of a first-level cache
+constexpr int64_t kPanel = 16 * kChunkWords;  // vectors: 16 rows' words
+
+// Four activations times four columns of twice 16 rows. Of intrinsics GCC 12 makes two copies more for each product.
+AVX512_VNNI INLINE void add_products(__m512i& lower, __m512i& upper, __m512i some, __m512i others, const int8_t* x) {
+    typedef int32_t Four __attribute__((aligned(1), may_alias));
+    __m512i four;
+    asm("vpbroadcastd %1, %0" : "=v"(four) : "m"(*reinterpret_cast<const Four*>(x)));
+    asm("vpdpbusd %2, %1, %0" : "+v"(lower) : "v"(some), "v"(four));
+    asm("vpdpbusd %2, %1, %0" : "+v"(upper) : "v"(others), "v"(four));
+}
+
+// Where a row's next word is.
+struct Place {
+    const uint8_t *low, *high, *mask;
+};
+
+// Sixteen rows' words; and, while they are read, where the next sixteen rows' begin, to be fetched.
+struct Places {
+    Place of[16];
+    const uint8_t *codes, *mask;
+};
+
+// A word of each row, to 16 vectors.
+template <int Bits, bool High, bool Masked, bool Half>
+AVX512_VNNI INLINE void turn_word(Places& places, const Constants& c, __m512i* panel) {
+    fetch(places.codes, (Masked ? 1 : 2) * Bits);  // if half are kept
+    if constexpr (Masked) fetch(places.mask, 2);
+    __m512i rows[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+        Place& place = places.of[i];
+        rows[i] = next_word<Bits, High, Masked, Half>(High ? place.high : place.low, place.mask, c);
+    }
+    transpose(rows);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(panel + i, rows[i]);
+}
+
+template <int Bits, bool Masked, bool Half>
+AVX512_VNNI void turn_words(Places& places, int64_t first, int64_t count, int64_t span, const Constants& c,
+                            __m512i* panel) {
+    for (int64_t word = first; word < first + count; ++word, panel += 16) {
+        if (Bits == 4 && word / span % 2) turn_word<Bits, Bits == 4, Masked, Half>(places, c, panel);
+        else turn_word<Bits, false, Masked, Half>(places, c, panel);
+    }
+}
+
+using TurnWords = void (*)(Places& places, int64_t first, int64_t count, int64_t span, const Constants& c,
+                           __m512i* panel);
+
+template <int Bits>
+TurnWords turn_for_mask(const Form& form) {
+    if (!form.masked) return turn_words<Bits, false, false>;
+    return Bits == 4 && form.half ? turn_words<Bits, true, true> : turn_words<Bits, true, false>;
+}
+
+TurnWords turn_for(const Form& form) {
+    if (form.bits == 8) return turn_for_mask<8>(form);
+    if (form.bits == 4) return turn_for_mask<4>(form);
+    return form.bits == 3 ? turn_for_mask<3>(form) : turn_for_mask<2>(form);
+}
+
+// Groups [begin, end), whose weights two panels hold, of N tokens; added to sums (N, 32). There are registers for six.
+template <int N>
+AVX512_VNNI void add_groups(const __m512i* panels, int64_t columns, const Form& form, const Tokens& tokens,
+                            int64_t first, int64_t begin, int64_t end, const Constants& c, const __m512* scales,
+                            __m512* sums) {
+    const int8_t* x[N];
+    const float* steps[N];
+    __m512 low[N], high[N];
+#pragma GCC unroll 6
+    for (int n = 0; n < N; ++n) {
+        x[n] = tokens.activations(first + n) + begin * form.group;
+        steps[n] = tokens.scales(first + n);
+        low[n] = sums[2 * n];
+        high[n] = sums[2 * n + 1];
+    }
+    alignas(64) float factors[kLanes];
+    _mm512_store_ps(factors, c.factors);
+    for (int64_t g = begin; g < end; ++g) {
+        __m512i upper[N], lower[N];
+#pragma GCC unroll 6
+        for (int n = 0; n < N; ++n) upper[n] = lower[n] = _mm512_setzero_si512();
+        const int64_t count = std::min(form.group, columns - (g - begin) * form.group) / 4;
+        for (int64_t i = 0; i < count; ++i) {
+            const __m512i some = _mm512_load_si512(panels), others = _mm512_load_si512(panels++ + kPanel);
+#pragma GCC unroll 6
+            for (int n = 0; n < N; ++n) add_products(lower[n], upper[n], some, others, x[n] + 4 * i);
+        }
+        const __m512 factor = _mm512_set1_ps(factors[g % kLanes]);
+        const __m512 first_scale = scales[2 * g], second_scale = scales[2 * g + 1];
+        const __m512 first_step = _mm512_mul_ps(first_scale, factor), second_step = _mm512_mul_ps(second_scale, factor);
+#pragma GCC unroll 6
+        for (int n = 0; n < N; ++n) {
+            x[n] += form.group;
+            const __m512 step = _mm512_set1_ps(steps[n][g]), excess = _mm512_set1_ps(steps[n][tokens.lanes + g]);
+            low[n] = _mm512_fmadd_ps(first_scale, excess, low[n]);
+            high[n] = _mm512_fmadd_ps(second_scale, excess, high[n]);
+            low[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lower[n]), _mm512_mul_ps(first_step, step), low[n]);
+            high[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper[n]), _mm512_mul_ps(second_step, step), high[n]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int n = 0; n < N; ++n) {
+        sums[2 * n] = low[n];
+        sums[2 * n + 1] = high[n];
+    }
+}
+
+// Rows [begin, end), at most 32, times tokens from `first` on; to sums (count, 32).
+AVX512_VNNI void strip(const Matrix& matrix, int64_t begin, int64_t end, const Tokens& tokens, int64_t first,
+                       int64_t count, const Constants& c, TurnWords turn, __m512i* panels, __m512* scales,
+                       __m512* sums) {
+    Places places[2];
+    const int64_t groups = matrix.groups(), words = matrix.words(), group = matrix.form.group;
+    for (int half = 0; half < 2; ++half) {
+        const int64_t ahead = std::min(end + 16 * half, matrix.rows);
+        places[half].codes = matrix.codes_of(ahead);
+        places[half].mask = matrix.mask_of(ahead);
+        int64_t row[16];
+        for (int i = 0; i < 16; ++i) {
+            row[i] = std::min(begin + 16 * half + i, end - 1);  // those behind the last are nobody's
+            places[half].of[i] = {matrix.codes_of(row[i]), matrix.codes_of(row[i]), matrix.mask_of(row[i])};
+        }
+        for (int64_t g = 0; g < groups; g += kLanes) {
+            __m512i turned[16];
+            for (int i = 0; i < 16; ++i) {
+                const uint8_t* own = matrix.scales_of(row[i]) + 2 * g;
+                const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(own));
+                turned[i] = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+            }
+            transpose(turned);
+            for (int i = 0; i < 16; ++i) scales[2 * (g + i) + half] = _mm512_castsi512_ps(turned[i]);
+        }
+    }
+    for (int64_t n = 0; n < 2 * count; ++n) sums[n] = _mm512_setzero_ps();
+    const int64_t span = std::max<int64_t>(group, 64) / 64;
+    for (int64_t word = 0; word < words; word += kChunkWords) {
+        const int64_t some = std::min(kChunkWords, words - word), columns = 64 * some;
+        for (int half = 0; half < 2; ++half) turn(places[half], word, some, span, c, panels + half * kPanel);
+        const int64_t from = 64 * word / group, to = std::min(groups, from + (columns + group - 1) / group);
+        for (int64_t n = 0; n < count;) {
+            const int64_t left = count - n, tile = left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : 2;
+            const auto add = tile == 6 ? add_groups<6> : tile == 4 ? add_groups<4> : add_groups<2>;
+            add(panels, columns, matrix.form, tokens, first + n, from, to, c, scales, sums + 2 * n);
+            n += tile;
+        }
+    }
+}
+
 bool has_vnni() {
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
            __builtin_cpu_supports("avx512dq");
@@ -513,27 +659,23 @@ void rows_by_levels_for(int32_t isa, const Matrix& matrix, int64_t begin, int64_
     rows_by_levels<Best>(matrix, begin, end, x, first, tokens, levels, y);
 }
 
-// Some rows' sums and biases, to y from `start` on.
-template <int32_t D>
-void put_as(const float* sums, const void* bias, int64_t begin, int64_t end, int64_t start, void* y) {
-    for (int64_t row = begin; row < end; ++row) {
-        store(y, D, start + row, sums[row - begin] + (bias ? load(bias, D, row) : 0.0f));
-    }
-}
-
-void put(const float* sums, const void* bias, int64_t begin, int64_t end, int64_t start, void* y, int32_t dtype) {
-    const auto as = dtype == kFloat32 ? put_as<kFloat32> : dtype == kBfloat16 ? put_as<kBfloat16> : put_as<kFloat16>;
-    as(sums, bias, begin, end, start, y);
-}
-
 }  // namespace
+
+// Whether the product below is quicker than one with dense rows however many tokens there are.
+EXPORT int32_t secateurs_quantised_takes_many(int32_t isa) {
+#ifdef SECATEURS_X86
+    return isa >= kAvx512 && has_vnni();
+#endif
+    (void)isa;
+    return 0;
+}
 
 // y (tokens, rows) = x (tokens, columns) W^T + bias, both contiguous and of x_dtype; x is rounded to eight bits.
 EXPORT void secateurs_quantised_linear(const uint8_t* mask, const uint8_t* codes, const uint8_t* scales,
                                        const int32_t* offsets, const void* bias, const void* x, void* y, int64_t rows,
                                        int64_t columns, int64_t tokens, int32_t bits, int32_t group, int32_t half,
                                        int32_t x_dtype, int32_t threads, int32_t isa) {
-    const Matrix matrix{{bits, group, half != 0, mask != nullptr}, mask, codes, scales, offsets, columns};
+    const Matrix matrix{{bits, group, half != 0, mask != nullptr}, mask, codes, scales, offsets, rows, columns};
     bool in_registers = false;
 #ifdef SECATEURS_X86
     in_registers = isa >= kAvx512 && has_vnni();
@@ -545,6 +687,27 @@ EXPORT void secateurs_quantised_linear(const uint8_t* mask, const uint8_t* codes
     if (in_registers) constants = constants_of(matrix.form);
 #else
     const Tokens rounded = round_tokens(x, x_dtype, tokens, columns, matrix.form);
+#endif
+#ifdef SECATEURS_X86
+    if (in_registers && tokens >= kMany) {
+        const TurnWords turn = turn_for(matrix.form);
+        in_parallel(offsets, 0, rows, columns, 1, threads, [&](int64_t begin, int64_t end) {
+            std::vector<CacheLine> scales(size_t(2 * rounded.lanes));
+            in_strips(begin, end, tokens, 2 * kPanel, [&](int64_t row, int64_t last, int64_t first, int64_t count,
+                                                          CacheLine* panels, CacheLine* sums) {
+                strip(matrix, row, last, rounded, first, whole_tiles(count), constants, turn,
+                      reinterpret_cast<__m512i*>(panels), reinterpret_cast<__m512*>(scales.data()),
+                      reinterpret_cast<__m512*>(sums));
+                float* sum = reinterpret_cast<float*>(sums);
+                for (int64_t i = row; i < last; ++i) {
+                    if (!matrix.is_empty(i)) continue;  // exactly zero, which floats would miss
+                    for (int64_t n = 0; n < count; ++n) sum[n * kStrip + i - row] = 0.0f;
+                }
+                for (int64_t n = 0; n < count; ++n) put(sum + n * kStrip, bias, row, last, (first + n) * rows, y, x_dtype);
+            });
+        });
+        return;
+    }
 #endif
     in_parallel(offsets, 0, rows, columns, 1, threads, [&](int64_t begin, int64_t end) {
         std::vector<CacheLine> scratch(size_t(std::max(4 * rounded.lanes * 4, padded(columns) + 128) / 64 + 1));
@@ -576,7 +739,7 @@ EXPORT void secateurs_quantised_unpack(const uint8_t* mask, const uint8_t* codes
                                        const int32_t* offsets, void* dense, int64_t first, int64_t last,
                                        int64_t columns, int32_t bits, int32_t group, int32_t half, int32_t dtype,
                                        int32_t threads, int32_t isa) {
-    const Matrix matrix{{bits, group, half != 0, mask != nullptr}, mask, codes, scales, offsets, columns};
+    const Matrix matrix{{bits, group, half != 0, mask != nullptr}, mask, codes, scales, offsets, last, columns};
     uint8_t* out = static_cast<uint8_t*>(dense);
     in_parallel(offsets, first, last, columns, 1, threads, [&](int64_t begin, int64_t end) {
         std::vector<CacheLine> scratch(size_t(padded(columns) / 64 + 2));

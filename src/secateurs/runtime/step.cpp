@@ -9,12 +9,6 @@
 
 #include <cmath>
 
-#if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
-#else
-#define INLINE inline
-#endif
-
 EXPORT void secateurs_linear(const uint8_t*, const uint8_t*, const int32_t*, const void*, const void*, void*, int64_t,
                              int64_t, int64_t, int32_t, int32_t, int32_t, int32_t);
 EXPORT void secateurs_quantised_linear(const uint8_t*, const uint8_t*, const uint8_t*, const int32_t*, const void*,
