@@ -1,8 +1,8 @@
 """Products with packed weights as torch operators, on the fastest path that the machine has.
 
 On the CPU, C++ kernels multiply straight from the packed form; on CUDA, Triton kernels do. Where that does
-not pay for many tokens, which are a matter of arithmetic instead of bytes, the weight is expanded a panel at a
-time and multiplied by torch. Everything is an operator of its own with a fake and an input gradient, so
+not pay for many tokens, which are a matter of arithmetic instead of bytes, the weight is expanded a panel at
+a time and multiplied by torch. Everything is an operator of its own with a fake and an input gradient, so
 torch.compile, and adapters trained on top, see one opaque linear.
 """
 
