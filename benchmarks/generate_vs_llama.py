@@ -3,10 +3,12 @@
 The geometry is that of Llama-3.2-1B, the weights are random: speed does not depend on what they say. The
 embedding, which is the head too and a fifth of all weights, is at eight bits with us where nothing else is
 said, and at what llama.cpp's kinds give it (Q6_K in most). One token after another after an empty prompt, by
-llama-bench and by our generation through transformers; figures are medians over rounds, and ratios are
-within a round.
+llama-bench and by our generation through transformers, or with --prompt so many tokens at once; figures are
+medians over rounds, and ratios are within a round.
 
     python benchmarks/generate_vs_llama.py --llama ../llama.cpp/build/bin --cache ../cache
+    python benchmarks/generate_vs_llama.py --llama ../llama.cpp/build/bin --cache ../cache --prompt 512 \
+        --results benchmarks/results/prompt_vs_llama.json
 """
 
 import statistics
@@ -87,7 +89,7 @@ def write_models(llama: Path, cache: Path) -> dict[tuple[str, str], Path]:
 
 
 def without_step(model: Any, threads: int) -> float:
-    """Tokens a second where transformers' own code runs the blocks."""
+    """New tokens a second where transformers' own code runs the blocks."""
     decoder = model.get_decoder()
     step = vars(decoder).pop("forward")
     try:
@@ -102,6 +104,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="of the models, 12 GB")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=0, help="tokens to read at once; none are made then")
+    parser.add_argument("--results", type=Path, default=RESULTS / "generate_vs_llama.json")
     settings = parser.parse_args()
     settings.cache.mkdir(parents=True, exist_ok=True)
     models = write_models(settings.llama, settings.cache)
@@ -111,14 +115,15 @@ def main() -> None:
     print_table(["threads", "", "", "MB", "tokens/s", "times Q4_K_M's", "times Q4_0's"], [])
     for threads in settings.threads:
         runs = {
-            (program, kind): partial(speed_of_folder, loaded[kind], threads)
+            (program, kind): partial(speed_of_folder, loaded[kind], threads, settings.prompt)
             if kind in loaded
-            else partial(speed_of_gguf, path, settings.llama, threads)
+            else partial(speed_of_gguf, path, settings.llama, threads, settings.prompt)
             for (program, kind), path in models.items()
         }
-        apart = "secateurs, blocks by transformers", BY_TRANSFORMERS
-        runs[apart] = partial(without_step, loaded[BY_TRANSFORMERS], threads)
-        models[apart] = models["secateurs", BY_TRANSFORMERS]
+        if not settings.prompt:
+            apart = "secateurs, blocks by transformers", BY_TRANSFORMERS
+            runs[apart] = partial(without_step, loaded[BY_TRANSFORMERS], threads)
+            models[apart] = models["secateurs", BY_TRANSFORMERS]
         speeds = in_turns(runs, settings.rounds)
         for (program, kind), path in models.items():
             own = speeds[program, kind]
@@ -133,8 +138,9 @@ def main() -> None:
             }
             rows.append(row)
             print_row([threads, program, kind, row["file_bytes"] / 1e6, *list(row.values())[4:7]])
-    about |= {"new_tokens": NEW_TOKENS, "rounds": settings.rounds, "geometry": GEOMETRY.to_diff_dict()}
-    save(RESULTS / "generate_vs_llama.json", about, rows)
+    about |= {"new_tokens": 0 if settings.prompt else NEW_TOKENS, "prompt": settings.prompt}
+    about |= {"rounds": settings.rounds, "geometry": GEOMETRY.to_diff_dict()}
+    save(settings.results, about, rows)
 
 
 def ratio(own: list[float], others: list[float]) -> float:

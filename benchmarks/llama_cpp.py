@@ -6,6 +6,7 @@ folder.
 
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,18 @@ def importance_matrix(gguf: Path, llama: Path, ids: torch.Tensor, tokenizer: Any
     return output
 
 
-def bench_of_gguf(file: Path, llama: Path, threads: int, new: int) -> dict[str, Any]:
+def bench_of_gguf(file: Path, llama: Path, threads: int, new: int, prompt: int = 0) -> dict[str, Any]:
     """What llama-bench tells of itself and of a run."""
-    command = [llama / "llama-bench", "-m", file, "-p", "0", "-n", str(new), "-r", "1"]
+    command = [llama / "llama-bench", "-m", file, "-p", str(prompt), "-n", str(new), "-r", "1"]
     command += ["-t", str(threads), "-o", "json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     told: dict[str, Any] = json.loads(done.stdout)[0]
     return told
 
 
-def speed_of_gguf(file: Path, llama: Path, threads: int) -> float:
-    """Tokens a second."""
-    return float(bench_of_gguf(file, llama, threads, NEW_TOKENS)["avg_ts"])
+def speed_of_gguf(file: Path, llama: Path, threads: int, prompt: int = 0) -> float:
+    """Tokens a second: new ones, or with a prompt those of the prompt."""
+    return float(bench_of_gguf(file, llama, threads, 0 if prompt else NEW_TOKENS, prompt)["avg_ts"])
 
 
 def build_of(llama: Path, file: Path) -> dict[str, Any]:
@@ -88,8 +89,14 @@ def build_of(llama: Path, file: Path) -> dict[str, Any]:
     return {name: told[name] for name in ("build_commit", "build_number", "cpu_info", "backends")}
 
 
-def speed_of_folder(model: Any, threads: int) -> float:
+@torch.inference_mode()
+def speed_of_folder(model: Any, threads: int, prompt: int = 0) -> float:
+    """The same of ours."""
     torch.set_num_threads(threads)
+    if prompt:
+        start = time.perf_counter()
+        model(input_ids=torch.ones(1, prompt, dtype=torch.long), logits_to_keep=1)
+        return prompt / (time.perf_counter() - start)
     pace = Pace()
     for _ in greedy_tokens(model, torch.ones(1, 1, dtype=torch.long), pace):
         if pace.tokens == NEW_TOKENS:

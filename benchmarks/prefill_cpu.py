@@ -47,12 +47,13 @@ def dense(x: Tensor, weights: list[Tensor]) -> None:
 
 
 def rounded_weight(weight: Tensor, values: Values) -> tuple[Tensor, Tensor, Layout]:
-    """A weight with random levels where it is not zero, packed."""
+    """A weight with random levels where it is not zero, packed; without a mask if hardly any is."""
     scales = torch.rand(len(weight), values.groups(weight.shape[1])).bfloat16()
     codes = torch.randint(2**values.bits, weight.shape, dtype=torch.uint8)
-    kept = weight != 0
+    masked = float((weight == 0).float().mean()) > 0.1
+    kept = weight != 0 if masked else torch.ones_like(weight, dtype=torch.bool)
     weight = (values.decode(codes, scales) * kept).to(weight.dtype)
-    data, layout = pack(weight, (values, scales), masked=not kept.all())
+    data, layout = pack(weight, (values, scales), masked=masked)
     return data, row_offsets("layer", data, layout), layout
 
 

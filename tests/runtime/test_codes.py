@@ -169,11 +169,14 @@ def test_sums_of_a_group_are_exact(
     assert ((y.double() - exact).abs() <= 2.0**-20 * size + 1e-30).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64, 259])
-def test_two_threads_and_several_panels(path: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64, 259, 520])
+@pytest.mark.parametrize("values", [Values(4), Values(3, 128, "half")], ids=str)
+def test_two_threads_and_several_panels(
+    path: str, values: Values, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "PANEL_BYTES", 100_000)
     threads = torch.get_num_threads()
-    weight, grid = rounded(500, 700, 0.6, Values(4), torch.bfloat16)
+    weight, grid = rounded(500, 700, 0.6, values, torch.bfloat16)
     weight[:200] = 0
     packed, layout = pack(weight, grid)
     x = torch.randn(tokens, 700).bfloat16()
@@ -185,6 +188,19 @@ def test_two_threads_and_several_panels(path: str, tokens: int, monkeypatch: pyt
     exact = x.double() @ weight.double().T
     assert (y.double() - exact).norm() < 0.02 * exact.norm()
     assert not y[:, :200].any()
+
+
+def test_a_token_does_not_depend_on_those_beside_it(path: str) -> None:
+    """Of many: fewer are summed in another order."""
+    weight, grid = rounded(70, 1100, 0.5, Values(4), torch.bfloat16)
+    packed, layout = pack(weight, grid)
+    offsets, x = row_offsets("w", packed, layout), torch.randn(300, 1100).bfloat16()
+    own = kernels.cpu_kernels()
+    if own is None or not own.takes_many(x.dtype, layout):
+        pytest.skip("expanded, and multiplied by torch")
+    whole = sparse_linear(x, packed, offsets, None, layout)
+    parts = [sparse_linear(some, packed, offsets, None, layout) for some in x.split((8, 13, 279))]
+    assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -200,22 +216,25 @@ def test_a_row_without_weights_gives_its_bias(path: str, tokens: int) -> None:
     assert (y.double() - exact).norm() < 0.02 * exact.norm()
 
 
+@pytest.mark.parametrize("tokens", [2, 9])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_does_not_get_lost(path: str, bad: float) -> None:
+def test_what_is_not_finite_does_not_get_lost(path: str, bad: float, tokens: int) -> None:
     weight, grid = rounded(5, 200, 0.0, Values(4), torch.float32)
     packed, layout = pack(weight, grid)
-    x = torch.randn(2, 200)
+    x = torch.randn(tokens, 200)
     x[1, 70] = bad
     y = sparse_linear(x, packed, row_offsets("w", packed, layout), None, layout)
     assert y[0].isfinite().all()
+    assert y[2:].isfinite().all()
     assert not y[1].isfinite().any()
 
 
+@pytest.mark.parametrize("tokens", [2, 9])
 @pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-35])
-def test_next_to_nothing_gives_next_to_nothing(path: str, size: float) -> None:
+def test_next_to_nothing_gives_next_to_nothing(path: str, size: float, tokens: int) -> None:
     weight, grid = rounded(5, 200, 0.5, Values(4), torch.float32)
     packed, layout = pack(weight, grid)
-    x = torch.full((2, 200), size)
+    x = torch.full((tokens, 200), size)
     y = sparse_linear(x, packed, row_offsets("w", packed, layout), None, layout)
     exact = x.double() @ weight.double().T
     assert ((y.double() - exact).abs() <= 0.01 * size * weight.double().abs().sum(dim=1) + 1e-34).all()

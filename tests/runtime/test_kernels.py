@@ -1,4 +1,7 @@
+import re
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +11,11 @@ from small_models import DTYPES, sparse
 
 from secateurs import native
 from secateurs.runtime import kernels
-from secateurs.runtime.cpu import CpuKernels, cpu_kernels
+from secateurs.runtime.cpu import ISAS, CpuKernels, cpu_kernels
 from secateurs.runtime.format import pack, row_offsets
 from secateurs.runtime.kernels import expand, sparse_linear
+from secateurs.runtime.layout import Codes
+from secateurs.values import Values
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -152,3 +157,20 @@ def test_without_a_library_torch_multiplies_and_there_is_one_warning(monkeypatch
     finally:
         native.library.cache_clear()
         cpu_kernels.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="nobody else says what the processor has")
+def test_where_any_number_of_tokens_is_multiplied_at_once() -> None:
+    told = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    flags = set(told[1].split()) if told else set()
+    own = kernels.cpu_kernels()
+    if own is None or own.isa < ISAS.index("avx512"):
+        pytest.skip("no AVX-512")
+    _, stored = pack(sparse(8, 64, 0.5, torch.bfloat16))
+    coded = replace(stored, codes=Codes(Values(4), masked=True, bytes=0))
+    tiles = "amx_bf16" in flags
+    for x_dtype in DTYPES:
+        assert own.takes_many(x_dtype, coded) == ("avx512_vnni" in flags and not tiles)
+        pairs = "avx512_bf16" in flags and x_dtype == torch.bfloat16
+        assert own.takes_many(x_dtype, stored) == (pairs and not tiles)
+        assert not own.takes_many(x_dtype, replace(stored, dtype=torch.float32))

@@ -34,19 +34,22 @@ class CpuKernels:
         self._coded_unpack = loaded.secateurs_quantised_unpack
         self._coded_linear.argtypes = [pointer] * 7 + [i64] * 3 + [i32] * 6
         self._coded_unpack.argtypes = [pointer] * 5 + [i64] * 3 + [i32] * 6
-        self._many, self._many_coded = loaded.secateurs_takes_many, loaded.secateurs_quantised_takes_many
         self._linear.restype = self._unpack.restype = None
         self._coded_linear.restype = self._coded_unpack.restype = None
         self.isas = [name for number, name in enumerate(ISAS) if loaded.secateurs_has_isa(number)]
         if isa is not None and isa not in self.isas:
             raise ValueError(f"no instruction set '{isa}' here; there are {', '.join(self.isas)}")
         self.isa = ISAS.index(isa or self.isas[-1])
+        self._many_of_codes = bool(loaded.secateurs_quantised_takes_many(self.isa))
+        self._many = {
+            (dtype, x_dtype): bool(loaded.secateurs_takes_many(code, x_code, self.isa))
+            for dtype, code in DTYPE_CODES.items()
+            for x_dtype, x_code in DTYPE_CODES.items()
+        }
 
     def takes_many(self, x_dtype: torch.dtype, layout: Layout) -> bool:
         """Whether `linear` is quicker than expanding the weight however many tokens there are."""
-        if layout.codes is not None:
-            return bool(self._many_coded(self.isa))
-        return bool(self._many(DTYPE_CODES[layout.dtype], DTYPE_CODES[x_dtype], self.isa))
+        return self._many_of_codes if layout.codes is not None else self._many[layout.dtype, x_dtype]
 
     def linear(
         self, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, layout: Layout

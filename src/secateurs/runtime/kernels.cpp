@@ -436,7 +436,7 @@ EXPORT int32_t secateurs_has_isa(int32_t isa) {
 
 // Whether the product below is quicker than one with dense rows however many tokens there are.
 EXPORT int32_t secateurs_takes_many(int32_t dtype, int32_t x_dtype, int32_t isa) {
-    return kernel_for(isa, dtype, x_dtype).x_dtype == kBfloat16;
+    return kernel_for(isa, dtype, x_dtype).x_dtype == kBfloat16 && !has_tiles();
 }
 
 // y (tokens, rows) = x (tokens, columns) W^T + bias, both contiguous and of x_dtype; sums in float32.
@@ -444,23 +444,27 @@ EXPORT void secateurs_linear(const uint8_t* mask, const uint8_t* values, const i
                              const void* x, void* y, int64_t rows, int64_t columns, int64_t tokens, int32_t dtype,
                              int32_t x_dtype, int32_t threads, int32_t isa) {
     const Kernel kernel = kernel_for(isa, dtype, x_dtype);
-    const std::vector<CacheLine> prepared = prepare(x, x_dtype, tokens, columns, kernel);
     const int64_t stride = padded(columns), words = stride / 64;
 #ifdef SECATEURS_X86
     if (kernel.x_dtype == kBfloat16 && tokens >= kMany) {
-        const uint16_t* own = reinterpret_cast<const uint16_t*>(prepared.data());
-        in_parallel(offsets, 0, rows, columns, size_of(dtype), threads, [&](int64_t begin, int64_t end) {
-            in_strips(begin, end, tokens, 2 * kPanel, [&](int64_t row, int64_t last, int64_t first, int64_t count,
-                                                          CacheLine* panels, CacheLine* sums) {
-                strip(mask, values, offsets, rows, words, row, last, own + first * stride, whole_tiles(count),
+        const int64_t block = tokens_at_once(2 * stride);
+        for (int64_t first = 0; first < tokens; first += block) {
+            const int64_t count = std::min(block, tokens - first);
+            const std::vector<CacheLine> some =
+                prepare(static_cast<const uint16_t*>(x) + first * columns, x_dtype, count, columns, kernel);
+            const uint16_t* own = reinterpret_cast<const uint16_t*>(some.data());
+            in_strips(rows, columns, count, 2 * kPanel, threads, [&](int64_t row, int64_t last, CacheLine* panels,
+                                                                     CacheLine* sums) {
+                strip(mask, values, offsets, rows, words, row, last, own, whole_tiles(count),
                       reinterpret_cast<__m512i*>(panels), reinterpret_cast<__m512*>(sums));
                 const float* sum = reinterpret_cast<const float*>(sums);
                 for (int64_t n = 0; n < count; ++n) put(sum + n * kStrip, bias, row, last, (first + n) * rows, y, x_dtype);
             });
-        });
+        }
         return;
     }
 #endif
+    const std::vector<CacheLine> prepared = prepare(x, x_dtype, tokens, columns, kernel);
     in_parallel(offsets, 0, rows, columns, size_of(dtype), threads, [&](int64_t begin, int64_t end) {
         float sums[kTokens];
         for (int64_t row = begin; row < end; ++row) {

@@ -103,6 +103,22 @@ inline void store(void* base, int32_t dtype, int64_t index, float value) {
     std::memcpy(static_cast<char*>(base) + 2 * index, &narrow, 2);
 }
 
+// Calls work(begin, end) on shares of [0, count), one per thread, if there are bytes enough to wake threads for.
+template <class Work>
+void shared_out(int64_t count, int64_t bytes, int32_t threads, const Work& work) {
+    const int64_t workers = std::min({int64_t(threads), count, 1 + bytes / 65536});
+#ifdef _OPENMP
+    if (workers > 1) {
+#pragma omp parallel for num_threads(workers) schedule(static)
+        for (int64_t worker = 0; worker < workers; ++worker) {
+            work(worker * count / workers, (worker + 1) * count / workers);
+        }
+        return;
+    }
+#endif
+    work(0, count);
+}
+
 struct alignas(64) CacheLine {
     uint8_t bytes[64];
 };
@@ -163,25 +179,37 @@ void put(const float* sums, const void* bias, int64_t begin, int64_t end, int64_
 
 constexpr int64_t kStrip = 32;
 constexpr int64_t kMany = 7;           // tokens from which it is quicker
-constexpr int64_t kBlockTokens = 256;  // that weights are expanded for at once
-
 // Tokens are taken two at a time at least.
 inline int64_t whole_tiles(int64_t tokens) { return (tokens + 1) / 2 * 2; }
 
-// Calls strip(row, last, first, count, panels, sums) for strips of rows [begin, end) and blocks of tokens.
+// Tokens for which weights are expanded at once: as many as a megabyte of second-level cache has room for, and enough.
+inline int64_t tokens_at_once(int64_t bytes_of_a_token) {
+    return std::max<int64_t>(128, std::min<int64_t>(256, (1 << 20) / bytes_of_a_token / 2 * 2));
+}
+
+// Calls strip(row, last, panels, sums), which has room for so many vectors, for strips of all rows, and threads.
 template <class Strip>
-void in_strips(int64_t begin, int64_t end, int64_t tokens, int64_t panels, const Strip& strip) {
-    const int64_t block = std::min(kBlockTokens, whole_tiles(tokens));
-    std::vector<CacheLine> lines(size_t(panels + 2 * block));
-    for (int64_t row = begin; row < end; row += kStrip) {
-        for (int64_t first = 0; first < tokens; first += kBlockTokens) {
-            strip(row, std::min(row + kStrip, end), first, std::min(kBlockTokens, tokens - first), lines.data(),
-                  lines.data() + panels);
+void in_strips(int64_t rows, int64_t columns, int64_t tokens, int64_t panels, int32_t threads, const Strip& strip) {
+    const int64_t strips = (rows + kStrip - 1) / kStrip;
+    // A thread makes some twenty products in the time in which it would read a byte.
+    shared_out(strips, rows * columns * tokens / 20, threads, [&](int64_t begin, int64_t end) {
+        std::vector<CacheLine> lines(size_t(panels + 2 * whole_tiles(tokens)));
+        for (int64_t row = begin * kStrip; row < std::min(end * kStrip, rows); row += kStrip) {
+            strip(row, std::min(row + kStrip, rows), lines.data(), lines.data() + panels);
         }
-    }
+    });
 }
 
 #ifdef SECATEURS_X86
+// Whether the processor multiplies tiles (AMX): where it does, torch's products of many tokens are out of reach.
+inline bool has_tiles() {
+#if defined(__clang__) || __GNUC__ >= 11
+    return __builtin_cpu_supports("amx-bf16");
+#else
+    return false;
+#endif
+}
+
 // So many bytes before they are needed weights are fetched: a third of it is too late on AMD Zen 5.
 constexpr int kAhead = 4096;
 

@@ -65,9 +65,15 @@ INLINE float scale_at(const uint8_t* scales, int64_t group) { return load(scales
 
 // Of some tokens: what is behind the last column or group is zero.
 struct Tokens {
-    std::vector<CacheLine> bytes, floats;
     int64_t stride;  // bytes of a token's activations: whole pairs of words
     int64_t lanes;   // floats of a token's scales
+    std::vector<CacheLine> bytes, floats;
+
+    Tokens(int64_t tokens, int64_t columns, const Form& form)
+        : stride((columns + 127) / 128 * 128),
+          lanes(whole_lanes(groups_of(form, columns))),
+          bytes(size_t(whole_tiles(tokens) * stride / 64)),
+          floats(size_t(whole_tiles(tokens) * 2 * lanes * 4 / 64)) {}
 
     const int8_t* activations(int64_t token) const {
         return reinterpret_cast<const int8_t*>(bytes.data()) + token * stride;
@@ -104,24 +110,21 @@ INLINE float round_group(const float* x, int64_t count, int8_t* rounded, int32_t
     return largest < 0x7f800000 ? most / 127.0f : float_from_bits(0x7fc00000);
 }
 
-INLINE Tokens round_tokens(const void* x, int32_t dtype, int64_t tokens, int64_t columns, const Form& form) {
-    const int64_t stride = (columns + 127) / 128 * 128, groups = groups_of(form, columns);
-    const int64_t lanes = whole_lanes(groups), places = whole_tiles(tokens);
-    Tokens rounded{std::vector<CacheLine>(size_t(places * stride / 64)),
-                   std::vector<CacheLine>(size_t(places * 2 * lanes * 4 / 64)), stride, lanes};
-    std::vector<float> row(size_t(stride), 0.0f);
-    for (int64_t n = 0; n < tokens; ++n) {
+// Tokens [begin, end) of x.
+INLINE void round_tokens(const void* x, int32_t dtype, int64_t columns, const Form& form, int64_t begin, int64_t end,
+                         Tokens& rounded) {
+    std::vector<float> row(size_t(rounded.stride), 0.0f);
+    for (int64_t n = begin; n < end; ++n) {
         for (int64_t j = 0; j < columns; ++j) row[size_t(j)] = load(x, dtype, n * columns + j);
-        int8_t* activations = reinterpret_cast<int8_t*>(rounded.bytes.data()) + n * stride;
-        float* scales = reinterpret_cast<float*>(rounded.floats.data()) + 2 * n * lanes;
-        for (int64_t group = 0; group < groups; ++group) {
+        int8_t* activations = const_cast<int8_t*>(rounded.activations(n));
+        float* scales = const_cast<float*>(rounded.scales(n));
+        for (int64_t group = 0; group < groups_of(form, columns); ++group) {
             const int64_t first = group * form.group;
             int32_t sum;
             scales[group] = round_group(&row[size_t(first)], form.group, activations + first, sum);
-            scales[lanes + group] = -scales[group] * float(form.zero()) * float(sum);
+            scales[rounded.lanes + group] = -scales[group] * float(form.zero()) * float(sum);
         }
     }
-    return rounded;
 }
 
 // ---- a row as signed bytes ----
@@ -579,9 +582,9 @@ AVX512_VNNI void add_groups(const __m512i* panels, int64_t columns, const Form& 
     }
 }
 
-// Rows [begin, end), at most 32, times tokens from `first` on; to sums (count, 32).
-AVX512_VNNI void strip(const Matrix& matrix, int64_t begin, int64_t end, const Tokens& tokens, int64_t first,
-                       int64_t count, const Constants& c, TurnWords turn, __m512i* panels, __m512* scales,
+// Rows [begin, end), at most 32, times tokens; to sums (count, 32).
+AVX512_VNNI void strip(const Matrix& matrix, int64_t begin, int64_t end, const Tokens& tokens, int64_t count,
+                       const Constants& c, TurnWords turn, __m512i* panels, __m512* scales,
                        __m512* sums) {
     Places places[2];
     const int64_t groups = matrix.groups(), words = matrix.words(), group = matrix.form.group;
@@ -614,7 +617,7 @@ AVX512_VNNI void strip(const Matrix& matrix, int64_t begin, int64_t end, const T
         for (int64_t n = 0; n < count;) {
             const int64_t left = count - n, tile = left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : 2;
             const auto add = tile == 6 ? add_groups<6> : tile == 4 ? add_groups<4> : add_groups<2>;
-            add(panels, columns, matrix.form, tokens, first + n, from, to, c, scales, sums + 2 * n);
+            add(panels, columns, matrix.form, tokens, n, from, to, c, scales, sums + 2 * n);
             n += tile;
         }
     }
@@ -627,9 +630,9 @@ bool has_vnni() {
 
 // The same code, for compilers to make the most of what an instruction set has.
 
-AVX512_VNNI Tokens round_tokens_avx512(const void* x, int32_t dtype, int64_t tokens, int64_t columns,
-                                       const Form& form) {
-    return round_tokens(x, dtype, tokens, columns, form);
+AVX512_VNNI void round_tokens_avx512(const void* x, int32_t dtype, int64_t columns, const Form& form, int64_t begin,
+                                     int64_t end, Tokens& rounded) {
+    round_tokens(x, dtype, columns, form, begin, end, rounded);
 }
 
 AVX2 void rows_by_levels_avx2(const Matrix& matrix, int64_t begin, int64_t end, const Tokens& x, int64_t first,
@@ -664,7 +667,7 @@ void rows_by_levels_for(int32_t isa, const Matrix& matrix, int64_t begin, int64_
 // Whether the product below is quicker than one with dense rows however many tokens there are.
 EXPORT int32_t secateurs_quantised_takes_many(int32_t isa) {
 #ifdef SECATEURS_X86
-    return isa >= kAvx512 && has_vnni();
+    return isa >= kAvx512 && has_vnni() && !has_tiles();
 #endif
     (void)isa;
     return 0;
@@ -676,62 +679,70 @@ EXPORT void secateurs_quantised_linear(const uint8_t* mask, const uint8_t* codes
                                        int64_t columns, int64_t tokens, int32_t bits, int32_t group, int32_t half,
                                        int32_t x_dtype, int32_t threads, int32_t isa) {
     const Matrix matrix{{bits, group, half != 0, mask != nullptr}, mask, codes, scales, offsets, rows, columns};
-    bool in_registers = false;
 #ifdef SECATEURS_X86
-    in_registers = isa >= kAvx512 && has_vnni();
-    const Tokens rounded = (in_registers ? round_tokens_avx512 : [](const void* a, int32_t b, int64_t c, int64_t d,
-                                                                    const Form& e) {
-        return round_tokens(a, b, c, d, e);
-    })(x, x_dtype, tokens, columns, matrix.form);
+    const bool in_registers = isa >= kAvx512 && has_vnni(), many = in_registers && tokens >= kMany;
     Constants constants;
     if (in_registers) constants = constants_of(matrix.form);
 #else
-    const Tokens rounded = round_tokens(x, x_dtype, tokens, columns, matrix.form);
+    const bool in_registers = false, many = false;
 #endif
+    const int64_t block = many ? tokens_at_once(columns) : tokens;
+    for (int64_t first = 0; first < tokens; first += block) {
+        const int64_t count = std::min(block, tokens - first);
+        const uint8_t* own = static_cast<const uint8_t*>(x) + first * columns * size_of(x_dtype);
+        Tokens rounded(count, columns, matrix.form);
+        // A number is rounded in the time in which some eight bytes would be read.
+        shared_out(count, 8 * count * columns, threads, [&](int64_t begin, int64_t end) {
 #ifdef SECATEURS_X86
-    if (in_registers && tokens >= kMany) {
-        const TurnWords turn = turn_for(matrix.form);
-        in_parallel(offsets, 0, rows, columns, 1, threads, [&](int64_t begin, int64_t end) {
-            std::vector<CacheLine> scales(size_t(2 * rounded.lanes));
-            in_strips(begin, end, tokens, 2 * kPanel, [&](int64_t row, int64_t last, int64_t first, int64_t count,
-                                                          CacheLine* panels, CacheLine* sums) {
-                strip(matrix, row, last, rounded, first, whole_tiles(count), constants, turn,
-                      reinterpret_cast<__m512i*>(panels), reinterpret_cast<__m512*>(scales.data()),
-                      reinterpret_cast<__m512*>(sums));
-                float* sum = reinterpret_cast<float*>(sums);
+            if (in_registers) {
+                return round_tokens_avx512(own, x_dtype, columns, matrix.form, begin, end, rounded);
+            }
+#endif
+            round_tokens(own, x_dtype, columns, matrix.form, begin, end, rounded);
+        });
+#ifdef SECATEURS_X86
+        if (many) {
+            const TurnWords turn = turn_for(matrix.form);
+            const int64_t vectors = 2 * (kPanel + rounded.lanes);
+            in_strips(rows, columns, count, vectors, threads, [&](int64_t row, int64_t last, CacheLine* room,
+                                                                  CacheLine* lines) {
+                __m512i* panels = reinterpret_cast<__m512i*>(room);
+                strip(matrix, row, last, rounded, whole_tiles(count), constants, turn, panels,
+                      reinterpret_cast<__m512*>(panels + 2 * kPanel), reinterpret_cast<__m512*>(lines));
+                float* sums = reinterpret_cast<float*>(lines);
                 for (int64_t i = row; i < last; ++i) {
                     if (!matrix.is_empty(i)) continue;  // exactly zero, which floats would miss
-                    for (int64_t n = 0; n < count; ++n) sum[n * kStrip + i - row] = 0.0f;
+                    for (int64_t n = 0; n < count; ++n) sums[n * kStrip + i - row] = 0.0f;
                 }
-                for (int64_t n = 0; n < count; ++n) put(sum + n * kStrip, bias, row, last, (first + n) * rows, y, x_dtype);
+                for (int64_t n = 0; n < count; ++n) put(sums + n * kStrip, bias, row, last, (first + n) * rows, y, x_dtype);
             });
-        });
-        return;
-    }
-#endif
-    in_parallel(offsets, 0, rows, columns, 1, threads, [&](int64_t begin, int64_t end) {
-        std::vector<CacheLine> scratch(size_t(std::max(4 * rounded.lanes * 4, padded(columns) + 128) / 64 + 1));
-        float sums[kTokens * kRows];
-        for (int64_t row = begin; row < end; row += kRows) {
-            const int64_t last = std::min(row + kRows, end);
-            for (int64_t first = 0; first < tokens;) {
-                int64_t count = std::min<int64_t>(kTokens, tokens - first);
-#ifdef SECATEURS_X86
-                if (in_registers) {
-                    count = count >= 4 ? 4 : count >= 2 ? 2 : 1;
-                    for_form(matrix.form, count)(matrix, row, last, rounded, first, constants,
-                                                 reinterpret_cast<float*>(scratch.data()), sums);
-                } else
-#endif
-                    rows_by_levels_for(isa, matrix, row, last, rounded, first, count,
-                                       reinterpret_cast<int8_t*>(scratch.data()), sums);
-                for (int64_t n = 0; n < count; ++n) {
-                    put(sums + n * kRows, bias, row, last, (first + n) * rows, y, x_dtype);
-                }
-                first += count;
-            }
+            continue;
         }
-    });
+#endif
+        in_parallel(offsets, 0, rows, columns, 1, threads, [&](int64_t begin, int64_t end) {
+            std::vector<CacheLine> scratch(size_t(std::max(4 * rounded.lanes * 4, padded(columns) + 128) / 64 + 1));
+            float sums[kTokens * kRows];
+            for (int64_t row = begin; row < end; row += kRows) {
+                const int64_t last = std::min(row + kRows, end);
+                for (int64_t n = 0; n < tokens;) {
+                    int64_t some = std::min<int64_t>(kTokens, tokens - n);
+#ifdef SECATEURS_X86
+                    if (in_registers) {
+                        some = some >= 4 ? 4 : some >= 2 ? 2 : 1;
+                        for_form(matrix.form, some)(matrix, row, last, rounded, n, constants,
+                                                    reinterpret_cast<float*>(scratch.data()), sums);
+                    } else
+#endif
+                        rows_by_levels_for(isa, matrix, row, last, rounded, n, some,
+                                           reinterpret_cast<int8_t*>(scratch.data()), sums);
+                    for (int64_t i = 0; i < some; ++i) {
+                        put(sums + i * kRows, bias, row, last, (n + i) * rows, y, x_dtype);
+                    }
+                    n += some;
+                }
+            }
+        });
+    }
 }
 
 // Rows [first, last) of W as a dense (last - first, columns) matrix: level * scale, rounded to the dtype.

@@ -228,22 +228,6 @@ Loops loops_for(int32_t isa, int32_t dtype) {
     return dtype == kBfloat16 ? loops_of<kBfloat16>(isa) : loops_of<kFloat16>(isa);
 }
 
-// Calls work(begin, end) on shares of [0, count), one per thread, if there are bytes enough to wake threads for.
-template <class Work>
-void shared_out(int64_t count, int64_t bytes, int32_t threads, const Work& work) {
-    const int64_t workers = std::min({int64_t(threads), count, 1 + bytes / 65536});
-#ifdef _OPENMP
-    if (workers > 1) {
-#pragma omp parallel for num_threads(workers) schedule(static)
-        for (int64_t worker = 0; worker < workers; ++worker) {
-            work(worker * count / workers, (worker + 1) * count / workers);
-        }
-        return;
-    }
-#endif
-    work(0, count);
-}
-
 }  // namespace
 
 // `hidden` (width), of one token, becomes the last block's output, normalised; its keys and values are put behind
