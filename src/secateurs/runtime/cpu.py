@@ -48,7 +48,7 @@ class CpuKernels:
         }
 
     def takes_many(self, x_dtype: torch.dtype, layout: Layout) -> bool:
-        """Whether `linear` is quicker than expanding the weight however many tokens there are."""
+        """Whether `linear` shares an expansion between many tokens, and torch has no products of tiles."""
         return self._many_of_codes if layout.codes is not None else self._many[layout.dtype, x_dtype]
 
     def linear(

@@ -434,7 +434,7 @@ EXPORT int32_t secateurs_has_isa(int32_t isa) {
     return isa == kPortable;
 }
 
-// Whether the product below is quicker than one with dense rows however many tokens there are.
+// Whether the product below shares an expansion between many tokens, and pays beside those of torch.
 EXPORT int32_t secateurs_takes_many(int32_t dtype, int32_t x_dtype, int32_t isa) {
     return kernel_for(isa, dtype, x_dtype).x_dtype == kBfloat16 && !has_tiles();
 }

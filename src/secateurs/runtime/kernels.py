@@ -19,11 +19,12 @@ from secateurs.runtime.format import unpack
 from secateurs.runtime.layout import TAIL_BYTES, Codes, Layout
 from secateurs.values import Values
 
-# Where a CPU's kernels do not take any number, more tokens than this go through expansion: so many bytes of
-# expanded weight at a time that they stay in the cache for the product. benchmarks/prefill_cpu.py measures
-# both: the faster torch multiplies, the sooner expansion pays.
+# More tokens than this go through expansion on the CPU, so many bytes of expanded weight at a time that they
+# stay in the cache for the product. benchmarks/prefill_cpu.py measures both: the faster torch multiplies, the
+# sooner expansion pays. Where kernels take many, it is STRIPS for values, and for codes it never pays.
 DIRECT_TOKENS = {torch.float32: 48, torch.bfloat16: 12, torch.float16: 48}
 DIRECT_TOKENS_OF_CODES = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 128}
+STRIPS = 512
 PANEL_BYTES = 4 << 20
 ROWS_AT_ONCE = 4096
 
@@ -31,7 +32,7 @@ ROWS_AT_ONCE = 4096
 def direct_tokens(dtype: torch.dtype, layout: Layout, kernels: CpuKernels) -> int:
     """How many tokens of a dtype are multiplied straight from a packed weight on the CPU."""
     if kernels.takes_many(dtype, layout):
-        return sys.maxsize
+        return STRIPS if layout.codes is None else sys.maxsize
     return (DIRECT_TOKENS if layout.codes is None else DIRECT_TOKENS_OF_CODES)[dtype]
 
 

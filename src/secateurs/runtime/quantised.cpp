@@ -664,7 +664,7 @@ void rows_by_levels_for(int32_t isa, const Matrix& matrix, int64_t begin, int64_
 
 }  // namespace
 
-// Whether the product below is quicker than one with dense rows however many tokens there are.
+// Whether the product below shares an expansion between many tokens, and pays beside those of torch.
 EXPORT int32_t secateurs_quantised_takes_many(int32_t isa) {
 #ifdef SECATEURS_X86
     return isa >= kAvx512 && has_vnni() && !has_tiles();
