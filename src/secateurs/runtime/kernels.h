@@ -15,6 +15,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SECATEURS_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,fma,f16c,popcnt,bmi,bmi2")))
@@ -178,7 +179,8 @@ void put(const float* sums, const void* bias, int64_t begin, int64_t end, int64_
 // so that a lane is a row, and four bytes of a token are one operand for all of them.
 
 constexpr int64_t kStrip = 32;
-constexpr int64_t kMany = 7;           // tokens from which it is quicker
+constexpr int64_t kMany = 7;  // tokens from which it is quicker
+
 // Tokens are taken two at a time at least.
 inline int64_t whole_tiles(int64_t tokens) { return (tokens + 1) / 2 * 2; }
 
@@ -203,11 +205,8 @@ void in_strips(int64_t rows, int64_t columns, int64_t tokens, int64_t panels, in
 #ifdef SECATEURS_X86
 // Whether the processor multiplies tiles (AMX): where it does, torch's products of many tokens are out of reach.
 inline bool has_tiles() {
-#if defined(__clang__) || __GNUC__ >= 11
-    return __builtin_cpu_supports("amx-bf16");
-#else
-    return false;
-#endif
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);  // AMX-BF16
 }
 
 // So many bytes before they are needed weights are fetched: a third of it is too late on AMD Zen 5.
