@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -35,10 +36,12 @@ AS_STORED = "as stored"
 def packed(
     x: Tensor, weights: list[tuple[Tensor, Tensor, Layout]], direct_tokens: int, panel_bytes: int
 ) -> None:
-    kernels.direct_tokens = lambda *_: direct_tokens  # type: ignore[assignment]
-    kernels.PANEL_BYTES = panel_bytes
-    for data, offsets, layout in weights:
-        sparse_linear(x, data, offsets, None, layout)
+    with (
+        patch.object(kernels, "direct_tokens", lambda *_: direct_tokens),
+        patch.object(kernels, "PANEL_BYTES", panel_bytes),
+    ):
+        for data, offsets, layout in weights:
+            sparse_linear(x, data, offsets, None, layout)
 
 
 def dense(x: Tensor, weights: list[Tensor]) -> None:

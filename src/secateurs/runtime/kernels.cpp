@@ -229,10 +229,7 @@ AVX512_BF16 void row_avx512_bf16(const uint8_t* mask, const uint8_t* values, int
 
 // ---- a strip of rows times many tokens ----
 
-constexpr int64_t kChunkPieces = 8;            // of 32 columns: those of a strip are a third of a first-level cache
-constexpr int64_t kPanel = 16 * kChunkPieces;  // vectors: 16 rows' pieces
-
-// Where a row's next piece is; or the next strip's, to be fetched.
+// Where a row's next piece is, 32 columns; or the next strip's, to be fetched.
 struct Place {
     const uint8_t *mask, *values;
 };
@@ -296,8 +293,8 @@ AVX512_BF16 void strip(const uint8_t* mask, const uint8_t* values, const int32_t
     for (int i = 0; i < kStrip; ++i) places[i] = place_of(std::min(begin + i, end - 1));  // the last are nobody's
     for (int half = 0; half < 2; ++half) ahead[half] = place_of(std::min(end + 16 * half, rows));
     for (int64_t n = 0; n < 2 * count; ++n) sums[n] = _mm512_setzero_ps();
-    for (int64_t piece = 0; piece < 2 * words; piece += kChunkPieces) {
-        const int64_t some = std::min(kChunkPieces, 2 * words - piece);
+    for (int64_t piece = 0; piece < 2 * words; piece += kChunk) {
+        const int64_t some = std::min(kChunk, 2 * words - piece);
         for (int half = 0; half < 2; ++half) turn_pieces(places + 16 * half, some, ahead[half], panels + half * kPanel);
         for (int64_t n = 0; n < count;) {
             const int64_t left = count - n, tile = left >= 8 ? 8 : left >= 4 ? 4 : 2;

@@ -179,7 +179,9 @@ void put(const float* sums, const void* bias, int64_t begin, int64_t end, int64_
 // so that a lane is a row, and four bytes of a token are one operand for all of them.
 
 constexpr int64_t kStrip = 32;
-constexpr int64_t kMany = 7;  // tokens from which it is quicker
+constexpr int64_t kMany = 7;             // tokens from which it is quicker
+constexpr int64_t kChunk = 8;            // vectors of each row at a time: a strip's are a third of a first-level cache
+constexpr int64_t kPanel = 16 * kChunk;  // vectors of 16 rows
 
 // Tokens are taken two at a time at least.
 inline int64_t whole_tiles(int64_t tokens) { return (tokens + 1) / 2 * 2; }

@@ -473,9 +473,6 @@ InRegisters for_form(const Form& form, int64_t tokens) {
 
 // ---- a strip of rows times many tokens ----
 
-constexpr int64_t kChunkWords = 8;            // of a row: those of a strip are a third of a first-level cache
-constexpr int64_t kPanel = 16 * kChunkWords;  // vectors: 16 rows' words
-
 // Four activations times four columns of twice 16 rows. Of intrinsics GCC 12 makes two copies more for each product.
 AVX512_VNNI INLINE void add_products(__m512i& lower, __m512i& upper, __m512i some, __m512i others, const int8_t* x) {
     typedef int32_t Four __attribute__((aligned(1), may_alias));
@@ -610,8 +607,8 @@ AVX512_VNNI void strip(const Matrix& matrix, int64_t begin, int64_t end, const T
     }
     for (int64_t n = 0; n < 2 * count; ++n) sums[n] = _mm512_setzero_ps();
     const int64_t span = std::max<int64_t>(group, 64) / 64;
-    for (int64_t word = 0; word < words; word += kChunkWords) {
-        const int64_t some = std::min(kChunkWords, words - word), columns = 64 * some;
+    for (int64_t word = 0; word < words; word += kChunk) {
+        const int64_t some = std::min(kChunk, words - word), columns = 64 * some;
         for (int half = 0; half < 2; ++half) turn(places[half], word, some, span, c, panels + half * kPanel);
         const int64_t from = 64 * word / group, to = std::min(groups, from + (columns + group - 1) / group);
         for (int64_t n = 0; n < count;) {
