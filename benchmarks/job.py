@@ -89,6 +89,23 @@ def secateurs(
     }
 
 
+def recover(model: str, output: str, towards: str, **settings: Any) -> Record:
+    """Ours, of what was pruned."""
+    import secateurs
+
+    imports = finish_imports(model)
+    before = time.process_time()
+    report = secateurs.recover(model, output=output, towards=towards, device="cpu", **settings)
+    return {
+        "seconds": report.seconds,
+        "processor_seconds": time.process_time() - before,
+        "steps": report.steps,
+        "before": report.before,
+        "after": report.after,
+        "import_bytes": imports,
+    }
+
+
 def compress(model: str, output: str) -> Record:
     """Ours, of what was pruned."""
     import secateurs
@@ -325,6 +342,7 @@ if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     tools: dict[str, Callable[..., Record]] = {
         "secateurs": secateurs,
+        "recover": recover,
         "compress": compress,
         "llmcompressor": llmcompressor,
         "published": published,

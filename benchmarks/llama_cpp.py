@@ -20,9 +20,14 @@ NEW_TOKENS = 64
 """Decoded one by one, after an empty prompt."""
 
 
-def write_gguf(model: LlamaForCausalLM, file: Path) -> Path:
-    """A float16 file of a Llama, without a tokenizer, and with the rows of q and k as they are: for its speed
-    alone."""
+def write_gguf(model: LlamaForCausalLM, file: Path, tokenizer: Any = None) -> Path:
+    """A float16 file of a Llama, with the rows of q and k in llama.cpp's order.
+
+    Args:
+        model: whose weights are written.
+        file: is made, or made anew.
+        tokenizer: of bytes in pairs, split as GPT-2 splits; a file without one has its speed measured only.
+    """
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -35,17 +40,38 @@ def write_gguf(model: LlamaForCausalLM, file: Path) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    _add_tokenizer(writer, tokenizer)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.named_parameters():  # a tied head is no second parameter
         theirs = names.get_name(name, try_suffixes=(".weight",))
         kind = torch.float32 if weight.ndim == 1 else torch.float16
-        writer.add_tensor(theirs, weight.detach().to(kind).numpy())
+        stored = weight.detach().to(kind)
+        if count := heads.get(name.split(".")[-2]):  # pairs that turn together lie side by side there
+            halves = stored.view(count, 2, -1, stored.shape[1])
+            stored = halves.transpose(1, 2).reshape(stored.shape)
+        writer.add_tensor(theirs, stored.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([kinds[token in tokenizer.all_special_tokens] for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(False)
 
 
 def quantised(file: Path, kind: str, llama: Path, cache: Path, matrix: Path | None = None) -> Path:

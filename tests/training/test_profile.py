@@ -112,3 +112,20 @@ def test_activations_that_are_not_finite(model: Path, text: Path, tmp_path: Path
     with pytest.raises(FloatingPointError, match=r"'model.layers.1' hold NaN or Inf"):
         profile(model, text=text, output=tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("place", ["out", "out.partial"])
+def test_what_others_left_stays(model: Path, text: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "weights").write_text("of an unfinished run")
+    with pytest.raises(ValueError, match="give another output folder"):
+        profile(model, text=text, output=tmp_path / "out", device="cpu")
+    assert (tmp_path / place / "weights").read_text() == "of an unfinished run"
+
+
+def test_output_in_the_model(model: Path, text: Path) -> None:
+    before = folders.bytes_of(model)
+    with pytest.raises(ValueError, match="the model's own folder"):
+        profile(model, text=text, output=model / "profile", device="cpu")
+    assert folders.bytes_of(model) == before

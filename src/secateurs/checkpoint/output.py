@@ -1,11 +1,14 @@
 """The folder that a run is to make: what would stop it, found before the work."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from secateurs.checkpoint.companions import bytes_of_companions
 from secateurs.checkpoint.reading import Checkpoint
@@ -18,6 +21,33 @@ RECORD = "secateurs.json"
 
 MARK = "secateurs-unfinished"
 """The file in `OUTPUT.partial` that says that what lies there may be deleted."""
+
+
+def is_free(place: Path) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    return not place.exists() or (place.is_dir() and not any(place.iterdir()))
+
+
+def partial_of(output: Path) -> Path:
+    """The folder in which an output, without links in its path, is made."""
+    return output.with_name(output.name + ".partial")
+
+
+def run_of(identity: dict[str, Any]) -> str:
+    """What stands for a run in marks and records, by all that decides what it makes."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def taken(output: Path) -> ValueError:
+    """An output folder is not the run's that would make it."""
+    return ValueError(f"'{output}' exists and is not this run's: give another output folder")
+
+
+def unfinished(partial: Path, others: str) -> ValueError:
+    """A folder that outputs are made in holds another run, one with other settings, say."""
+    return ValueError(
+        f"'{partial}' holds an unfinished run with other {others}: delete it or give another output folder"
+    )
 
 
 def check_place(output: Path, checkpoint: Checkpoint) -> None:
@@ -69,7 +99,7 @@ def check_output(output: Path, checkpoint: Checkpoint, needed_bytes: int) -> Non
     """
     check_place(output, checkpoint)
     place = output.resolve()
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+    if not is_free(place):
         raise ValueError(f"'{output}' exists already: give another output folder")
     check_space(
         place, needed_bytes + bytes_of_companions(checkpoint.folder) + MARGIN_BYTES, what="the output"
@@ -101,9 +131,9 @@ def new_folder(output: Path) -> Iterator[Path]:
         ValueError: `OUTPUT.partial` holds something else.
     """
     output = output.resolve()
-    partial = output.with_name(output.name + ".partial")
+    partial = partial_of(output)
     mark, folder = partial / MARK, partial / "model"
-    if partial.exists() and not mark.is_file() and not (partial.is_dir() and not any(partial.iterdir())):
+    if not mark.is_file() and not is_free(partial):
         raise ValueError(f"'{partial}' holds another unfinished run: delete it or give another output folder")
     try:
         partial.mkdir(parents=True, exist_ok=True)

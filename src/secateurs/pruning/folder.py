@@ -5,7 +5,6 @@ by one rename. `OUTPUT.partial/progress` remembers what they do not say, in file
 at all: a block is done if its report is there, which is written once its weights are on the disk.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from secateurs.blockwise import BlockwiseModel
 from secateurs.calibration.sequences import CalibrationText, sha256_of
 from secateurs.checkpoint import RECORD, check_output, copy_companions, read_json, write_json
 from secateurs.checkpoint.card import write_card
+from secateurs.checkpoint.output import is_free, partial_of, run_of, taken, unfinished
 from secateurs.checkpoint.scales import read_scales, write_scales
 from secateurs.checkpoint.shards import Shards, Stored
 from secateurs.checkpoint.writing import write_tensors
@@ -40,6 +40,9 @@ from secateurs.version import __version__
 
 FORMAT = 3
 """Of what the folder holds: a run does not go on in another."""
+
+OTHERS = "settings, model or versions"
+"""What tells another run."""
 
 
 class WorkFolder:
@@ -83,9 +86,9 @@ class WorkFolder:
             "versions": self.versions,
             "checkpoint": checkpoint.identity(),
         }
-        self.run = _hash(identity)
-        self.asked = _hash({**identity, "recover": recover}) if recover else self.run
-        self.partial = _partial(self.output)
+        self.run = run_of(identity)
+        self.asked = run_of({**identity, "recover": recover}) if recover else self.run
+        self.partial = partial_of(self.output)
         self.model, self.progress = self.partial / "model", self.partial / "progress"
         self.recovered = self.partial / f"recovered-{self.asked[:8]}"
         self.parts = parts_of(model)
@@ -106,11 +109,11 @@ class WorkFolder:
         return finished, pruned, [i for i in range(len(self.parts) - 1) if self._report(i).exists()]
 
     def _is_finished(self) -> bool:
-        if _is_free(self.output):
+        if is_free(self.output):
             return False
         record = self.output / RECORD
         if not record.is_file() or read_json(record).get("run") != self.asked:
-            raise _taken(self.output)
+            raise taken(self.output)
         return True
 
     def _is_marked(self) -> bool:
@@ -126,7 +129,7 @@ class WorkFolder:
                 self.partial.is_dir() and leftovers.issuperset(self.partial.rglob("*"))
             )
         if not ours:
-            raise _unfinished(self.partial)
+            raise unfinished(self.partial, OTHERS)
         check_output(self.output, self.checkpoint, self.shards.missing_bytes)
         self.model.mkdir(parents=True, exist_ok=True)
         if not self.mark.is_file():
@@ -377,7 +380,7 @@ def shards_of(model: BlockwiseModel, folder: Path, most: int) -> Shards:
 
 def begun(output: Path) -> bool:
     """Whether something is where a run's output is to be, or in the folder that it works in before."""
-    return output.exists() or _partial(output.resolve()).exists()
+    return output.exists() or partial_of(output.resolve()).exists()
 
 
 def check_not_taken(output: Path, settings: Mapping[str, Any]) -> None:
@@ -397,35 +400,12 @@ def check_not_taken(output: Path, settings: Mapping[str, Any]) -> None:
         held = read_json(record).get("settings")
         return not isinstance(held, dict) or any(held.get(name) != value for name, value in known.items())
 
-    mark = _partial(output) / "progress" / "run.json"
-    if not _is_free(output):
+    mark = partial_of(output) / "progress" / "run.json"
+    if not is_free(output):
         if not (output / RECORD).is_file() or is_other(output / RECORD):
-            raise _taken(output)
+            raise taken(output)
     elif mark.is_file() and is_other(mark):
-        raise _unfinished(_partial(output))
-
-
-def _is_free(output: Path) -> bool:
-    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
-
-
-def _taken(output: Path) -> ValueError:
-    return ValueError(f"'{output}' exists and is not this run's: give another output folder")
-
-
-def _unfinished(partial: Path) -> ValueError:
-    return ValueError(
-        f"'{partial}' holds an unfinished run with other settings, model or versions: "
-        "delete it or give another output folder"
-    )
-
-
-def _hash(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _partial(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
+        raise unfinished(partial_of(output), OTHERS)
 
 
 def _apart(blocks: list[list[str]]) -> list[list[str]]:

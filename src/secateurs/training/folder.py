@@ -5,8 +5,6 @@ one rename when all of it is there.
 """
 
 import errno
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -20,6 +18,7 @@ from transformers import TrainingArguments
 
 from secateurs.checkpoint import RECORD, Checkpoint, read_json, write_json
 from secateurs.checkpoint.card import write_card
+from secateurs.checkpoint.output import is_free, partial_of, run_of, taken, unfinished
 from secateurs.training.report import TrainerReport, TrainingReport
 
 CLOCK = "secateurs.json"
@@ -42,13 +41,11 @@ class TrainingFolder:
     def __init__(self, output: Path, identity: dict[str, Any], run: str | None = None) -> None:
         # Through links: the last step is a rename, which would replace or trip over a link itself.
         self.output = output.resolve()
-        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.partial = partial_of(self.output)
         self.model, self.checkpoints = self.partial / "model", self.partial / "checkpoints"
         self.mark = self.partial / "run.json"
         self.text = self.partial / "text"
-        self.run = (
-            run or hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        )
+        self.run = run or run_of(identity)
 
     def finished(self) -> bool:
         """Whether the output is there already, made by this same run. Writes nothing.
@@ -56,20 +53,17 @@ class TrainingFolder:
         Raises:
             ValueError: the output folder, or an unfinished one, holds something else than this run's work.
         """
-        if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
+        if not is_free(self.output):
             record = self.output / RECORD
             if not record.is_file() or read_json(record).get("run") != self.run:
-                raise ValueError(f"'{self.output}' exists and is not this run's: give another output folder")
+                raise taken(self.output)
             return True
         empty = {self.mark.with_name(self.mark.name + ".tmp")}  # all that stands before the mark
-        taken = self.partial.exists() and not (
+        ours = not self.partial.exists() or (
             self.partial.is_dir() and empty.issuperset(self.partial.iterdir())
         )
-        if taken and not self._is_marked():
-            raise ValueError(
-                f"'{self.partial}' holds an unfinished run with other settings, data, model, versions or "
-                "another number of processes: delete it or give another output folder"
-            )
+        if not ours and not self._is_marked():
+            raise unfinished(self.partial, "settings, data, model, versions or another number of processes")
         return False
 
     def _is_marked(self) -> bool:

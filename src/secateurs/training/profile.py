@@ -7,8 +7,7 @@ takes the place of zero (2404.08763), and heads are compared by their norms (231
 Training (2406.01392) omits the same neurons for a whole batch, so what a fixed set keeps is shown as well.
 """
 
-import os
-import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from secateurs.anatomy import BlockAnatomy, anatomy_of
 from secateurs.anatomy.blocks import decoder_of
-from secateurs.checkpoint import Checkpoint, resolve, write_json
+from secateurs.checkpoint import Checkpoint, check_output, new_folder, resolve, write_json
 from secateurs.device import resolve_device
 from secateurs.runtime.load import load_model
 from secateurs.settings import OfText, OnDevice, takes
@@ -141,11 +140,13 @@ def profile(model: str | Path, *, settings: ProfileSettings) -> list[BlockProfil
     Raises:
         ValueError: the model, the text or the output folder do not suit; found before the model is loaded.
         FloatingPointError: an activation is NaN or infinite; names the block.
+        OSError: the disk is full.
     """
     folder, text, output = resolve(model), settings.text, settings.output
-    if output is not None and Path(output).exists():
-        raise ValueError(f"'{output}' exists: give another output folder")
-    config = read_config(Checkpoint(folder))
+    checkpoint = Checkpoint(folder)
+    if output is not None:
+        check_output(Path(output), checkpoint, 0)
+    config = read_config(checkpoint)
     if not any(inside.heads or dense_mlp(inside) for inside in anatomy_of(config).blocks):
         raise ValueError(f"the blocks of '{model}' have neither heads nor channels that could be told apart")
     length = sequence_length(settings.length, config)
@@ -155,12 +156,16 @@ def profile(model: str | Path, *, settings: ProfileSettings) -> list[BlockProfil
         raise ValueError(
             f"'{text}' has {len(tokens)} tokens, one window needs {length}: give more, or shorter windows"
         )
-    blocks = measure_activity(
-        load_model(folder, settings.device), tokens[: windows * length].view(windows, length)
-    )
-    if output is not None:
-        record = {"model": str(model), "text": str(text), "windows": windows, "length": length}
-        _write(Path(output), blocks, record)
+    record = {"model": str(model), "text": str(text), "windows": windows, "length": length}
+    with ExitStack() as stack:
+        place = output and stack.enter_context(new_folder(Path(output)))
+        blocks = measure_activity(
+            load_model(folder, settings.device), tokens[: windows * length].view(windows, length)
+        )
+        if place:
+            shown = {"settings": record, "blocks": [asdict(block) for block in blocks]}
+            write_json(place / "profile.json", shown)
+            draw(blocks, place / "profile")
     return blocks
 
 
@@ -237,21 +242,6 @@ def table(blocks: list[BlockProfile]) -> "Table":
         ]
         shown.add_row(str(index), *cells)
     return shown
-
-
-def _write(output: Path, blocks: list[BlockProfile], settings: dict[str, Any]) -> None:
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write_json(
-            partial / "profile.json", {"settings": settings, "blocks": [asdict(block) for block in blocks]}
-        )
-        draw(blocks, partial / "profile")
-        os.rename(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def draw(blocks: list[BlockProfile], stem: Path) -> None:
