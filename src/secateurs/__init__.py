@@ -56,6 +56,7 @@ from secateurs.training.callback import SparsityAcceleratedTraining
 from secateurs.training.context import context_read_only
 from secateurs.training.head import logits_where_labels
 from secateurs.training.masks import KeepZeros, Masks
+from secateurs.training.padding import without_padding
 from secateurs.training.profile import profile
 from secateurs.training.report import TrainingReport
 from secateurs.training.run import train
@@ -123,4 +124,5 @@ __all__ = [
     "report",
     "sweep",
     "train",
+    "without_padding",
 ]

@@ -7,7 +7,7 @@ first.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,11 +102,23 @@ def token_by_token(length: int) -> Iterator[None]:
         length: tokens that there will be.
     """
     layers: Any = DynamicLayer
-    attention, update = ALL_ATTENTION_FUNCTIONS["sdpa"], layers.update
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = grouped_attention
+    update = layers.update
     layers.update = _growing(length)
+    try:
+        with as_sdpa(grouped_attention):
+            yield
+    finally:
+        layers.update = update
+
+
+@contextmanager
+def as_sdpa(attention: Callable[..., Any]) -> Iterator[None]:
+    """Within, models of transformers' own that attend by torch's kernels do so by another function."""
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-        layers.update = update
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what was set here; transformers' own comes forth again
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not before:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = before

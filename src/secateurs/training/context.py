@@ -7,7 +7,6 @@ values; what follows attends to those. Loss and predictions are the model's own;
 the following tokens do. Neither is the context's backward pass made nor are its activations kept.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,22 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig
 
-from secateurs.training.head import IGNORED, TOLERANCE
-from secateurs.training.omission import decoder_of, evaluating
-
-GIVEN = ("input_ids", "attention_mask", "labels")
-"""What of a call is divided. With other tensors of several dimensions it is left as it is."""
-
-ANGLES_BY_LENGTH = ("dynamic", "longrope")
-"""Rotary embeddings that turn keys by how long the whole is: its parts would be turned otherwise."""
-
-PROOF = 48
-"""Tokens of a sequence to prove it on: more than the windows of models that are made small for tests."""
-
-WORTH = 0.95
-"""Tokens in two paddings are more than in one: of the cost of the whole, what the parts may cost together."""
+from secateurs.training.calls import WORTH, OtherWay, counts_of, proven_way
+from secateurs.training.head import IGNORED
+from secateurs.training.omission import decoder_of
 
 
 @contextmanager
@@ -51,21 +38,8 @@ def context_read_only(model: nn.Module) -> Iterator[bool]:
     Yields:
         Whether it does.
     """
-    decoder: Any = decoder_of(model)
-    if decoder in _reading:
-        yield True
-        return
-    # Some call what lies within the one, some the one within the other.
-    places = dict.fromkeys((decoder.base_model, decoder.get_decoder()))
-    for inner in () if _looks_at_the_whole(decoder.config) else places:
-        reading = _Reading(decoder, inner)
-        try:
-            if reading.proved():
-                yield True
-                return
-        finally:
-            reading.remove()
-    yield False
+    with proven_way(model, _Reading, _reading) as reading:
+        yield reading is not None
 
 
 def context_length(model: nn.Module) -> float | None:
@@ -73,16 +47,6 @@ def context_length(model: nn.Module) -> float | None:
     does not read so."""
     reading = _reading.get(decoder_of(model))
     return None if reading is None else reading.length
-
-
-def _looks_at_the_whole(config: PretrainedConfig) -> bool:
-    """Whether a model does something by the length of what it is called with, or at random for each call."""
-    config = config.get_text_config(decoder=True)
-    rotary: Any = getattr(config, "rope_parameters", None) or {}
-    kinds = [rotary, *rotary.values()]  # one for all layers, or one for each type of them
-    types = {kind.get("rope_type") for kind in kinds if isinstance(kind, dict)}
-    chooses = getattr(config, "index_topk", None) or getattr(config, "layerdrop", 0)
-    return bool(types.intersection(ANGLES_BY_LENGTH)) or bool(chooses)
 
 
 class Part(NamedTuple):
@@ -116,15 +80,10 @@ def divided(ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Part, Part] | No
     """
     length = ids.shape[1]
     places = torch.arange(length, device=ids.device)
-    mask = mask != 0
-    ends = mask.sum(dim=1)
-    labelled = (labels != IGNORED) & (places > 0)
-    if (
-        not ends.all()
-        or (mask != (places < ends[:, None])).any()
-        or (labelled & (places > ends[:, None])).any()
-    ):
+    ends = counts_of(mask, labels)
+    if ends is None:
         return None
+    labelled = (labels != IGNORED) & (places > 0)
     # A sequence without a label is all context, but for a last token.
     first = torch.where(labelled.any(dim=1), labelled.long().argmax(dim=1), ends) - 1
     context, rest = first.tolist(), (ends - first).tolist()
@@ -140,58 +99,30 @@ def divided(ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Part, Part] | No
     return part([0] * len(context), context, "left"), part(context, rest, "right")
 
 
-class _Reading:
-    """What changes the calls of a decoder."""
+class _Reading(OtherWay):
+    """By what stands before the labels, and what follows."""
 
-    def __init__(self, decoder: Any, inner: Any) -> None:
-        """Of a model, and of what it has between embedding and head."""
-        self.decoder, self.inner = decoder, inner
-        self.make = self.inner.forward
-        self.before = vars(inner).get("forward")
-        self.names = list(inspect.signature(self.make).parameters)
-        self.labels: Tensor | None = None
-        """(sequences, length), of a call that has not come to the blocks yet."""
-        self.length = 0.0
-        self.proving = False
-        self.hooks = [
-            decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
-            decoder.register_forward_hook(self.leave, always_call=True),
-        ]
-        self.inner.forward = self.forward
-        _reading[decoder] = self
-
-    def remove(self) -> None:
-        del self.inner.forward, _reading[self.decoder]
-        if self.before is not None:
-            self.inner.forward = self.before
-        for hook in self.hooks:
-            hook.remove()
+    length = 0.0
+    """Tokens of a sequence, on average, that the last call only read."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().enter(module, args, kwargs)
         self.length = 0.0
-        labels = kwargs.get("labels")
-        learns = module.training or self.proving
-        self.labels = labels if isinstance(labels, Tensor) and learns else None
 
-    def leave(self, *_: Any) -> None:
-        self.labels = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of that of what is between embedding and head."""
-        labels, self.labels = self.labels, None
-        kwargs |= dict(zip(self.names, args, strict=False))
-        parts = None if labels is None else self._parts(labels, kwargs)
+    def output_of(self, call: dict[str, Any], labels: Tensor | None) -> Any:
+        learns = self.decoder.training or self.proving
+        parts = self._parts(labels, call) if learns and labels is not None else None
         if labels is None or parts is None:
-            return self.make(**kwargs)
+            return None
         context, rest = parts
-        kwargs |= {"use_cache": True}
-        kwargs.pop("labels", None)  # that some hand on, and do nothing with
+        call = {**call, "use_cache": True}
+        call.pop("labels", None)  # that some hand on, and do nothing with
         with torch.no_grad():
-            read = self.make(**{**kwargs, **context.given()})
+            read = self.own(**{**call, **context.given()})
         if torch.is_autocast_enabled(context.ids.device.type):
             torch.clear_autocast_cache()  # of weights that were cast without gradients
-        kwargs |= {**rest.given(before=context), "past_key_values": read.past_key_values}
-        output = self.make(**kwargs)
+        call |= {**rest.given(before=context), "past_key_values": read.past_key_values}
+        output = self.own(**call)
         output.past_key_values = None
         states = output.last_hidden_state
         whole = states.new_zeros(*labels.shape, states.shape[-1])
@@ -204,71 +135,21 @@ class _Reading:
 
     def _parts(self, labels: Tensor, call: dict[str, Any]) -> tuple[Part, Part] | None:
         """None where a call is to be left as it is."""
-        ids, mask = call.get("input_ids"), call.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.shape != labels.shape:
-            return None
-        for name, value in call.items():
-            if name not in GIVEN and isinstance(value, Tensor) and value.dim() > 1:
-                return None
-            if name.startswith("output_") and value:
-                return None
-        config = self.decoder.config.get_text_config(decoder=True)
-        if any(getattr(config, f"output_{what}", False) for what in ("router_logits", "hidden_states")):
+        batch = self.batch(call)
+        if batch is None or batch[0].shape != labels.shape:
             return None
         if any(getattr(module, "gradient_checkpointing", False) for module in self.inner.modules()):
             return None
-        mask = torch.ones_like(ids) if mask is None else mask
-        known = isinstance(mask, Tensor) and mask.shape == labels.shape
-        return divided(ids, mask, labels) if known else None
+        return divided(*batch, labels)
 
-    def proved(self) -> bool:
-        """Whether a few made-up tokens have the model's own loss, and embeddings their own gradient."""
-        device = next(self.decoder.parameters()).device
-        vocabulary = self.decoder.config.get_text_config(decoder=True).vocab_size
-        ids = (7 * torch.arange(2 * PROOF, device=device) % vocabulary).view(2, PROOF)
-        places = torch.arange(PROOF, device=device)
-        begins, ends = (torch.tensor(each, device=device)[:, None] for each in ([30, 22], [PROOF, PROOF - 5]))
-        labels = ids.where((places >= begins) & (places < ends), IGNORED)
-        mask = (places < ends).long()
-        call = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
-        # The token before the first label, and those behind it.
-        follows = (places >= begins - 1) & (places < ends)
+    def paired(
+        self, own: Tensor, found: Tensor, follows: Tensor, there: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
         counts = follows.sum(dim=1, keepdim=True)
-        try:
-            with evaluating(self.decoder):
-                loss, gradient = self._learnt(call)
-                self.proving = True
-                found, others = self._learnt(call)
-        except Exception:  # of whatever kind the model's code stumbles into
-            return False
-        finally:
-            self.proving = False
-        if others.shape[:2] != (2, int(counts.max())) or not gradient.any():
-            return False
-        own, others = gradient[follows], others[places[: others.shape[1]] < counts]
-        rounding = torch.finfo(gradient.dtype).eps
-        near = (own - others).norm() <= max(100 * TOLERANCE, 4 * rounding) * own.norm()
-        return bool(near) and torch.allclose(found, loss, rtol=max(TOLERANCE, rounding))
-
-    def _learnt(self, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss, and its gradient of the embeddings that were looked up with gradients."""
-        looked_up: list[Tensor] = []
-
-        def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():
-                return None
-            looked_up.append(output.detach().requires_grad_())
-            return looked_up[-1]
-
-        hook = self.decoder.get_input_embeddings().register_forward_hook(keep)
-        try:
-            # What autocast rounds would hide what is wrong.
-            with torch.enable_grad(), torch.autocast(self.decoder.device.type, enabled=False):
-                loss = self.decoder(**call).loss
-                (gradient,) = torch.autograd.grad(loss, looked_up)
-        finally:
-            hook.remove()
-        return loss.detach(), gradient
+        longest = int(counts.max())
+        if found.shape[:2] != (len(own), longest):
+            return None
+        return own[follows], found[torch.arange(longest, device=own.device) < counts]
 
 
 _reading: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()

@@ -58,6 +58,8 @@ class TrainingReport(TrainerReport):
     """By kind of unit the highest omission rate of each block, where these were measured."""
     whole: str | None = None
     """What cannot be cut and ran whole all the time."""
+    unpadded: bool = False
+    """Whether the padding of batches was left out."""
     pruning: dict[str, Any] | None = None
     """How the model was pruned on the way: pattern, schedule, and `sparsity`, of each matrix by name."""
     history: list[dict[str, float]] | None = None
@@ -97,7 +99,8 @@ class TrainingReport(TrainerReport):
         """The report of a trained model's folder; ValueError if it has none."""
         content = read_json(folder / RECORD)
         names = {field.name for field in dataclasses.fields(cls)} - {"output"}
-        if not names - {"validation", "rates", "whole", "pruning", "history"} <= content.keys():
+        later = {"validation", "rates", "whole", "unpadded", "pruning", "history"}
+        if not names - later <= content.keys():
             raise ValueError(f"'{folder / RECORD}' is not the record of a training run")
         return cls(output=folder, **{name: content[name] for name in names & content.keys()})
 

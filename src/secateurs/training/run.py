@@ -62,6 +62,7 @@ from secateurs.training.loop import (
 )
 from secateurs.training.masks import KeepZeros, Masks
 from secateurs.training.model import read_config, sequence_length
+from secateurs.training.padding import without_padding
 from secateurs.training.proof import proven_cuts
 from secateurs.training.rates import described
 from secateurs.training.report import TrainingReport
@@ -226,8 +227,10 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
     )
     arguments.save_total_limit = None
     lean = nullcontext() if as_it_is else logits_where_labels(loaded)
+    pads = chat and arguments.device.type == "cpu" and not as_it_is
+    joining = without_padding(loaded) if pads else nullcontext(False)
     reading = context_read_only(loaded) if reads else nullcontext(False)
-    with silent(), for_training(loaded), lean, reading as read_only:
+    with silent(), for_training(loaded), lean, joining as unpadded, reading as read_only:
         if reads and not read_only:
             raise ValueError(
                 "with this model context cannot be read by itself: of made-up tokens the loss and gradients "
@@ -277,6 +280,7 @@ def _train(model: str, checkpoint: Checkpoint, settings: TrainSettings, progress
             "dense_flops": sparse.training.flops_dense if settings.omission else None,
             "rates": described(sparse.training.peaks or []) if settings.omission == "auto" else None,
             "whole": proven.whole if proven else None,
+            "unpadded": unpadded,
             "pruning": pruning and {**pruning.record, "sparsity": shares},
             "train_loss": recent_loss(run.state),
             "history": history(run.state),

@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from secateurs.training.calls import calls_as_ever
 from secateurs.training.context import context_length
 from secateurs.training.cutting import local
 from secateurs.training.frozen import FrozenOptimizer
@@ -260,9 +261,9 @@ class SparseTraining:
             self._begin_step(args, kwargs)
             self._ready = True
         self.omission.engage()
-        sequences, length = batch_of(args, kwargs).shape[:2]
-        self.flops_done += sequences * sum(self._work.passes(length))
-        self.flops_dense += sequences * sum(self._dense.passes(length))
+        for length in _lengths(args, kwargs):
+            self.flops_done += sum(self._work.passes(length))
+            self.flops_dense += sum(self._dense.passes(length))
 
     @torch.compiler.disable
     def _after_forward(
@@ -318,7 +319,8 @@ class SparseTraining:
         """By the whole model, on a few sequences of a batch."""
         self._probing = True
         try:
-            measured = measure(self.model, self.omission, metric, args, kwargs)
+            with calls_as_ever(self.model):  # it looks at what each place of the batch gives
+                measured = measure(self.model, self.omission, metric, args, kwargs)
         finally:
             self._probing = False
         if metric not in ("uniform", "magnitude"):
@@ -441,3 +443,11 @@ class SparseTraining:
             {kind: state[f"{number}.{kind}.{what}"].clone() for kind in block.units}
             for number, block in enumerate(self.omission.blocks)
         ]
+
+
+def _lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Of the sequences of a call, in tokens: without padding, where asking for it waits for no device."""
+    batch, mask = batch_of(args, kwargs), kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.is_cpu and mask.shape == batch.shape[:2]:
+        return mask.count_nonzero(dim=1).tolist()
+    return [batch.shape[1]] * len(batch)
