@@ -167,6 +167,7 @@ def test_fine_tuning(model: Path, chat: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert report.steps == 27
+    assert report.unpadded
     assert report.validation_loss is not None
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     losses = []

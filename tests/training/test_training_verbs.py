@@ -84,7 +84,8 @@ def test_profile(place: Place) -> None:
         (["--text", "missing.txt"], "missing.txt"),
         (["--length", "65"], "sequences of 65 tokens"),
         (["--samples", "0"], "at least 1 sample"),
-        (["--output", "model"], "exists: give another output folder"),
+        (["--output", "model"], "is the model's own folder: give another output folder"),
+        (["--output", "text.txt"], "exists already: give another output folder"),
         (["--device", "toaster"], "'toaster' is no device"),
     ],
 )
