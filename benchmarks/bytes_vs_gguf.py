@@ -81,7 +81,8 @@ OURS: dict[str, dict[str, tuple[Record, ...]]] = {
     "demo": {
         "int8": (rounded("int8:group=128", INT8),),
         "budget of 3.78 MB": (budget("3.78MB", INT8),),
-        "budget of 3.27 MB": (budget("3.27MB", INT4),),
+        "int4, embedding int8": (rounded("int4", INT8),),
+        "budget of 3.27 MB": (budget("3.27MB", INT8),),
         "int4": (rounded("int4", INT4),),
         "budget of 2.77 MB": (budget("2.77MB", INT4),),
         "int3": (rounded("int3", INT4),),

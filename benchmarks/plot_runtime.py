@@ -143,9 +143,9 @@ def generate_vs_llama() -> None:
     save_plot(figure, "generate_vs_llama")
 
 
-def bytes_vs_gguf() -> None:
+def bytes_vs_gguf(name: str) -> None:
     """Divergence from the model as it is stored against the bytes of a file, on each text."""
-    result = read("bytes_vs_gguf")
+    result = read(name)
     texts = list(result["rows"][0]["perplexity"])
     figure, axes = plt.subplots(
         1, len(texts), figsize=(6.5 * len(texts), 5), layout="constrained", squeeze=False
@@ -155,7 +155,7 @@ def bytes_vs_gguf() -> None:
         ax.set(xlabel="MB in files", ylabel=f"divergence on {text}, nats a token", yscale="log")
         ax.legend(fontsize="small")
     figure.suptitle(result["about"]["model"])
-    save_plot(figure, "bytes_vs_gguf")
+    save_plot(figure, name)
 
 
 if __name__ == "__main__":
@@ -164,6 +164,7 @@ if __name__ == "__main__":
     decode_cpu()
     generate_cpu()
     generate_vs_llama()
-    bytes_vs_gguf()
+    bytes_vs_gguf("bytes_vs_gguf")
+    bytes_vs_gguf("bytes_vs_gguf_bundled")
     for file in sorted(RESULTS.glob("bytes_vs_perplexity_*.json")):
         bytes_vs_perplexity(file.stem.removeprefix("bytes_vs_perplexity_"))
