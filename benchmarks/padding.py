@@ -1,14 +1,15 @@
-"""A training step on conversations of all lengths, with the padding of its batch and without, by batch size.
+"""A training step on conversations of all lengths, with the padding of its batch and without, and TRL's.
 
 SmolLM2-135M-Instruct on GSM8K in its own chat template, sequences drawn at random as a Trainer draws them;
-products in bfloat16, logits where there are labels, AdamW. Both take a step on every batch, in turns, in
-processor seconds of one thread; how far their losses are apart.
+products in bfloat16, AdamW. All take a step on every batch, in turns, in processor seconds of one thread; how
+far losses are apart. Ours make logits where there are labels; TRL's SFTTrainer makes them by a fused head.
 
     taskset -c 0 python benchmarks/padding.py --cache ../cache --gsm8k ../data/gsm8k
 """
 
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import tyro
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from common import RESULTS, Record, environment, print_table, save
 from published import published_model
@@ -28,12 +30,37 @@ from secateurs.training.padding import without_padding
 from timing import in_turns
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch, *, padded: bool) -> tuple[float, float]:
+@contextmanager
+def padded(model: Any) -> Iterator[dict[str, Any]]:
+    with logits_where_labels(model):
+        yield {}
+
+
+@contextmanager
+def unpadded(model: Any) -> Iterator[dict[str, Any]]:
+    with without_padding(model), logits_where_labels(model):
+        yield {}
+
+
+@contextmanager
+def as_trl_does(model: Any) -> Iterator[dict[str, Any]]:
+    yield {"fused_lm_head": True}
+
+
+WAYS = {"TRL": as_trl_does, "padded": padded, "without": unpadded}
+
+
+def step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    way: Callable[[Any], AbstractContextManager[dict[str, Any]]],
+) -> tuple[float, float]:
     """Processor seconds of one, and its loss."""
-    with nullcontext() if padded else without_padding(model), logits_where_labels(model):
+    with way(model) as more:
         start = time.process_time()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch).loss
+            loss = model(**batch, **more).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -65,36 +92,32 @@ def main(
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     model.config.use_cache = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # so that both are given the same weights
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # for those who ask for it
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # so that all are given the same weights
     rows: list[Record] = []
     table = []
     for size in sizes:
         drawn = [examples[number] for number in order[: size * batches]]
-        spent = {"padded": 0.0, "without": 0.0}
+        spent = dict.fromkeys(WAYS, 0.0)
         apart = places = 0.0
         for start in range(0, len(drawn), size):
             batch = stacked(drawn[start : start + size])
             places += batch["input_ids"].numel()
-            ways = {"padded": True, "without": False}
-            runs = {
-                way: partial(step, model, optimizer, batch, padded=padded) for way, padded in ways.items()
-            }
+            runs = {name: partial(step, model, optimizer, batch, way) for name, way in WAYS.items()}
             found = in_turns(runs, 1, warm_up=not start)
-            for way, [(seconds, _)] in found.items():
-                spent[way] += seconds
-            (_, one), (_, other) = found["padded"][0], found["without"][0]
-            apart = max(apart, abs(one - other) / one)
+            for name, [(seconds, _)] in found.items():
+                spent[name] += seconds
+            losses = [loss for [(_, loss)] in found.values()]
+            apart = max(apart, max(losses) / min(losses) - 1)
         tokens = sum(len(example["input_ids"]) for example in drawn)
         rows.append(
             {"size": size, "places": places, "tokens": tokens, "seconds": spent, "losses_apart": apart}
         )
         save(results, about, rows)
-        ratio = spent["padded"] / spent["without"]
-        table.append(
-            [size, places / tokens, spent["padded"] / batches, spent["without"] / batches, ratio, apart]
-        )
-    columns = ["sequences", "places a token", "padded, s", "without, s", "times as fast", "losses apart"]
-    print_table(columns, table)
+        times = [spent[name] / spent["without"] for name in ("TRL", "padded")]
+        table.append([size, places / tokens, *(spent[name] / batches for name in WAYS), *times, apart])
+    columns = ["sequences", "places a token", "TRL, s", "padded, s", "without, s"]
+    print_table([*columns, "times TRL's speed", "times padded", "losses apart"], table)
 
 
 if __name__ == "__main__":
