@@ -27,16 +27,20 @@ from secateurs.training.head import logits_where_labels
 from timing import in_turns, speedup
 
 
+def timed_step(model: Any, optimizer: torch.optim.Optimizer, **batch: Any) -> tuple[float, float]:
+    """Processor seconds of one, products in bfloat16, and its loss."""
+    start = time.process_time()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.process_time() - start, loss.item()
+
+
 def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor, *, reads: bool) -> float:
-    """Processor seconds of one."""
     with logits_where_labels(model), context_read_only(model) if reads else nullcontext():
-        start = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.process_time() - start
+        return timed_step(model, optimizer, input_ids=ids, labels=labels)[0]
 
 
 def main(

@@ -2,12 +2,12 @@
 
 SmolLM2-135M-Instruct on GSM8K in its own chat template, sequences drawn at random as a Trainer draws them;
 products in bfloat16, AdamW. All take a step on every batch, in turns, in processor seconds of one thread; how
-far losses are apart. Ours make logits where there are labels; TRL's SFTTrainer makes them by a fused head.
+far losses are apart. Ours make logits where there are labels; TRL's way is the padded batch with the head of
+its SFTTrainer, without what else a trainer does.
 
     taskset -c 0 python benchmarks/padding.py --cache ../cache --gsm8k ../data/gsm8k
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from common import RESULTS, Record, environment, print_table, save
+from context import timed_step
 from published import published_model
 from sat_published import answer_batches
 from sat_quality import Batch, stacked
@@ -58,13 +59,7 @@ def step(
 ) -> tuple[float, float]:
     """Processor seconds of one, and its loss."""
     with way(model) as more:
-        start = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch, **more).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.process_time() - start, loss.item()
+        return timed_step(model, optimizer, **batch, **more)
 
 
 def main(

@@ -30,6 +30,21 @@ RUNNING_ON = (
 )
 """Something goes from token to token, whatever the mask: little where weights are new."""
 
+WITHOUT = (
+    *RUNNING_ON,
+    *("afmoe", "axk2", "bailing_hybrid", "biogpt", "bloom", "blt", "codegen", "cpmant", "ctrl"),
+    *("deepseek_v32", "deepseek_v4", "doge", "dots3_note_text", "falcon", "falcon+new", "falcon+old"),
+    *("falcon_mamba", "flint", "gemma2", "glm_moe_dsa", "gpt_neo", "gpt_neox_japanese", "gpt_oss"),
+    *("gptj", "granite_swa", "granitemoe_swa", "granitemoehybrid", "hy_v4", "inkling2_text"),
+    *("inkling_text", "llama4", "llama4_text", "mamba", "mamba2", "mimo_v2_flash", "minimax"),
+    *("minimax_m3_vl_text", "mpt", "olmo_hybrid", "openai-gpt", "opt", "qwen2_5_vl", "qwen4_exp_text"),
+    *("recurrent_gemma", "rwkv", "vaultgemma", "xglm", "xlstm", "zaya"),
+)
+"""These too have masks or kernels of their own, or look at the whole of a text."""
+
+KEEPING = ("blt", "rwkv")
+"""They fail by their own code where they learn and are not told to keep no states."""
+
 JOINED = (1, 24 + 19 + 24 + 9)
 """The batch, its tokens in one row."""
 
@@ -94,7 +109,7 @@ def test_sparse_steps(metric: Any) -> None:
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", decoders.sampled(SAMPLE, RUNNING_ON))
+@pytest.mark.parametrize("name", decoders.sampled((*SAMPLE, "opt"), KEEPING))
 def test_decoders(name: str) -> None:
     """Where it is proved, all gradients are the model's own; and where not, all is as it was."""
     model: Any = decoders.build(name).float().eval()
@@ -102,7 +117,7 @@ def test_decoders(name: str) -> None:
     loss, gradients, _ = loss_and_gradients(model, inputs)
     model.training = True  # and nothing within it: no dropout
     with without_padding(model) as does:
-        assert does or name not in SAMPLE
+        assert does == (name not in WITHOUT)
         found, others, _ = loss_and_gradients(model, inputs)
         assert (rows[-1] == JOINED) == does
     torch.testing.assert_close(found, loss, rtol=1e-4, atol=0)
@@ -111,7 +126,7 @@ def test_decoders(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", RUNNING_ON)
+@pytest.mark.parametrize("name", [*RUNNING_ON, *KEEPING])
 def test_what_runs_on_is_seen_however_little_it_is(name: str, dtype: torch.dtype) -> None:
     model: Any = decoders.build(name).to(dtype)
     for parameter in model.parameters():
